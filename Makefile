@@ -22,7 +22,7 @@ docs: $(VENV)/.installed            ## build the site into build/site: guides, a
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	$(BIN)/python -m luthier.tools.docs
 	rm -rf build/docs && $(BIN)/python -m luthier.tools.docs --site build/docs
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

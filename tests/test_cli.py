@@ -105,7 +105,7 @@ def test_version_and_help():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["tune", "nowhere.yaml"], "there is no recipe nowhere.yaml"),
+        (["tune", "nowhere.yaml"], "recipe file nowhere.yaml does not exist"),
         (["tune", "a.yaml", "b.yaml"], "one recipe at a time"),
         (["tune", "--tuner", "lorra", "--data", "x.jsonl"], "did you mean 'lora'"),
         (["tune", "learning_rat=1"], "did you mean 'learning_rate'"),
@@ -113,9 +113,9 @@ def test_version_and_help():
         (["methods", "--kind", "tuna"], "did you mean 'tuner'"),
         (["methods", "autopet"], "there is no method 'autopet'; did you mean 'autopeft'"),
         (["methods", "lora", "--kind", "objective"], "there is no objective 'lora'"),
-        (["chat", "./nowhere"], "there is no folder ./nowhere"),
-        (["export", "./nowhere", "--output-dir", "x", "--as", "gguf"], "there is no export as 'gguf'"),
-        (["inspect", "toy:lm", "toy:lm"], "give --data"),
+        (["chat", "./nowhere"], "folder ./nowhere does not exist"),
+        (["export", "./nowhere", "--output-dir", "x", "--as", "gguf"], "there is no export format 'gguf'"),
+        (["inspect", "toy:lm", "toy:lm"], "with --data"),
     ],
 )
 def test_what_cannot_work_is_one_sentence_and_exit_2(words, sentence, tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ def test_ctrl_c_says_that_it_goes_on(monkeypatch, rows):
 
     monkeypatch.setattr("luthier.run.run.perform", stop)
     said = luth("tune", "--data", rows)
-    assert said.exit_code == 130 and "run the same command again and it goes on" in said.stderr
+    assert said.exit_code == 130 and "run the same command again to continue" in said.stderr
     assert len(said.stderr.strip().splitlines()) == 1
 
 
@@ -223,7 +223,7 @@ def test_explain_tells_where_each_value_came_from(tmp_path):
     assert values["tuner.lora_dropout"][1] == "default"
     assert values["objective.name"] == ("dpo", "r.yaml") and values["objective.beta"][1] == "default"
     assert values["max_bad_rows"] == (0.05, "default")
-    assert "'lr' is read as learning_rate" in said.stderr
+    assert "'lr' is read as 'learning_rate'" in said.stderr
 
 
 def test_explain_covers_every_key():
@@ -264,7 +264,7 @@ def test_chat_answers_once_and_in_turn(finished):
     once = luth("chat", folder, "--prompt", "1+1=", "--max-new-tokens", "4")
     assert once.exit_code == 0 and len(once.stdout.strip()) <= 8
     talk = luth("chat", folder, "--max-new-tokens", "4", input="1+2=\n/new\n/quit\n")
-    assert talk.exit_code == 0 and "continued as it is written" in talk.stdout
+    assert talk.exit_code == 0 and "plain text completion" in talk.stdout
     assert luth("chat", folder, "--max-new-tokens", "4", input="").exit_code == 0
 
 
@@ -292,7 +292,7 @@ def test_export_answers_like_the_tuned_model(kind, finished, tmp_path):
     folder, _ = finished
     said = luth("export", folder, "--as", kind, "--output-dir", tmp_path / kind)
     assert said.exit_code == 0, said.output
-    assert "answers like the tuned model" in said.stdout
+    assert "outputs match the tuned model" in said.stdout
     assert use.load(tmp_path / kind).ask("1+1=", max_new_tokens=3) is not None
     # never over what is there
     assert luth("export", folder, "--as", kind, "--output-dir", tmp_path / kind).exit_code == 2
@@ -327,13 +327,13 @@ def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeyp
 
     monkeypatch.setitem(export.WRITERS, "merged", wrong)
     said = luth("export", finished[0], "--output-dir", tmp_path / "m")
-    assert said.exit_code == 2 and "answers otherwise" in said.stderr
+    assert said.exit_code == 2 and "does not match the tuned model" in said.stderr
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob("*.part"))
 
 
 def test_a_plain_model_has_nothing_to_export(tiny, tmp_path):
     said = luth("export", tiny, "--as", "lora", "--output-dir", tmp_path / "x")
-    assert said.exit_code == 2 and "holds nothing that was tuned" in said.stderr
+    assert said.exit_code == 2 and "it has no tuned weights" in said.stderr
 
 
 def test_a_plan_is_tuned_loaded_and_told(tiny, rows, tmp_path):
@@ -396,7 +396,7 @@ def test_a_classifier_is_loaded_with_the_head_it_was_tuned_with(tmp_path):
         == found["tuned"]["metrics"]["loss"]
         == pytest.approx(report.after["loss"], rel=1e-3)
     )
-    with pytest.raises(luthier.RecipeError, match="writes no text"):
+    with pytest.raises(luthier.RecipeError, match="cannot generate text"):
         use.load(run).generate("x")
 
 
@@ -438,7 +438,7 @@ def test_bad_rows_of_every_kind(tiny, tmp_path):
         "tune", "--data", mixed(tmp_path / "a.jsonl", 190, BAD), "--output-dir", tmp_path / "a", *quick
     )
     assert said.exit_code == 0, said.output
-    assert "10 unusable rows of 200 set aside" in said.stdout
+    assert "10 of 200 rows cannot be used" in said.stdout
     listed = [json.loads(line) for line in (tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()]
     assert {b["where"] for b in listed} == {f"a.jsonl:{i}" for i in range(191, 201)} and all(
         b["reason"] for b in listed
@@ -498,7 +498,7 @@ def test_a_classifier_is_not_talked_to_and_not_compared_with_a_writer(tiny, tmp_
         "⟦good⟧" in said.stdout and "luthier chat" not in said.stdout and "chat template" not in said.stdout
     )
     compared = luth("inspect", tiny, tmp_path / "run")
-    assert compared.exit_code == 2 and "read as causal" in compared.stderr
+    assert compared.exit_code == 2 and "loaded as architecture causal" in compared.stderr
     asked = luth("export", tmp_path / "run", "--as", "lora", "--output-dir", tmp_path / "x")
     assert asked.exit_code == 2 and "--as merged" in asked.stderr
     assert luth("export", tmp_path / "run", "--output-dir", tmp_path / "x").exit_code == 0

@@ -311,7 +311,7 @@ def test_real_rows_tune_the_story_model(real, tmp_path, file):
     data = load_data(luthier.Recipe.load(asked))
     assert data.format == shape and len(report.losses) == 2 and all(map(math.isfinite, report.losses))
     assert 0 < report.stats["supervised_share"] <= 1
-    assert any("are cut at 512 tokens" in n for n in report.notes) == (report.stats["cut"] > 0)
+    assert any("are truncated at 512 tokens" in n for n in report.notes) == (report.stats["cut"] > 0)
     assert report.stats["longest"] <= 512
 
 
@@ -339,7 +339,8 @@ def test_answers_that_max_length_cuts_are_told(real, tmp_path):
     cut, rows = report.stats["cut"], report.stats["rows"]
     assert (
         0 < cut < rows
-        and f"the completions of {cut:,} of {rows:,} rows are cut at 192 tokens (max_length)" in report.notes
+        and f"the completions of {cut:,} of {rows:,} rows are truncated at 192 tokens (max_length)"
+        in report.notes
     )
 
 
@@ -351,7 +352,7 @@ def test_a_completion_that_runs_into_its_prompt_is_told(real, tmp_path):
     }
     asked = {"model": str(real / STORIES), "data": data, "max_steps": 1, "evaluate": [], "max_bad_rows": 0.9}
     report = luthier.tune(asked, folder=tmp_path)
-    assert any("without a space or a line break" in n for n in report.notes)
+    assert any("without a space or line break" in n for n in report.notes)
 
 
 def test_a_run_on_samples_shows_what_is_asked(real, tmp_path):

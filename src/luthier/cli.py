@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from luthier import compat
 from luthier.compat.lazy_imports import READER, after, rarely, read_once
 from luthier.errors import RecipeError
+from luthier.storage.failure import report_outcome
 from luthier.storage.toy import is_toy
 
 # command -> former name of an option -> its name; former names are accepted, and left out of the help
@@ -32,10 +33,10 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [KEY=VALUE]...",
-        help="A recipe (or a run's folder, or toy:TASK), and changes.",
+        help="A recipe (or the folder of a run, or toy:TASK), and KEY=VALUE changes.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Commands(TyperGroup):
@@ -59,12 +60,13 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except RecipeError as error:
+            report_outcome(error)
             typer.echo(f"luthier: {error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             message = "stopped"
             if ctx.invoked_subcommand in ("tune", "search", "compare"):
-                message += "; run the same command again and it goes on"
+                message += "; run the same command again to continue"
             if ctx.invoked_subcommand == "tune":
                 message += " from its last checkpoint"
             typer.echo(f"\nluthier: {message}", err=True)
@@ -74,7 +76,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     name="luthier",
-    help="Tune foundation models from one recipe, and see what tuning changed.",
+    help="Fine-tune foundation models from one YAML recipe, and measure what changed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -102,20 +104,28 @@ def top(
 @app.command()
 def tune(
     words: Words = None,
-    model: Annotated[str | None, typer.Option(help="Folder, hub name or toy:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="File, folder, hub name or toy:TASK.")] = None,
-    tuner: Annotated[str | None, typer.Option(help="What trains: `luthier methods --kind tuner`.")] = None,
-    objective: Annotated[str | None, typer.Option(help="The loss, e.g. sft or 'dpo + 0.1*sft'.")] = None,
-    output_dir: Annotated[str | None, typer.Option(help="The run's folder.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model: a folder, Hub name or toy:NAME.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training data: a file, folder, Hub name or toy:TASK.")
+    ] = None,
+    tuner: Annotated[
+        str | None, typer.Option(help="Tuner, e.g. lora or full; `luthier methods --kind tuner` lists all.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="Objective (loss), e.g. sft, or 'dpo + 0.1*sft'.")
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
     front: Annotated[
         int | None,
-        typer.Option(min=2, help="So many models, each with other weights of the goals; see plan front."),
+        typer.Option(
+            min=2, help="Number of models to train, each with other weights of the goals; see plan front."
+        ),
     ] = None,
     stop_at: Annotated[
         float | None,
-        typer.Option(help="Pause at this step (below 1: at this share of the run), to resume later."),
+        typer.Option(help="Pause at this step (below 1: at this fraction of the run) to resume later."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the run's folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the folder of the run.")] = False,
 ) -> None:
     """Fine-tune a model. A run that was stopped resumes when the same command is run again."""
     from luthier.recipe.recipe import Recipe
@@ -138,11 +148,17 @@ def tune(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a hub name or toy:NAME.")],
-    prompt: Annotated[str | None, typer.Option(help="Answer this once instead of asking.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the random draws, where temperature is above 0.")] = 0,
+    model: Annotated[
+        str, typer.Argument(help="The folder of a run, a model folder, a Hub name or toy:NAME.")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="Answer this prompt and exit.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of new tokens per answer.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Random seed, used when temperature is above 0.")] = 0,
 ) -> None:
     """Talk to a model."""
     from luthier.serve.chat import chat
@@ -152,12 +168,16 @@ def chat(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method: what it does, and its settings.")] = None,
-    kind: Annotated[str | None, typer.Option(help="One kind: tuner, objective, transform, ...")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show one method: what it does, and its settings.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="List one kind: tuner, objective, transform, ...")] = None,
     wide: Annotated[
         bool,
         typer.Option(
-            "--wide", help="Of tuners: what each can do, tested now, and its trainable share of a Llama-7B."
+            "--wide",
+            help="Table of tuners with their capabilities (tested now) and trainable parameters (%)"
+            " on a Llama-7B.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -165,12 +185,13 @@ def methods(
     """List every method (tuners, objectives, optimizers, ...), or describe one."""
     if name and not (wide or as_json):
         from luthier.recipe import catalogue
+        from luthier.tools.method_page import terminal_page
 
-        typer.echo("\n".join(catalogue.pages(name, kind)).rstrip())
+        typer.echo("\n".join(catalogue.pages(name, kind, terminal_page)).rstrip())
         return
     if wide:
         if kind not in (None, "tuner"):
-            raise RecipeError(f"--wide is a table of tuners; there is none of {kind}s")
+            raise RecipeError(f"--wide shows a table of tuners; there is none for {kind}s")
         from luthier.tools import capability_matrix as abilities
 
         show(abilities.tuners(), as_json, abilities.WIDE)
@@ -183,7 +204,7 @@ def methods(
 
 @app.command()
 def papers(
-    word: Annotated[str | None, typer.Argument(help="In the title, kind, family or method.")] = None,
+    word: Annotated[str | None, typer.Argument(help="Text in the title, kind, family or method.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the papers of the catalogue, and which method implements each."""
@@ -223,16 +244,24 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def inspect(
-    base: Annotated[str, typer.Argument(help="The model before: a folder, hub name, toy:NAME or run.")],
-    tuned: Annotated[str, typer.Argument(help="The model after.")],
+    base: Annotated[
+        str, typer.Argument(help="The base model: a folder, Hub name, toy:NAME or the folder of a run.")
+    ],
+    tuned: Annotated[str, typer.Argument(help="The tuned model, in the same forms.")],
     data: Annotated[
-        str | None, typer.Option(help="Rows to evaluate on; default: the run's held-out rows.")
+        str | None, typer.Option(help="Rows to evaluate on (default: the run's held-out rows).")
     ] = None,
     preference: Annotated[
-        bool, typer.Option("--preference", help="Preference pairs: ranking accuracy, margins, drift.")
+        bool,
+        typer.Option(
+            "--preference", help="Use preference pairs: ranking accuracy, margins, drift from the base model."
+        ),
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(help="A page to write: also the weights, answers, calibration, diversity.")
+        Path | None,
+        typer.Option(
+            help="HTML file to write, with weights, answers, calibration and diversity in addition."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -251,10 +280,12 @@ def inspect(
 
 @app.command()
 def data(
-    source: Annotated[str, typer.Argument(help="A file, folder, hub name or toy:TASK.")],
-    model: Annotated[str, typer.Option(help="Whose tokenizer shows the rows.")] = "toy:lm",
-    chat_template: Annotated[str | None, typer.Option(help="As in a recipe.")] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    source: Annotated[str, typer.Argument(help="A file, folder, Hub name or toy:TASK.")],
+    model: Annotated[str, typer.Option(help="Model whose tokenizer renders the rows.")] = "toy:lm",
+    chat_template: Annotated[
+        str | None, typer.Option(help="Maximum row length in tokens, as in a recipe.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Number of rows to show.")] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Look at rows: how they are read, which tokens are supervised, which objectives can train on them and
@@ -276,33 +307,43 @@ def data(
 def compare(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="Recipes, and changes to all."),
+        typer.Argument(
+            metavar="[RECIPE]... [KEY=VALUE]...",
+            help="Recipes to compare, and KEY=VALUE changes for all of them.",
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Folder, hub name or toy:NAME, for every arm.")] = None,
-    data: Annotated[str | None, typer.Option(help="Rows, for every arm.")] = None,
-    tuners: Annotated[str, typer.Option(help="Arms that differ in the tuner, e.g. lora,ssf,full.")] = "",
-    objectives: Annotated[str, typer.Option(help="Arms that differ in the objective, e.g. dpo,ipo.")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
+    model: Annotated[
+        str | None, typer.Option(help="Model for every arm: a folder, Hub name or toy:NAME.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Training data for every arm.")] = None,
+    tuners: Annotated[str, typer.Option(help="Compare tuners, one arm each, e.g. lora,ssf,full.")] = "",
+    objectives: Annotated[str, typer.Option(help="Compare objectives, one arm each, e.g. dpo,ipo.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs (seeds) per arm.")] = 3,
     budget: Annotated[
-        str | None, typer.Option(help="Of each run: a time (30m), steps (500 steps) or tokens (200k tokens).")
+        str | None,
+        typer.Option(help="Budget per run: time (30m), steps (500 steps) or tokens (200k tokens)."),
     ] = None,
-    metric: Annotated[str, typer.Option(help="By which arms are ranked, and stopped early.")] = "loss",
+    metric: Annotated[
+        str, typer.Option(help="Metric that ranks the arms and stops weak ones early.")
+    ] = "loss",
     learning_rates: Annotated[
         str,
-        typer.Option(help="Each arm takes its best of these, e.g. 1e-4,1e-3, tuned on a seed of its own."),
+        typer.Option(
+            help="Learning rates to choose from for each arm, e.g. 1e-4,1e-3; chosen on a separate seed."
+        ),
     ] = "",
-    keep_all: Annotated[bool, typer.Option("--keep-all", help="Stop no arm early.")] = False,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Do not stop weak arms early.")] = False,
     together: Annotated[
         bool,
         typer.Option(
             "--together",
             help=(
-                "Train LoRA runs that share a base in one process, in one pass where that is faster; memory"
-                " is not measured."
+                "Train LoRA runs with the same base in one process, in one pass where that is"
+                " faster; memory is not measured then."
             ),
         ),
     ] = False,
-    output_dir: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder of the comparison.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare ways to tune on the same rows, seeds and budget. The same command resumes what was stopped."""
@@ -338,58 +379,61 @@ def search(
     space: Annotated[
         list[str] | None,
         typer.Option(
-            help="What varies: tuner.r, learning_rate=1e-5..1e-2, 'tuner=lora|ssf|dora', layers, ..."
+            help="What to vary: tuner.r, learning_rate=1e-5..1e-2, 'tuner=lora|ssf|dora', layers, ..."
         ),
     ] = None,
     goals: Annotated[
         list[str] | None,
         typer.Option(
-            help="quality, forgetting, parameters, memory, time, or any metric; several make a front."
+            help="Goals: quality, forgetting, parameters, memory, time, or any metric. Several"
+            " goals give a Pareto front."
         ),
     ] = None,
     constraint: Annotated[
         list[str] | None,
-        typer.Option(help="A limit, e.g. 'memory <= 8GB'; may be given several times."),
+        typer.Option(help="A constraint, e.g. 'memory <= 8GB'; can be repeated."),
     ] = None,
-    trials: Annotated[
-        float | None, typer.Option(help="Full runs to spend (for each seed). Default: 40.")
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="A time to spend in place of trials, e.g. 30m.")] = None,
+    trials: Annotated[float | None, typer.Option(help="Budget in full runs, per seed (default: 40).")] = None,
+    budget: Annotated[str | None, typer.Option(help="Budget in time instead of trials, e.g. 30m.")] = None,
     sampler: Annotated[
         str,
         typer.Option(
-            help="`luthier methods --kind searcher`; with settings: '{name: hyperband, inner: tpe}'."
+            help="Search algorithm (`luthier methods --kind searcher`); with settings: '{name:"
+            " hyperband, inner: tpe}'."
         ),
     ] = "gp",
     seeds: Annotated[
-        str, typer.Option(help="Tuning seeds of each configuration: how many, or which (5,6,7).")
+        str, typer.Option(help="Seeds used to tune each configuration: how many, or which (5,6,7).")
     ] = "1",
     test_seeds: Annotated[
-        str, typer.Option(help="Seeds on which the best configurations run again: how many, or which.")
+        str, typer.Option(help="Seeds used to test the best configurations: how many, or which.")
     ] = "3",
     test_data: Annotated[
         str | None,
         typer.Option(
             metavar="ROWS",
-            help="Rows on which they are evaluated then. Default: the held-out rows that selected them.",
+            help="Rows for testing the best configurations (default: the held-out rows used for tuning).",
         ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="What `quality` means. Default: loss; of pairs, ranking_accuracy.")
+        str | None,
+        typer.Option(help="Metric that `quality` stands for (default: loss; ranking_accuracy for pairs)."),
     ] = None,
     earlier: Annotated[
-        Path | None, typer.Option("--from", help="An earlier search's folder: its best are tried first.")
+        Path | None,
+        typer.Option("--from", help="Folder of an earlier search; its best configurations are tried first."),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(help="An Optuna storage URL, e.g. sqlite:///study.db. Default: a journal.")
+        str | None,
+        typer.Option(help="Optuna storage URL, e.g. sqlite:///study.db (default: a journal file)."),
     ] = None,
     workers: Annotated[
         int,
         typer.Option(
-            min=1, help="How many of a Ray cluster (RAY_ADDRESS, or this machine) measure side by side."
+            min=1, help="Number of trials at a time on a Ray cluster (RAY_ADDRESS, or this machine)."
         ),
     ] = 1,
-    output_dir: Annotated[Path | None, typer.Option(help="The search's folder.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder of the search.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Search for better configurations, for several goals, within limits. The same command resumes what was
@@ -425,10 +469,10 @@ def search(
 
 @app.command()
 def export(
-    folder: Annotated[str, typer.Argument(help="A run's folder.")],
-    output_dir: Annotated[Path, typer.Option(help="Where to write it.")],
+    folder: Annotated[str, typer.Argument(help="Folder of a run.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder to write to.")],
     kind: Annotated[
-        str, typer.Option("--as", help="lora: an adapter for plain PEFT. merged: a plain transformers model.")
+        str, typer.Option("--as", help="lora: an adapter for plain PEFT; merged: a plain transformers model.")
     ] = "merged",
 ) -> None:
     """Write a run's result for other tools, and check that it answers like the tuned model."""
@@ -439,10 +483,10 @@ def export(
 
 @app.command()
 def studio(
-    folder: Annotated[Path, typer.Argument(help="Where runs, uploads and exports lie.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="Folder for runs, uploads and exports.")] = Path("."),
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Of this machine; default: 8765, or any that is free."),
+        typer.Option(min=1, max=65535, help="Port on this machine (default: 8765, or a free one)."),
     ] = None,
 ) -> None:
     """A local page: look at rows, choose methods, train, watch, compare, talk, export."""
@@ -454,12 +498,12 @@ def studio(
 @app.command()
 def reproduce(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to reproduce; default: all.")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to reproduce (default: all).")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Test seeds, in place of what the claim's file says.")
+        int | None, typer.Option(help="Test seeds, instead of those in the claim's file.")
     ] = None,
-    listed: Annotated[bool, typer.Option("--list", help="Only list the claims and their verdicts.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Only list the claims and their results.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Reproduce a paper's claim on small models. The same command resumes what was stopped."""
@@ -485,17 +529,17 @@ app.command("claims", hidden=True)(reproduce)  # its former name
 def bench(
     scenarios: Annotated[
         list[str],
-        typer.Argument(help="sft, dpo, subset, frozen, fleet, fleet_top, mezo, rollout, start, memory."),
+        typer.Argument(
+            help="Benchmark: sft, dpo, subset, frozen, fleet, fleet_top, mezo, rollout, start, memory."
+        ),
     ],
     shape: Annotated[
-        list[str] | None, typer.Option(help="a, b, c, gpt2, moe; may be given several times. Default: a.")
+        list[str] | None, typer.Option(help="Model shape: a, b, c, gpt2, moe; can be repeated (default: a).")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    only: Annotated[
-        list[str] | None, typer.Option(help="Only these contestants; may be given several times.")
-    ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="A folder for JSON files and pictures.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs per contestant; the median is reported.")] = 5,
+    device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "cpu",
+    only: Annotated[list[str] | None, typer.Option(help="Only these contestants; can be repeated.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for JSON files and charts.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory beside TRL + PEFT and a plain loop on the same work, in turns."""
@@ -518,7 +562,7 @@ def bench(
 @app.command(hidden=True)
 def docs(
     check: Annotated[
-        bool, typer.Option("--check", help="Fail where the pages differ from the declarations.")
+        bool, typer.Option("--check", help="Fail if the pages differ from the declarations.")
     ] = False,
     output_dir: Annotated[Path, typer.Option(help="The docs folder.")] = Path("docs"),
 ) -> None:
@@ -535,7 +579,9 @@ def recipe_words(words: list[str] | None, **options: str | None) -> tuple[Path |
     """A recipe's path or toy:TASK, if one was named, and every change: key=value words, then options."""
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
     if len(files) > 1:
-        raise RecipeError(f"one recipe at a time, not {' and '.join(files)} (changes are written key=value)")
+        raise RecipeError(
+            f"only one recipe at a time, not {' and '.join(files)} (write changes as KEY=VALUE)"
+        )
     # taken as they are; the others may be YAML such as "{name: lora, r: 16}"
     plain = ("model", "data", "output_dir")
     changes = []

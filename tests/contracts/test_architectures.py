@@ -154,7 +154,7 @@ def test_an_unknown_head_falls_back_to_the_networks_own():
 def test_a_network_that_no_reading_suits_is_refused(monkeypatch):
     model = zoo.make("llama")
     monkeypatch.setattr(type(CAUSAL), "plain", lambda self, m, a, b: torch.zeros(len(b.owner)))
-    with pytest.raises(Refused, match="cannot read"):
+    with pytest.raises(Refused, match="cannot run"):
         guards.check_forward(Policy(CAUSAL, model, Untuned(model)), zoo.rows(), lambda s: None)
 
 
@@ -482,7 +482,7 @@ def test_classes_come_from_the_rows():
         [{"completions": [c], "label": k} for c, k in (("world", 0), ("sports", 1), ("business", 2))]
     )
     assert named["id2label"] == {0: "world", 1: "sports", 2: "business"} and named["num_labels"] == 3
-    with pytest.raises(RecipeError, match="one class"):
+    with pytest.raises(RecipeError, match="the same class"):
         arch.fit_to([{"completions": ["a"]}])
     assert arch.fit_to([{"prompt": "x"}]) == {}
 
@@ -512,9 +512,9 @@ def test_a_classifier_is_loaded_with_its_classes(tmp_path):
     kept, bad, stats = arch.encode_all(
         [*rows, {"id": "2", "prompt": "hm", "completions": ["neutral"]}], renderer
     )
-    assert len(kept) == 2 and "none of this classifier's classes" in bad[0]["reason"]
+    assert len(kept) == 2 and "not one of the classes" in bad[0]["reason"]
     assert renderer.prompt({"prompt": "bad"}) == arch.encode(rows[1], renderer).prompt
-    with pytest.raises(RecipeError, match="which classes"):
+    with pytest.raises(RecipeError, match="name the classes"):
         arch.load(tmp_path / "lm")
 
 

@@ -97,7 +97,7 @@ def test_each_act_goes_on_from_the_last(recipe):
         ([], "at least one run"),
         ([{"objective": "sft"}, {"tuner": "full"}], "run 1 has another tuner .* `init_from: null`"),
         ([{"objective": "sft"}, {"tuner.r": 2}], "run 1 has another tuner"),
-        ([{"start": {"merge": "average", "of": "all"}}], "run 0 merges all runs before it"),
+        ([{"start": {"merge": "average", "of": "all"}}], "run 0 merges all earlier runs"),
         ([{"objective": "sft"}, {"learning_rat": 1}], "no 'learning_rat'"),
         ([{"start": {"merge": "averag", "of": ["a"]}}], "no merger 'averag'"),
     ],
@@ -185,7 +185,7 @@ def test_a_plan_stopped_in_its_second_act_goes_on_there(base, tmp_path, monkeypa
 def test_a_plan_and_a_single_run_do_not_share_a_folder(base, tmp_path):
     luthier.tune(base | {"max_steps": 1}, folder=tmp_path)
     planned = base | {"plan": [{"max_steps": 1}, {"max_steps": 2}]}
-    with pytest.raises(RecipeError, match="holds a single run; give this plan another output_dir"):
+    with pytest.raises(RecipeError, match="holds a single run; set another output_dir for this plan"):
         luthier.tune(planned, folder=tmp_path)
     luthier.tune(planned | {"overwrite": True}, folder=tmp_path)
     assert luthier.tune(planned | {"overwrite": False}, folder=tmp_path).runs

@@ -204,13 +204,13 @@ def test_merging_into_codes_is_refused():
     model, _ = on_codes()
     for name in ("lora", "ssf"):
         attached = put(name, on_codes()[0])
-        with pytest.raises(ValueError, match="takes no change"):
+        with pytest.raises(ValueError, match="cannot be changed in place"):
             attached.peft.merge_adapter()
 
 
 @pytest.mark.parametrize("tuner", ["full", "lisa"])
 def test_tuners_of_whole_weights_are_refused(tuner, tiny):
-    with pytest.raises(RecipeError, match="trains the model's own weights.*'lora'"):
+    with pytest.raises(RecipeError, match="trains the base model's weights.*'lora'"):
         dry_run(Recipe.load({"model": tiny, "tuner": tuner, "quantization": "nf4"}))
 
 
@@ -229,7 +229,9 @@ def test_in_a_run(spec, tiny, tmp_path):
         "learning_rate": 1e-2,
     }
     whole = luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
-    assert sum(whole.losses[-2:]) < sum(whole.losses[:2]) and any(f"kept as {spec}" in s for s in whole.notes)
+    assert sum(whole.losses[-2:]) < sum(whole.losses[:2]) and any(
+        f"quantized to {spec}" in s for s in whole.notes
+    )
     last = checkpoints.load(checkpoints.paths(tmp_path / "whole")[-1])
     shutil.rmtree(checkpoints.paths(tmp_path / "whole")[-1])
     (tmp_path / "whole" / "report.json").unlink()

@@ -68,7 +68,7 @@ def test_stages_need_what_they_want(name, roles):
     for word in wanted - {"pairs"}:
         rows = [{k: v for k, v in r.items() if k != word} for r in rows_with(wanted)]
         try:
-            assert not list(stage(rows, roles))  # such rows leave, or are refused
+            assert not list(stage(rows, roles))  # such rows are dropped, or are refused
         except (RecipeError, KeyError):
             pass
 
@@ -93,4 +93,4 @@ def test_rows_that_leave_are_told_in_the_report(base, tmp_path):
         notes = luthier.tune(base | change, folder=tmp_path).notes
     except RecipeError as error:
         pytest.skip(str(error))
-    assert any("stage 'ifd'" in n and "rows leave" in n for n in notes)
+    assert any("stage 'ifd'" in n and "rows are dropped" in n for n in notes)

@@ -157,5 +157,5 @@ def test_b_learns_faster():
     assert torch.equal(out["B"], 8 * grads["B"]) and all(
         torch.equal(out[k], grads[k]) for k in ("A", "weight")
     )
-    with pytest.raises(RecipeError, match="finds no factor B"):
+    with pytest.raises(RecipeError, match="finds no LoRA factor B"):
         LoraPlus().bind(put("ssf"))

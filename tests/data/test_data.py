@@ -173,12 +173,12 @@ def test_columns_are_mapped_and_formats_can_be_named():
 
 def test_unknown_and_ambiguous_columns():
     with pytest.raises(
-        RecipeError, match=r"no format fits the columns buggy, fixed; the nearest: .*columns: \{prompt: buggy"
+        RecipeError, match=r"no format matches the columns buggy, fixed. Nearest: .*columns: \{prompt: buggy"
     ):
         load([{"buggy": "a", "fixed": "b"}])
     with pytest.raises(RecipeError, match="alpaca needs instruction \\+ output"):
         load([{"instruction": "a", "result": "b"}])
-    with pytest.raises(RecipeError, match="fit messages and sharegpt alike"):
+    with pytest.raises(RecipeError, match=r"match more than one format \(messages and sharegpt\)"):
         load([{"messages": [USER, BOT], "conversations": [USER, BOT]}])
 
 
@@ -188,7 +188,7 @@ def test_mixed_files_take_rows_of_the_same_kind_only():
     assert found.format == "alpaca" and len(found.rows) == 61 and found.rows[60]["completions"] == [[BOT]]
     assert (
         found.bad[0]["where"] == "rows:62"
-        and "do not fit the file's format, alpaca" in found.bad[0]["reason"]
+        and "do not match the file's format, alpaca" in found.bad[0]["reason"]
     )
 
 
@@ -198,12 +198,12 @@ GOOD = {"messages": [USER, BOT]}
 BROKEN = [
     (b'{"messages": [{"role": "user", "content": "Hi', "truncated JSON"),
     (b"messages: hi", "not JSON"),
-    (b'["a", "b"]', "no object with columns"),
+    (b'["a", "b"]', "not a JSON object"),
     (b'{"messages": "\xff\xfe"}', "not UTF-8 (0xff at byte"),
-    (b'{"messages": "a\x00b"}', "holds a NUL byte"),
-    (b'{"messages": "a\\u0000b"}', "holds a NUL byte"),
+    (b'{"messages": "a\x00b"}', "contains a NUL byte"),
+    (b'{"messages": "a\\u0000b"}', "contains a NUL byte"),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone surrogate"),
-    (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
+    (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, "turn 2 of messages (assistant) is empty"),
     (
         {"messages": [USER, {"role": "assistant", "content": " \n "}]},
@@ -212,12 +212,15 @@ BROKEN = [
     ({"messages": [USER, {"role": "assistant", "content": 7}]}, "turn 2 of messages is a number, not text"),
     ({"messages": [{"role": "narrator", "content": "x"}, BOT]}, "unknown role 'narrator'"),
     ({"messages": [USER]}, "no assistant turn"),
-    ({"messages": [BOT, USER, BOT]}, "begins with the assistant"),
+    ({"messages": [BOT, USER, BOT]}, "begins with an assistant turn"),
     ({"messages": 7}, "messages is not a list of messages"),
     ({"messages": []}, "messages is not a list of messages"),
-    ({"messages": None, "other": 1}, "do not fit the file's format"),
-    ({"messages": [USER, {"role": "assistant", "content": "x" * 1_000_001}]}, "over 1,000,000 characters"),
-    ({"prompt": "x", "chosen": "a", "rejected": "b"}, "do not fit the file's format, messages"),
+    ({"messages": None, "other": 1}, "do not match the file's format"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": "x" * 1_000_001}]},
+        "longer than 1,000,000 characters",
+    ),
+    ({"prompt": "x", "chosen": "a", "rejected": "b"}, "do not match the file's format, messages"),
 ]
 
 
@@ -245,7 +248,7 @@ def test_each_bad_row_has_its_line_and_its_reason(tmp_path):
         ({"prompt": "a", "completion": 3}, "completion is a number, not text"),
         ({"prompt": 3, "completion": "a"}, "prompt is a number, not text"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
-        ({"chosen": "abc", "rejected": "xyz"}, "share no beginning"),
+        ({"chosen": "abc", "rejected": "xyz"}, "do not start with the same text"),
         ({"prompt": "a", "completion": "b", "label": 0.3}, "label is 0.3, not true or false"),
         ({"prompt": "a", "completions": ["b"], "scores": [1, 2]}, "1 completions but 2 scores"),
         ({"prompt": "a", "completions": ["b"], "scores": [float("nan")]}, "not finite"),
@@ -255,7 +258,7 @@ def test_each_bad_row_has_its_line_and_its_reason(tmp_path):
         ({"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1.5}, "preference is a tie"),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]},
-            "cannot be read",
+            "cannot be parsed",
         ),
         ({"text": "a", "label": None, "labels": []}, "label is missing"),
         ({"question": "a", "answer": {"b": 1}}, "answer is an object"),
@@ -349,8 +352,8 @@ def test_a_broken_csv_costs_its_own_lines(tmp_path):
     found = load(tmp_path / "rows.csv")
     assert len(found.rows) == 60
     assert [(b["where"], b["reason"].partition(" (")[0]) for b in found.bad] == [
-        ("rows.csv:11", "a quote is not closed"),
-        ("rows.csv:12", "3 cells under 2 names"),
+        ("rows.csv:11", "a quotation mark is not closed"),
+        ("rows.csv:12", "3 cells, but the header has 2 columns"),
         ("rows.csv:13", "not UTF-8"),
     ]
 
@@ -366,23 +369,23 @@ def test_a_broken_json_list_goes_on_behind_the_break(tmp_path):
 
 def test_other_encodings_and_containers_are_told_once(tmp_path):
     (tmp_path / "wide.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
-    with pytest.raises(RecipeError, match="is UTF-16, not UTF-8: convert it with iconv"):
+    with pytest.raises(RecipeError, match="is UTF-16, not UTF-8; convert it: iconv"):
         load(tmp_path / "wide.jsonl")
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:-9])
-    with pytest.raises(RecipeError, match="cannot be read to its end"):
+    with pytest.raises(RecipeError, match="could not be read completely"):
         load(tmp_path / "rows.jsonl.gz")
     (tmp_path / "rows.parquet").write_bytes(b"no")
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(os.urandom(9999))[:50] + b"x" * 500)
-    with pytest.raises(RecipeError, match="cannot be read to its end"):
+    with pytest.raises(RecipeError, match="could not be read completely"):
         load(tmp_path / "torn.jsonl.gz")
-    with pytest.raises(RecipeError, match="no parquet"):
+    with pytest.raises(RecipeError, match="not a valid parquet file"):
         load(tmp_path / "rows.parquet")
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
-    with pytest.raises(RecipeError, match="holds no rows"):
+    with pytest.raises(RecipeError, match="has no rows"):
         load(tmp_path / "empty.jsonl")
-    with pytest.raises(RecipeError, match=r"there is no file .*; did you mean 'wide.jsonl'"):
+    with pytest.raises(RecipeError, match=r"file .* does not exist; did you mean 'wide.jsonl'"):
         load(tmp_path / "wode.jsonl")
-    with pytest.raises(RecipeError, match="no setting 'colums'; did you mean 'columns'"):
+    with pytest.raises(RecipeError, match="no setting is named 'colums'; did you mean 'columns'"):
         load({"path": "x", "colums": {}})
 
 
@@ -432,7 +435,7 @@ def test_dataset_info_of_llama_factory(tmp_path):
     assert load(place + ":mine").rows[0]["prompt"] == [{"role": "user", "content": "Add.\n\n1 1"}]
     assert load({"path": place, "name": "pairs"}).rows[0]["scores"] == [1.0, 0.0]
     assert load(place + ":talk").rows[0]["completions"] == [[BOT]]
-    with pytest.raises(RecipeError, match="has no data set 'min'; did you mean 'mine'"):
+    with pytest.raises(RecipeError, match="has no data set named 'min' .*; did you mean 'mine'"):
         load(place + ":min")
 
 
@@ -472,7 +475,8 @@ def test_names_on_the_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        RecipeError, match="'someone/stories' is no file here.* no data set that could be loaded: no network$"
+        RecipeError,
+        match="'someone/stories' is neither a file.* nor a data set that can be loaded: no network$",
     ):
         load("someone/stories")
 

@@ -27,17 +27,17 @@ def test_what_rows_can_feed():
     pairs = {f["objective"]: f for f in preview(PAIRS, "toy:lm-small")["feeds"]}
     assert pairs["dpo"]["feeds"] == pairs["kto"]["feeds"] == pairs["sft"]["feeds"] == "yes"
     assert pairs["dpo"]["why"] == "with roles: reference" and pairs["simpo"]["why"] == ""
-    assert pairs["fait"]["feeds"] == "through a stage" and "diff_masks" in pairs["fait"]["why"]
+    assert pairs["fait"]["feeds"] == "with a stage" and "diff_masks" in pairs["fait"]["why"]
     assert (
         pairs["morepair"]["feeds"] == "no"
-        and "stage rationale makes it of rationale" in pairs["morepair"]["why"]
+        and "stage rationale computes it from rationale" in pairs["morepair"]["why"]
     )
     plain = {f["objective"]: f for f in preview(SUMS, "toy:lm-small")["feeds"]}
     assert (
         "prompt/chosen/rejected" in plain["dpo"]["why"]
         and "exact_match" in plain["grpo"]["why"]
         and plain["sft"]["feeds"] == "yes"
-        and plain["grpo"]["feeds"] == "through a stage"
+        and plain["grpo"]["feeds"] == "with a stage"
     )
     unpaired = {f["objective"]: f["feeds"] for f in preview(UNPAIRED, "toy:lm-small")["feeds"]}
     assert unpaired["kto"] == unpaired["bco"] == "yes" and unpaired["dpo"] != "yes"
@@ -108,7 +108,7 @@ def test_dpo_is_seen_by_the_checkup(tiny, tmp_path):
     assert "reward margin (nats)" in luth("inspect", tiny, tmp_path / "run", "--preference").stdout
     (tmp_path / "sums.jsonl").write_text(json.dumps(SUMS[0]) + "\n", encoding="utf-8")
     refused = luth("inspect", tiny, tmp_path / "run", "--preference", "--data", tmp_path / "sums.jsonl")
-    assert refused.exit_code == 2 and "better and a worse completion" in refused.output
+    assert refused.exit_code == 2 and "chosen and a rejected completion" in refused.output
 
 
 def test_losses_side_by_side_and_who_plays_the_judge_by_length(tiny, tmp_path):
@@ -142,7 +142,7 @@ def test_losses_side_by_side_and_who_plays_the_judge_by_length(tiny, tmp_path):
         and max(line["reward"] for line in table) == report.after["generated_reward"]
     )
     flagged = [line for line in table if line["length ratio"] > 1.01]
-    assert len([n for n in report.notes if "fooled by length" in n]) == len(flagged)
+    assert len([n for n in report.notes if "may prefer length" in n]) == len(flagged)
     kept = json.loads((tmp_path / "plan" / "report.json").read_text(encoding="utf-8"))
     assert kept["stats"]["table"] == table
 

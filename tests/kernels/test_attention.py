@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import zoo
-from luthier.kernels import _switch, attention
+from luthier.kernels import _switch, attention, attention_plan
 from luthier.kernels.decode_attention import Decoding, attend_one_token
 from luthier.methods.tuners._base import Untuned
 from luthier.model.batch import collate
@@ -54,11 +54,11 @@ def asked(layout, dtype=torch.float32, heads=6, kv=2, size=8):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_blocks_are_the_plain_twin(batch, reach, virtual, share, width, kept, monkeypatch):
     """Values and the gradients of query, key and value, with blocks so short that everything is cut."""
-    monkeypatch.setattr(attention, "QUERIES", 16)
-    monkeypatch.setattr(attention, "WHOLE", 8)
+    monkeypatch.setattr(attention_plan, "QUERIES", 16)
+    monkeypatch.setattr(attention_plan, "WHOLE", 8)
     monkeypatch.setattr(attention, "KEEP", 10**6 if kept else 0)
     layout = lay_out(BATCHES[batch](), share=share, width=width, virtual=virtual)
-    how = attention.plan(layout, torch.float32, *reach)
+    how = attention_plan.plan(layout, torch.float32, *reach)
     real = layout.piece.flatten() >= 0
     queries = torch.cat([g.queries.flatten()[g.to_queries < len(real)] for g in how.groups])
     assert sorted(queries.tolist()) == real.nonzero().squeeze(1).tolist()  # every token asks once
@@ -77,7 +77,7 @@ def test_blocks_are_the_plain_twin(batch, reach, virtual, share, width, kept, mo
 
 def test_bf16_is_within_its_rounding():
     layout = lay_out(uneven(), width=10**6)
-    how, exact = (attention.plan(layout, t) for t in (torch.bfloat16, torch.float32))
+    how, exact = (attention_plan.plan(layout, t) for t in (torch.bfloat16, torch.float32))
     inputs, weight = asked(layout, torch.bfloat16)
     wide = [x.detach().float().requires_grad_() for x in inputs]
     got, want = attention.attend(*inputs, how, 0.3), attention.plain(*wide, exact, 0.3)
@@ -92,7 +92,7 @@ def test_bf16_is_within_its_rounding():
 
 def test_second_and_forward_derivatives():
     layout = lay_out(zoo.rows(), width=10**6)
-    how = attention.plan(layout, torch.float32)
+    how = attention_plan.plan(layout, torch.float32)
     inputs, weight = asked(layout)
     both = []
     for way in (attention.attend, attention.plain):
@@ -112,9 +112,9 @@ def test_dropout_is_that_of_operations_torch_differentiates(monkeypatch):
     """The same numbers are left out in values, gradients and second derivatives; and on average, nothing
     is.
     """
-    monkeypatch.setattr(attention, "QUERIES", 16)
+    monkeypatch.setattr(attention_plan, "QUERIES", 16)
     layout = lay_out(uneven(), width=10**6)
-    how = attention.plan(layout, torch.float32)
+    how = attention_plan.plan(layout, torch.float32)
     inputs, weight = asked(layout)
     both = []
     for way in (attention.attend, attention._composed):
@@ -147,10 +147,10 @@ def test_nothing_is_computed_for_what_a_mask_would_hide():
         for k in range(64)
     ]
     layout = lay_out(collate(rows, lambda r: r["e"]), width=10**6)
-    how = attention.plan(layout, torch.float32)
+    how = attention_plan.plan(layout, torch.float32)
     assert sum(g.queries.numel() * g.keys.shape[1] for g in how.groups) == 64 * 32 * 32
     assert all(g.ranges is None for g in how.groups)
-    long = attention.plan(lay_out(collate(_one(2048), lambda r: r["e"]), width=1), torch.float32)
+    long = attention_plan.plan(lay_out(collate(_one(2048), lambda r: r["e"]), width=1), torch.float32)
     assert sum(g.queries.numel() * g.keys.shape[1] for g in long.groups) < 0.6 * 2048**2
 
 

@@ -31,7 +31,7 @@ def test_refused_in_a_sentence_without_a_compiler(tiny, monkeypatch):
 
 
 def test_a_network_without_known_layers_is_refused():
-    with pytest.raises(RecipeError, match="does not say which of its modules are layers"):
+    with pytest.raises(RecipeError, match="does not declare which modules are its layers"):
         compiled.compile_blocks(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 

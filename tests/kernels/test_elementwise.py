@@ -229,7 +229,7 @@ def test_liger_is_refused_in_a_sentence_where_it_cannot_run(tiny, monkeypatch):
 
     recipe = Recipe.load({"model": tiny, "architecture": {"name": "causal", "fused": "liger"}})
     if not torch.cuda.is_available():
-        with pytest.raises(RecipeError, match="on CUDA devices, and this network is on cpu"):
+        with pytest.raises(RecipeError, match="a CUDA device, but the model is on cpu"):
             load_model(recipe, build_methods(recipe), {})
     monkeypatch.setattr(liger, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'luthier\[liger\]'"):

@@ -21,7 +21,7 @@ def test_experts_are_part_of_their_layer():
     refused = t.Qwen3MoeForCausalLM(
         t.Qwen3MoeConfig(**LLAMA, **{k: v for k, v in MOE.items() if "shared" not in k})
     )
-    with pytest.raises(RecipeError, match="no linear module for d_ratio .fused experts"):
+    with pytest.raises(RecipeError, match="no separate linear module for d_ratio"):
         build("tuner", "s2ft").attach(refused)
     build("tuner", {"name": "s2ft", "d_ratio": 0, "o_ratio": 0.25}).attach(refused)
 

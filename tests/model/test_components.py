@@ -164,7 +164,10 @@ def test_an_average_is_of_a_plan_that_rows_decided(base, tmp_path):
     [
         ("refrence", "did you mean 'reference'"),
         ("teacher", "requires 'teacher'"),
-        *((name, "every recipe has its own") for name in ("clock", "batch", "policy", "warn", "tuner")),
+        *(
+            (name, "every recipe has this role built in")
+            for name in ("clock", "batch", "policy", "warn", "tuner")
+        ),
     ],
 )
 def test_a_role_that_nobody_asks_is_refused_before_any_compute(base, tmp_path, monkeypatch, name, sentence):

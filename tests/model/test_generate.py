@@ -143,7 +143,7 @@ def test_a_cache_is_used_where_it_writes_the_same_and_told_where_not(name):
         got = CAUSAL.generate(
             model, Untuned(model), PROMPTS, seeds=[0] * 4, max_new_tokens=5, temperature=0.0
         )
-    assert any("with a cache" in str(w.message) for w in told) == (name in SLOW)
+    assert any("with a KV cache" in str(w.message) for w in told) == (name in SLOW)
     for prompt, (written,) in zip(PROMPTS, got, strict=True):
         for k, token in enumerate(written):
             logits = model(input_ids=torch.tensor([prompt + written[:k]]), use_cache=False).logits[0, -1]
@@ -156,6 +156,6 @@ def test_writing_ends_where_positions_end():
         model, Untuned(model), [zoo.tokens(60, 1), [5]], seeds=[0, 0], max_new_tokens=9, temperature=0.0
     )
     assert [len(w[0]) for w in written] == [4, 9]
-    with pytest.raises(RecipeError, match="no room"):
+    with pytest.raises(RecipeError, match="which leaves none"):
         CAUSAL.generate(model, Untuned(model), [zoo.tokens(64, 1)], seeds=[0], max_new_tokens=2)
     assert CAUSAL.generate(model, Untuned(model), [], seeds=[]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import luthier
 from helpers.models import make_tokenizer
 from helpers.paths import FIXTURES
+from luthier.registry import build, former_metrics
+from luthier.report.console import Callback
+from luthier.run.folder import default_folder
+from luthier.run.upgrade import upgrade_rows
+from luthier.storage import checkpoints, files
+from luthier.storage.layout import run_folders
+from luthier.storage.toy import former_row
 
 FIRST = FIXTURES / "first_edition"
 
@@ -136,3 +145,103 @@ def test_an_old_recipe_runs(tmp_path):
         losses += luthier.Report.read(file.parent).losses
     assert losses == pytest.approx(EXPECTED["old_recipe"], rel=5e-3, abs=1e-4)
     assert Path(report.folder).is_dir()
+
+
+# ------------------------------------------------------------------------------------------ killed in mid-run
+
+
+def machine() -> list[str]:
+    """What rounding depends on."""
+    name = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return [name, torch.__version__]
+
+
+def digest(folder: Path) -> str:
+    """Of everything that a run trained, bit for bit."""
+    tensors = checkpoints.load(checkpoints.paths(folder)[-1]).tensors
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(tensors[name].numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def killed(name: str, folder: Path) -> dict:
+    """A run that version 0.1 began, and was killed in, as `run` in a folder; the recipe that it is of."""
+    shutil.copytree(FIRST / "killed" / name, folder / "run")
+    return yaml.safe_load((FIRST / "killed" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+class Sentences(Callback):
+    """The stages of a run beside its sentences."""
+
+    def stage(self, name):
+        self.notes.append(name)
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo", "dr_tune", "plan"])
+def test_a_killed_run_goes_on_to_the_same_end(name, tmp_path, monkeypatch):
+    """Bit for bit on the machine where version 0.1 made them; on others as far as rounding lets one compare.
+
+    sft: keys alone. grpo: a role and an online stage under former names, killed within a draw. dr_tune: a
+    role whose tensors carry its former name. plan: killed in the second of three runs, in act-1.
+    """
+    monkeypatch.chdir(tmp_path)  # the plan's second run names the first by its path
+    expected, callback = EXPECTED["killed"][name], Sentences()
+    report = luthier.tune(killed(name, tmp_path), output_dir="run", callback=callback)
+    resumed = [sentence for sentence in callback.notes if sentence.startswith("resuming from checkpoint-")]
+    assert len(resumed) == 1
+    folders = run_folders(Path("run")) or [Path("run")]
+    losses = [line["loss"] for folder in folders for line in files.read_rows(folder / "metrics.jsonl")]
+    if machine() == EXPECTED["machine"]:
+        assert losses == expected["losses"] and report.after.get("loss") == expected["after_loss"]
+        assert digest(folders[-1]) == expected["tensors"]
+    else:
+        comparable = 6 if name == "grpo" else None  # after that completions are sampled anew
+        assert losses[:comparable] == pytest.approx(expected["losses"][:comparable], rel=5e-3, abs=1e-4)
+    assert not report.before.keys() & set(former_metrics()), "metrics are called what they are called now"
+    if name == "plan":
+        assert [folder.name for folder in folders] == ["act-0", "act-1", "run-2"]
+
+
+def test_a_killed_run_of_another_recipe_is_refused(tmp_path):
+    """The check stands: other settings, other rows, and a recipe that was edited by hand since."""
+    recipe = killed("sft", tmp_path)
+    folder = tmp_path / "run"
+
+    def refusal(values: dict) -> str:
+        with pytest.raises(luthier.RecipeError) as error:
+            luthier.tune(values, output_dir=str(folder))
+        assert error.value.code == "another_run"
+        return str(error.value)
+
+    assert "learning_rate: 0.001 there, 0.002 here" in refusal({**recipe, "learning_rate": 2e-3})
+    assert "different rows" in refusal({**recipe, "data": {**recipe["data"], "n": 20}})
+    path = folder / "recipe.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("seed: 0", "seed: 1"), encoding="utf-8")
+    refusal({**recipe, "seed": 1})
+
+
+def test_a_killed_run_is_found_under_its_default_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = killed("sft", tmp_path)
+    Path("runs").mkdir()
+    folder = Path("run").rename("runs/practice-lm-small-lora-sft-0a1b2c")
+    assert default_folder(luthier.Recipe.load(recipe)) == folder
+    other = {**recipe, "data": {**recipe["data"], "n": 20}}
+    assert default_folder(luthier.Recipe.load(other)) != folder
+
+
+def test_columns_of_a_killed_run_are_renamed(tmp_path):
+    """Of the stages that wrote them alone; a column of the data keeps its name."""
+    rows = [{"id": "arithmetic/train/0/1", "world": "arithmetic", "old": [[-1.0]], "remembered": "mine"}]
+    files.write_rows(tmp_path / "rows.jsonl", rows)
+    upgrade_rows(tmp_path / "rows.jsonl", [build("stage", {"name": "rollout", "old": True})])
+    (row,) = files.read_rows(tmp_path / "rows.jsonl")
+    assert row == {"id": rows[0]["id"], "task": "arithmetic", "old_logprobs": [[-1.0]], "remembered": "mine"}
+    assert former_row({"id": row["id"], "task": "arithmetic"}) == {"id": row["id"], "world": "arithmetic"}

@@ -21,7 +21,7 @@ def test_export_merged_is_a_plain_model(tmp_path):
         attached.export_merged(tmp_path / f"{name}-{kind}")
         again = type(attached.model).from_pretrained(tmp_path / f"{name}-{kind}").eval()
         assert torch.allclose(plain(again), plain(attached.model), atol=2e-5)
-    with pytest.raises(RecipeError, match="has no place"):  # a bias that Llama does not have
+    with pytest.raises(RecipeError, match="has no parameter for"):  # a bias that Llama does not have
         put("ssf").export_merged(tmp_path / "refused")
     where = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     attached = put("lora", base("mixtral"), **where, modules_to_save=["lm_head"])

@@ -152,7 +152,7 @@ def test_names_are_not_paths(home, name):
             ("/..", "%2e%2e")
         )
     begun = client.post("/api/runs", json={"name": name, "text": "model: toy:lm\n"})
-    assert begun.status_code == 422 and "no name for a run" in begun.json()["error"]
+    assert begun.status_code == 422 and "not a valid run name" in begun.json()["error"]
     assert sorted(p.name for p in home.iterdir()) == ["recipe.yaml", "sums.jsonl"]
 
 
@@ -211,7 +211,7 @@ def test_an_upload_keeps_its_name_and_its_place(home, tiny):
             and (home / path).read_bytes() == body
         )
     assert (
-        "no kind that is read here"
+        "this file type is not supported"
         in client.post("/api/upload", params={"name": "x.exe"}, content=b"MZ").json()["error"]
     )
     assert len(list((home / "uploads").iterdir())) == 1
@@ -362,12 +362,12 @@ def test_a_run_of_the_shell_is_watched_exported_and_asked(desk, monkeypatch):
     assert f"script-src {script_hash()};" in page.headers["content-security-policy"] and "<h1>" in page.text
     made = client.post("/api/runs/first/export", json={"kind": "lora"}).json()
     assert (
-        "answers like the tuned model" in made["said"]
+        "outputs match the tuned model" in made["message"]
         and (desk / made["to"] / "adapter_model.safetensors").is_file()
     )
     assert "not empty" in client.post("/api/runs/first/export", json={"kind": "lora"}).json()["error"]
     assert (
-        "no export as 'gguf'"
+        "no export format 'gguf'"
         in client.post("/api/runs/first/export", json={"kind": "gguf", "to": "x"}).json()["error"]
     )
     shutil.copytree(desk / "runs/first", desk / "runs/second")
@@ -471,12 +471,12 @@ def test_started_stopped_and_resumed_and_stopped_roughly(home, tiny):
     )
     fresh = visitor(home)  # a studio that was started anew finds the run by its folder
     assert fresh.get("/api/runs/long").json()["state"] == "running"
-    assert "another process is running" in fresh.post("/api/runs/long/resume").json()["error"]
+    assert "another process is using" in fresh.post("/api/runs/long/resume").json()["error"]
     assert "stop it first" in fresh.post("/api/runs/long/remove").json()["error"]
     before = fresh.get("/api/runs/long/live").json()
     fresh.post("/api/runs/long/stop")
     run = wait(fresh, "long", "stopped", "failed")
-    assert run["state"] == "stopped" and "goes on from its last checkpoint" in run["why"]
+    assert run["state"] == "stopped" and "continue from its last checkpoint" in run["why"]
     assert fresh.post("/api/runs/long/resume").json()["state"] in ("starting", "running")
     now = {"since": before["next"], "mark": before["mark"]}
     until(
@@ -507,7 +507,7 @@ def test_a_dead_run_is_not_running(home, tiny):
     (folder / ".lock").write_text("1")  # a living process that began long before
     os.utime(folder / ".lock", (0, 0))
     assert client.get("/api/runs/dead").json()["state"] == "stopped"
-    assert "nothing is running" in client.post("/api/runs/dead/stop").json()["error"]
+    assert "no run is active" in client.post("/api/runs/dead/stop").json()["error"]
     (folder / "report.json").write_text('{"folder": ')
     assert (
         client.get("/api/runs/dead").status_code == 200
@@ -515,9 +515,9 @@ def test_a_dead_run_is_not_running(home, tiny):
     )
     # stopped while it woke up
     (folder / "console.log").write_text("Traceback (most recent call last):\n  File ...\nKeyboardInterrupt\n")
-    assert (run := client.get("/api/runs/dead").json())["state"] == "stopped" and "before it began" in run[
-        "why"
-    ]
+    assert (run := client.get("/api/runs/dead").json())[
+        "state"
+    ] == "stopped" and "before training began" in run["why"]
     (folder / "console.log").write_text("Traceback (most recent call last):\n  File ...\nValueError: no\n")
     assert (run := client.get("/api/runs/dead").json())["state"] == "failed" and run[
         "why"

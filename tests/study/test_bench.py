@@ -54,7 +54,7 @@ def test_ratio_is_the_best_rival_over_luthier():
             "trl_bf16": [6.0, 3.0, 4.5],
         }.items()
     }
-    measured = Measured(runs, {"plain": "it ended"}, 1e9)
+    measured = Measured(runs, {"plain": "the process ended"}, 1e9)
     found = summarize("tiny", given, {"body": 100, "head": 50}, measured)
     assert found["best_rival"] == "trl_bf16" and found["ratio"] == 3 and found["ratios"]["trl"] == 6
     assert found["contestants"]["luthier"]["median"] == 1.5 and found["contestants"]["trl_bf16"][

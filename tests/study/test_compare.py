@@ -47,7 +47,7 @@ def test_the_same_recipe_twice_is_no_difference(shared, tmp_path):
     arm = {"tuner": "lora", "learning_rate": 1e-2}
     found = run_comparison(spec(shared, {"a": arm, "b": arm}, seeds=2, together=False), tmp_path / "c")
     assert not any(p["apart"] for pairs in found["pairs"].values() for p in pairs)
-    assert "no difference seen" in found["sentence"] and "no winner" in found["sentence"]
+    assert "no significant difference" in found["sentence"] and "no winner" in found["sentence"]
     assert found["front"] and set(found["table"]["loss"]) == {"a", "b"}
     for metric in ("loss", "accuracy", "calibration_error", "trained", "peak_memory_mb", "seconds"):
         assert metric in found["table"]
@@ -164,7 +164,7 @@ def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
     assert (
         run_comparison(spec(shared, arms, **how), tmp_path / "c")["table"]["loss"] == found["table"]["loss"]
     )
-    with pytest.raises(RecipeError, match="two or more above 0"):
+    with pytest.raises(RecipeError, match="two or more values above 0"):
         resolve_arms(spec(shared, arms, learning_rates=(1e-3,)))
 
 
@@ -185,7 +185,7 @@ def test_a_plan_is_an_arm_like_others(shared, tmp_path):
         for k in (0, 1)
     ]
     assert found["table"]["seconds"]["twice"]["by_seed"][0] == pytest.approx(sum(acts))
-    with pytest.raises(RecipeError, match="which no budget divides"):
+    with pytest.raises(RecipeError, match="which --budget cannot divide"):
         resolve_arms(spec(shared, arms, budget="5 steps"))
 
 

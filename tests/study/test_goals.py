@@ -37,13 +37,13 @@ def test_goals_and_limits_are_understood():
     ]
     for bad, said in (
         (["memory <= 8 cows"], "not measured in 'cows'"),
-        (["memory"], "not a limit"),
+        (["memory"], "must have the form memory"),
         (["lossy < 1"], "did you mean 'loss'"),
     ):
         with pytest.raises(RecipeError, match=said):
             parse_limits(bad, "loss")
     for bad, said in (
-        (["generated_tokens"], "neither more nor less"),
+        (["generated_tokens"], "no better direction"),
         (["loss,loss"], "twice"),
         (["front(loss)"], "behind an @"),
     ):
@@ -95,11 +95,11 @@ def test_what_else_is_said_of_a_front():
         and volume.worst == (0.0, 0.2)
         and not beyond_worst(volume, acts)
     )
-    assert "reward_accuracy 0.1 lies beyond 0.2" in beyond_worst(
+    assert "reward_accuracy 0.1 is worse than the reference point 0.2" in beyond_worst(
         volume, [*acts, {"goal/short": 0.5, "reward_accuracy": 0.1}]
     )
     for said, plan, why in (
-        ("utility", {}, "plan makes none"),
+        ("utility", {}, "describes a Pareto front"),
         ("hypervolume", {"goal/short": None}, "`worst` for short"),
         ("utility(loss @ 3)", {}, "only a hypervolume"),
     ):

@@ -208,17 +208,17 @@ def test_differences_are_paired_by_seed(folder):
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"metrik": "loss"}, "a claim has no 'metrik'; did you mean 'metric'?"),
+        ({"metrik": "loss"}, "a claim has no key 'metrik'; did you mean 'metric'?"),
         ({"expect": "two > nine by 0.1"}, "there is no arm 'nine'; did you mean 'none'?"),
-        ({"expect": "two is better"}, "'two is better' is not `A > B by 0.02`"),
+        ({"expect": "two is better"}, "'two is better' must have the form `A > B by 0.02`"),
         ({"expect": "two > two by 0"}, "compares an arm with itself"),
-        ({"expect": "two = none within -0.1"}, "nothing lies within less than 0"),
-        ({"metric": None, "expect": "two > none by 0"}, "names no metric"),
+        ({"expect": "two = none within -0.1"}, "the tolerance must not be negative"),
+        ({"metric": None, "expect": "two > none by 0"}, "has no metric"),
         ({"expect": None}, "needs `arms` and `expect`"),
-        ({"select": "best loss"}, "'best loss' is not `lowest METRIC`"),
+        ({"select": "best loss"}, "'best loss' must be `lowest METRIC`"),
         ({"seeds": 1}, "seeds: .* greater than or equal to 2"),
-        ({"row": "lisaa"}, "the catalogue has no 'lisaa'; did you mean 'lisa'?"),
-        ({"arms": {"before": {}, "two": {}, "none": {}}}, "no arm may be called 'before'"),
+        ({"row": "lisaa"}, "the paper catalogue has no 'lisaa'; did you mean 'lisa'?"),
+        ({"arms": {"before": {}, "two": {}, "none": {}}}, "the arm name 'before' is reserved"),
         (
             {"arms": {"two": {"lerning_rate": 1}, "none": {}}},
             "arm two: .*'lerning_rate'; did you mean 'learning_rate'",
@@ -244,7 +244,7 @@ def test_wrong_files_are_refused_in_a_sentence(folder, keys, sentence):
 def test_names_and_yaml_are_checked(folder):
     with pytest.raises(RecipeError, match="no claim 'toi'; did you mean 'toy'"):
         spec.read_claim("toi", folder)
-    for text, why in (("a: [", "not YAML"), ("- a", "lines, not list")):
+    for text, why in (("a: [", "invalid YAML"), ("- a", "mapping of `key: value`, not list")):
         (folder / "toy.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(RecipeError, match=why):
             spec.read_claim("toy", folder)

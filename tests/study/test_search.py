@@ -23,9 +23,11 @@ from luthier.methods.searchers._base import (
 )
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
+from luthier.storage import files
 from luthier.study import search as searching
 from luthier.study.goals import front_figure, parse_goals, parse_limits
 from luthier.study.search import Measurement, TrialStore, optimize, parse_seeds, search_spec
+from luthier.study.search.result import read_result
 
 pytest.importorskip("optuna")
 
@@ -54,7 +56,7 @@ def test_one_tuning_seed_flatters_and_five_flatter_less():
 
 def test_seeds_that_overlap_are_refused(tiny):
     base = {"model": tiny, "data": SUMS, "max_steps": 2}
-    with pytest.raises(RecipeError, match="seeds 2 stand under --seeds and under --test-seeds"):
+    with pytest.raises(RecipeError, match="seeds 2 are in both --seeds and --test-seeds"):
         search_spec(base, seeds="1,2", test_seeds="2,3")
     made = search_spec(base)
     assert not set(made.seeds) & set(made.test_seeds) and made.test_seeds == (0, 1, 2)
@@ -152,7 +154,7 @@ def test_a_plan_is_searched_by_its_front(tmp_path):
         luthier.search(base, **how, output_dir=tmp_path / "a")
     plan["worst"]["short"] = -100.0
     found = luthier.search(base, **how, output_dir=tmp_path / "b")
-    start, top = found["start"], found["found"][0]
+    start, top = found["baseline"], found["chosen"][0]
     fronts = [
         json.loads((Path(r) / "report.json").read_text())["stats"]["front"]
         for r in found["comparison"]["arms"]["found-1"]["runs"]
@@ -197,10 +199,10 @@ def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
         output_dir=tmp_path / "s",
         subprocesses=False,
     )
-    assert len(found["trials"]) == 6 and found["spent"] == 6 and found["trials"][0]["kind"] == "recipe"
-    start, top = found["start"], found["found"][0]
+    assert len(found["trials"]) == 6 and found["full_runs"] == 6 and found["trials"][0]["kind"] == "recipe"
+    start, top = found["baseline"], found["chosen"][0]
     assert top["test"]["quality"] < start["test"]["quality"], "the recipe's learning rate was far too low"
-    for one in (start, *found["found"]):
+    for one in (start, *found["chosen"]):
         assert one["gap"]["quality"] == pytest.approx(one["test"]["quality"] - one["tuning"]["quality"])
         runs = [
             json.loads((Path(r) / "report.json").read_text())
@@ -247,7 +249,7 @@ def test_what_was_found_is_tested_on_other_rows(shared, tmp_path):
         subprocesses=False,
         output_dir=tmp_path / "s",
     )
-    with pytest.raises(RecipeError, match="--test-data: 3 of 6 rows also stand in data or eval_data"):
+    with pytest.raises(RecipeError, match="--test-data: 3 of 6 rows are also in data or eval_data"):
         luthier.search(picked, test_data=SUMS[57:63], **how)
     found = luthier.search(picked, test_data=SUMS[60:], **how)
     (run,) = found["comparison"]["arms"]["found-1"]["runs"]
@@ -286,9 +288,9 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(shared, tmp_path, monkeyp
             luthier.search(shared, output_dir=tmp_path / "b", **how)
     parts = luthier.search(shared, output_dir=tmp_path / "b", **how)
     same = lambda found: [(t["number"], t["point"], t["share"], t["goals"]) for t in found["trials"]]
-    assert same(parts) == same(whole) and parts["found"][0]["test"] == whole["found"][0]["test"]
+    assert same(parts) == same(whole) and parts["chosen"][0]["test"] == whole["chosen"][0]["test"]
     more = luthier.search(shared, output_dir=tmp_path / "b", **{**how, "trials": 3})
-    assert same(more)[: len(same(parts))] == same(parts) and more["spent"] > parts["spent"]
+    assert same(more)[: len(same(parts))] == same(parts) and more["full_runs"] > parts["full_runs"]
     with pytest.raises(RecipeError, match="holds another search"):
         luthier.search(shared, output_dir=tmp_path / "b", **{**how, "space": "tuner=ssf|lora"})
 
@@ -354,12 +356,12 @@ def test_a_goal_that_nothing_moves_is_told():
             Observation(i, {"x": i}, (float(i), 5.0)),
             Measurement({1: {"loss": float(i), "trained": 5.0}}),
             {"loss": float(i), "trained": 5.0},
-            "asked",
+            "suggested",
         )
         for i in range(3)
     ]
     assert searching.unmoved(wanted, tried) == [
-        "trained was 5.00 in all 3 configurations: nothing that was searched changes it"
+        "trained was 5.00 in all 3 configurations: no setting in the search space changes it"
     ]
     assert not searching.unmoved(wanted, tried[:1])
 
@@ -397,10 +399,10 @@ def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
         workers=2,
         subprocesses=False,
     )
-    assert found["spent"] == len(found["trials"]) == 5 and found["trials"][0]["kind"] == "recipe"
+    assert found["full_runs"] == len(found["trials"]) == 5 and found["trials"][0]["kind"] == "recipe"
     assert len({json.dumps(t["point"]) for t in found["trials"][1:]}) == 4
     monkeypatch.setattr(cluster.load_ray(), "nodes", lambda: [1, 2])
-    with pytest.raises(RecipeError, match="need --storage"):
+    with pytest.raises(RecipeError, match="needs --storage"):
         cluster.run_workers(2, print, None, print)
 
 
@@ -443,7 +445,7 @@ def test_what_moves_nothing_is_told_and_not_paid_for():
         Observation(3, {"x": 0.25}, (0.5, 1234.0), share=1 / 3),
         Measurement({}),
         {"accuracy": 0.5, "parameters": 1234.0},
-        "asked",
+        "suggested",
     )
     assert (
         searching.progress_line(made, told)
@@ -473,3 +475,25 @@ def test_arguments_of_the_first_version_are_read(shared, tmp_path):
     assert "over is now called space" in callback.notes
     with pytest.raises(RecipeError, match="give one of them"):
         luthier.search(shared, space="learning_rate", **how)
+
+
+def test_trials_and_results_of_version_0_1_are_read(tmp_path):
+    """Its trials have other names of attributes and no codes; its search.json other keys."""
+    store = TrialStore(Space((Dim("x", 0, 1),)), parse_goals(["loss"], "loss"), ())
+    trial = store.begin(Suggestion({"x": 0.5}))
+    store.end(trial, Measurement({}, 2.0, "tuner 'autopeft' moves nothing: all is pruned", "nothing_moves"))
+    (today,) = store.finished()
+    former = SimpleNamespace(number=trial.number, user_attrs=dict(store.study.trials[0].user_attrs))
+    attrs = former.user_attrs
+    attrs["took"], attrs["of"], attrs["kind"] = attrs.pop("seconds"), attrs.pop("configuration"), "asked"
+    del attrs["code"]
+    assert store._trial(former) == today and today.kind == "suggested" and today.measurement.idle
+
+    line = {"name": "found-1", "said": "x 0.5", "point": {"x": 0.5}}
+    trial = {"said": "x 0.5", "over": 0.0, "took": 2.0}
+    old = {"found": [line], "start": line, "over": [], "spent": 1, "took": 2.0, "trials": [trial]}
+    files.write_json(tmp_path / "search.json", old)
+    result = read_result(tmp_path / "search.json")
+    assert set(result) == {"chosen", "baseline", "space", "full_runs", "seconds", "trials"}
+    assert result["chosen"][0]["description"] == result["baseline"]["description"] == "x 0.5"
+    assert result["trials"] == [{"description": "x 0.5", "violation": 0.0, "seconds": 2.0}]

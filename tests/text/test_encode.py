@@ -196,7 +196,7 @@ def test_long_completions_are_cut_and_counted_and_long_prompts_refused():
     assert (
         [r["id"] for r in good] == ["a", "c"] and stats["cut"] == renderer.cut == 1 and stats["longest"] == 12
     )
-    assert bad[0]["where"] == "b" and "no room for a completion" in bad[0]["reason"]
+    assert bad[0]["where"] == "b" and "leaves none for a completion" in bad[0]["reason"]
     assert renderer.encode_all(rows).stats["cut"] == 0  # encoded already
 
 
@@ -228,12 +228,12 @@ def test_turns_marked_as_not_to_learn(template):
         ]
     silent = {"prompt": TALK[:2], "completions": [[{**TALK[2], "loss": False}]], "id": "s"}
     _, bad, _ = renderer.encode_all([silent])
-    assert bad[0]["where"] == "s" and "nothing to learn" in bad[0]["reason"]
+    assert bad[0]["where"] == "s" and "no supervised tokens" in bad[0]["reason"]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_or_taken_turn_by_turn():
     renderer = Renderer(trained(template=THINKING))
-    with pytest.raises(Rewrites, match="rewrites earlier turns"):
+    with pytest.raises(Rewrites, match="changes earlier turns"):
         renderer.encode(CHAT)
     rows, bad, stats = renderer.encode_all([CHAT])
     assert not bad and [r["id"] for r in rows] == ["talk@1", "talk@2"] and stats["turns"] == 2
@@ -244,14 +244,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_or_taken_turn_by_turn
     single = {"prompt": TALK[:2], "completions": [[{**TALK[2], "reasoning_content": "2+2"}]]}
     assert learned(renderer, single) == ["<think>\n2+2\n</think>\n\nFour.<|im_end|>"]
     several = {"id": "p", "prompt": TALK[:2], "completions": [TALK[2:], TALK[2:3]], "scores": [1.0, 0.0]}
-    assert "rewrites earlier turns" in renderer.encode_all([several]).bad[0]["reason"]
+    assert "changes earlier turns" in renderer.encode_all([several]).bad[0]["reason"]
 
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_refused():
     renderer = Renderer(
         trained(template=CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"))
     )
-    with pytest.raises(BadRow, match="begins a reply in one way to ask for it"):
+    with pytest.raises(BadRow, match="is not how it begins a reply"):
         renderer.encode(CHAT)
 
 
@@ -265,7 +265,7 @@ def test_a_template_that_never_ends_a_turn_is_told_once():
     renderer = Renderer(
         trained(template=template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
     )
-    with pytest.warns(UserWarning, match="not taught where to stop"):
+    with pytest.warns(UserWarning, match="does not learn when to stop"):
         renderer.encode(CHAT)
     assert len(renderer.warnings) == 1
 
@@ -311,7 +311,7 @@ def test_templates_by_name_file_and_text(tmp_path):
     bare = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     )
-    with pytest.raises(RecipeError, match="which this tokenizer lacks"):
+    with pytest.raises(RecipeError, match="which this tokenizer does not have"):
         Renderer(bare, chat_template="chatml")
 
 
@@ -410,7 +410,7 @@ def test_real_rows_with_a_real_tokenizer(name):
     renderer = Renderer(AutoTokenizer.from_pretrained(model), max_length=2048)
     found = load(DATA / name, limit=60)
     rows, bad, stats = renderer.encode_all(found.rows)
-    assert len(rows) >= 0.5 * len(found.rows) and all("no room" in b["reason"] for b in bad)
+    assert len(rows) >= 0.5 * len(found.rows) and all("which leaves none" in b["reason"] for b in bad)
     for row in rows[:20]:
         encoded = renderer.encode(row)
         assert encoded.prompt[0] == 1 and len(encoded) <= 2048 and 1 not in encoded.completions[0]

@@ -25,7 +25,7 @@ def test_every_tuner_has_a_row_and_a_share(table):
     assert table.keys() == {c.name for c in cards("tuner")}
     for row in table.values():
         assert set(abilities.WIDE) <= row.keys()
-        assert row["share"] == "not on Llama" or 0 < float(row["share"]) <= 100
+        assert row["share"] == "not supported on Llama" or 0 < float(row["share"]) <= 100
 
 
 def test_what_is_declared_was_done(table):

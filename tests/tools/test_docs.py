@@ -5,7 +5,6 @@ somewhere.
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 
 import pytest
 import yaml
@@ -13,7 +12,9 @@ import yaml
 import luthier
 from helpers.paths import ROOT
 from luthier import registry
+from luthier.registry import describe
 from luthier.tools import docs
+from luthier.tools.method_page import escape, terminal_page
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
 BY_HAND = ("index", "idea", "recipes", "data", "toy", "python", "troubleshooting")
@@ -44,8 +45,32 @@ def test_every_method_has_a_page_with_every_setting():
     made = docs.site_pages()
     for c in registry.cards():
         text = made[f"methods/{c.kind}/{c.name}.md"]
-        assert c.summary in " ".join(text.split())
-        assert all(f"| `{f.name}` |" in text for f in fields(registry.find(c.kind, c.name)))
+        assert escape(c.summary) in " ".join(text.split())
+        assert all(f"| `{f.name}` |" in text for f in describe.settings(registry.find(c.kind, c.name)))
+
+
+def test_every_method_says_when_to_use_it_and_what_it_costs():
+    for c in registry.cards():
+        cls = registry.find(c.kind, c.name)
+        assert c.use_when == cls.use_when, f"{c.kind} {c.name}"
+        assert c.use_when.endswith(".") and not c.use_when.startswith("Use"), f"{c.kind} {c.name}: use_when"
+        known = cls.costs or any(getattr(word, "costs", "") for word in c.requires)
+        assert known or c.kind == "format", f"{c.kind} {c.name}: costs"
+
+
+def test_pages_open_with_when_to_use_a_method():
+    text = docs.site_pages()["methods/objective/dpo.md"]
+    assert text.startswith("# dpo\n\nUse it when ")
+    for part in ("Learning rate:", "## A whole recipe", "## Measured", "## Settings", "```bibtex"):
+        assert part in text
+    assert terminal_page(registry.find("objective", "dpo")).startswith("dpo (objective)\n\nUse it when ")
+
+
+def test_internal_settings_are_on_no_page():
+    made = docs.site_pages()
+    assert "| `d` |" in made["methods/tuner/intrinsic_dimension.md"]
+    assert "| `numbers` |" not in made["methods/tuner/intrinsic_dimension.md"]
+    assert "| `counts` |" not in made["methods/tuner/apet.md"]
 
 
 def test_every_key_is_in_the_table():
@@ -72,7 +97,7 @@ def test_recipes_in_pages_can_be_read(page):
 
 
 def test_sentences_that_are_explained_are_said():
-    """The troubleshooting page quotes the code: a sentence that the code no longer says has no place
+    """The troubleshooting page quotes the code: a sentence that the code no longer says has no parameter for
     there.
     """
     code = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "src/luthier").rglob("*.py"))

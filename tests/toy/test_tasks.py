@@ -19,6 +19,7 @@ from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
 from luthier.registry.build import warn_of_former
+from luthier.storage.toy import former_row
 from luthier.toy.tasks import (
     _sample,
     arithmetic,
@@ -165,18 +166,6 @@ def test_what_is_read_is_verified_alike():
             )
 
 
-def former(row: dict) -> dict:
-    """A row as version 0.1 wrote it: its task is called `world`, the task of an instruction `task`."""
-    row = {**row, "world": row["task"]}
-    inner = row.get("of", {}).get("task")
-    if inner is None:
-        del row["task"]
-    else:
-        row["task"] = inner
-        row["of"] = {key: value for key, value in row["of"].items() if key != "task"}
-    return row
-
-
 @pytest.mark.parametrize("split", ["people/new", "sql/new", "chat/instruct"])
 def test_rows_that_version_0_1_saved_load_and_verify(split, tmp_path):
     from luthier.data.load import load_rows as load
@@ -184,14 +173,15 @@ def test_rows_that_version_0_1_saved_load_and_verify(split, tmp_path):
     task, _, name = split.partition("/")
     rows = toy.rows(task, name, 6)
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(former(row)) + "\n" for row in rows), encoding="utf-8")
+    file.write_text("".join(json.dumps(former_row(row)) + "\n" for row in rows), encoding="utf-8")
     with pytest.warns(FutureWarning, match="'world' is now called 'task'"):
         warn_of_former.cache_clear()
         judge = build("reward", "world")
+    assert all("world" in former_row(row) for row in rows)
     for row, current in zip(load(str(file)).rows, rows, strict=True):
         assert row["task"] == task and "world" not in row
         assert judge.scores(row, [gold(current)]) == [1.0]
-        assert toy.verify(former(current), gold(current)) == 1.0
+        assert toy.verify(former_row(current), gold(current)) == 1.0
 
 
 def test_reward_task_takes_one_objective_or_their_mean():
@@ -208,7 +198,7 @@ def test_reward_task_takes_one_objective_or_their_mean():
     )
     with pytest.raises(RecipeError, match="did you mean 'warm'"):
         build("reward", {"name": "task", "objective": "warmth"}).scores(row, texts)
-    with pytest.raises(RecipeError, match="reads the column 'task'"):
+    with pytest.raises(RecipeError, match="needs the column 'task'"):
         build("reward", "task").scores({"id": "a", "prompt": "x"}, ["y"])
 
 

@@ -71,7 +71,7 @@ def test_what_cannot_be_read_in_one_pass():
     dora = share_weights(other)
     full = zoo.make("llama")
     for crowd, why in (
-        ([*policies, stranger], "share their weights"),
+        ([*policies, stranger], "share weights"),
         ([Policy(CAUSAL, dora, build("tuner", {"name": "lora", "use_dora": True}).attach(dora))], "A and B"),
         ([Policy(CAUSAL, full, build("tuner", "full").attach(full))], "more than LoRA"),
     ):
@@ -132,4 +132,4 @@ def test_paused_and_killed_ones_go_on(base, tmp_path):
 def test_the_faster_way_is_measured_and_told(base, tmp_path):
     runs = [(Recipe.load({**base, **m, "max_steps": 7}), tmp_path / k) for k, m in MEMBERS.items()]
     notes = batched.perform(runs)[0].notes
-    assert any("3 runs step" in n and "µs a token" in n for n in notes)
+    assert any("3 runs train" in n and "µs per token" in n for n in notes)

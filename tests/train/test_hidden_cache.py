@@ -73,7 +73,7 @@ def test_no_room_no_harm(tmp_path):
         ({"name": "lora", "target_modules": ["q_proj"]}, "lowest layer"),
         ("full", "lowest layer"),
         ("lisa", "lowest layer"),
-        ({"name": "prompt"}, "step to step"),
+        ({"name": "prompt"}, "changes at every step"),
     ],
 )
 def test_where_something_below_moves_nothing_is_kept(tuner, why, tmp_path):
@@ -85,7 +85,7 @@ def test_dropout_below(tmp_path):
     policy.model.config.attention_dropout = 0.1
     assert "dropout" in hidden_cache.open_cache(policy, zoo.rows(), tmp_path / "f.bin", 1000)
     noisy = Policy(replace(CAUSAL, neftune_noise_alpha=5.0), policy.model, policy.attached)
-    assert "step to step" in hidden_cache.open_cache(noisy, zoo.rows(), tmp_path / "f.bin", 1000)
+    assert "changes at every step" in hidden_cache.open_cache(noisy, zoo.rows(), tmp_path / "f.bin", 1000)
 
 
 @pytest.mark.parametrize("objective, data", [("sft", SUMS), ("dpo", PAIRS)])

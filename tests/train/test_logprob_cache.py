@@ -117,4 +117,4 @@ def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks):
 
 def test_asked_for_in_vain_is_told(base, tmp_path):
     said = luthier.tune(base | {"cache_reference": True, "max_steps": 1}, folder=tmp_path / "a").notes
-    assert any(n.startswith("cache_reference: nothing is cached") for n in said)
+    assert any(n.startswith("cache_reference: log-probabilities are not cached") for n in said)

@@ -176,7 +176,7 @@ def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base,
         return real(self, group, grads)
 
     monkeypatch.setattr(Chain, "step_group", full)
-    with pytest.raises(OutOfMemory, match="out of memory: what was saved before is intact"):
+    with pytest.raises(OutOfMemory, match="out of memory; everything saved so far is intact"):
         luthier.tune(base, folder=tmp_path / "b")
     assert len(pushed) == 40
     monkeypatch.setattr(Chain, "step_group", real)
@@ -199,15 +199,15 @@ def test_completions_that_never_end_are_told(base, tmp_path, monkeypatch):
     for row in rows:
         row.supervised[:] = [[t not in stop for t in ids] for ids in row.completions]
     real(rows, stop, told.append)
-    assert told == [
-        "no completion teaches the model to stop: the end of a turn is not among the supervised tokens"
-    ]
+    assert len(told) == 1 and "the end-of-turn token is not supervised" in told[0]
 
 
 def test_more_tokens_than_the_network_has_positions_for_are_refused(base, tmp_path):
-    with pytest.raises(RecipeError, match="max_length: 600 tokens, and .* reads 512 at most"):
+    with pytest.raises(
+        RecipeError, match="max_length: 600 tokens is more than .* reads with this tuner .512."
+    ):
         luthier.tune(base | {"max_length": 600}, folder=tmp_path)
-    with pytest.raises(RecipeError, match="reads 507 at most"):
+    with pytest.raises(RecipeError, match="reads with this tuner .507."):
         luthier.tune(
             base | {"max_length": 512, "tuner": {"name": "prompt", "num_virtual_tokens": 5}},
             folder=tmp_path / "soft",
@@ -270,7 +270,7 @@ def test_nothing_to_learn_is_refused(base, tmp_path):
             ]
         }
     ] * 8
-    with pytest.raises(RecipeError, match="nothing to learn|none of 8 rows"):
+    with pytest.raises(RecipeError, match="no supervised tokens|none of the 8 rows"):
         luthier.tune(base | {"data": rows, "max_bad_rows": 1}, folder=tmp_path)
 
 
@@ -278,7 +278,7 @@ def test_a_gradient_that_does_not_arrive_is_refused(base, tmp_path, monkeypatch)
     from luthier.methods.objectives.supervised.sft import SFT
 
     monkeypatch.setattr(SFT, "loss", lambda self, roles, batch: roles.policy.logprobs(batch) * 0.0)
-    with pytest.raises(Refused, match="no gradient reaches"):
+    with pytest.raises(Refused, match="receives a gradient"):
         luthier.tune(base, folder=tmp_path)
 
 
@@ -299,7 +299,7 @@ def test_a_wrong_layout_is_told_and_read_padded(base, tmp_path, monkeypatch):
     want = luthier.tune(base, folder=tmp_path / "a")
     leak(monkeypatch)
     got = luthier.tune(base, folder=tmp_path / "b")
-    assert any("padded instead" in n for n in got.notes) and got.losses == pytest.approx(
+    assert any("using 'padded' instead" in n for n in got.notes) and got.losses == pytest.approx(
         want.losses, abs=1e-4
     )
 
@@ -324,4 +324,4 @@ def test_rows_that_are_yet_to_be_answered_are_read_right_too(base, tmp_path, mon
         base | {"tuner": "lora", "objective": "grpo", "live": ROLLOUT, "data": prompts, "max_steps": 1},
         folder=tmp_path,
     )
-    assert any("padded instead" in n for n in report.notes)
+    assert any("using 'padded' instead" in n for n in report.notes)

@@ -28,31 +28,46 @@ PATCHES = (
     Patch(
         "rotary",
         "transformers",
-        "`apply_rotary_pos_emb` of a model's modelling file",
+        "`apply_rotary_pos_emb` in a model's modelling file",
         "one pass over q and k",
     ),
     Patch("attention", "transformers", "an entry `luthier` among its attention functions", "packed batches"),
     Patch(
         "logging",
         "transformers",
-        "verbosity and progress bars, while a model is loaded",
-        "one report of a run",
+        "verbosity and progress bars while a model is loaded",
+        "one progress display per run",
     ),
-    Patch("peft_types", "peft", "members of `PeftType`, its mappings of types", "our tuners are PEFT types"),
-    Patch("malloc", "glibc", "`mallopt`: freed memory stays with the process", "a fourth of a step on CPUs"),
+    Patch(
+        "peft_types",
+        "peft",
+        "members of `PeftType`, its mappings of types",
+        "luthier's tuners are PEFT types",
+    ),
+    Patch(
+        "malloc",
+        "glibc",
+        "`mallopt`: freed memory stays with the process",
+        "saves a quarter of a step on CPUs",
+    ),
     Patch(
         "lazy_imports",
         "torch, transformers",
-        "stand-ins for modules that one process does not use; command line only",
-        "two thirds of the time in which a model class is imported",
+        "placeholders for modules that the process does not use; command line only",
+        "saves two thirds of the time to import a model class",
     ),
     Patch(
         "import_structure",
         "transformers",
-        "its files are read once for what they offer; command line only",
-        "0.3 s of a start",
+        "the list of its lazy modules is read once; command line only",
+        "saves 0.3 s at start",
     ),
-    Patch("gc", "python", "how often garbage is looked for; command line only", "an eighth of a start"),
+    Patch(
+        "gc",
+        "python",
+        "thresholds of the garbage collector; command line only",
+        "saves an eighth of the start",
+    ),
 )
 
 _depth = 0

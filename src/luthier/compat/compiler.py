@@ -18,14 +18,14 @@ def check_compiler() -> None:
     if torch.cuda.is_available():
         if find_spec("triton") is None:
             raise RecipeError(
-                "torch_compile: on a GPU torch compiles through triton, which is not installed; leave"
-                " torch_compile out"
+                "torch_compile: needs triton on a GPU, which is not installed; install it, or"
+                " leave torch_compile out"
             )
         return
     named = os.environ.get("CXX")
     if any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++"])):
         return
-    missing = "there is no C++ compiler here (g++ or clang++)"
+    missing = "no C++ compiler was found (g++ or clang++)"
     if named:
-        missing = f"CXX names {named}, which is not there"
+        missing = f"the compiler in CXX, {named}, does not exist"
     raise RecipeError(f"torch_compile: {missing}; install one, or leave torch_compile out")

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -71,17 +72,23 @@ def rarely() -> None:
     gc.set_threshold(500_000)  # what is imported is some 370,000 objects
 
 
+@dataclass(eq=False)
 class After(MetaPathFinder):
     """Finds a module as the other finders would, and does something with it once it has been executed."""
 
-    def __init__(self, name: str, then: Callable[[ModuleType], None]):
-        self.name, self.then = name, then
+    name: str
+    then: Callable[[ModuleType], None]
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self.name:
             return None
-        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((s for s in specs if s is not None), None)
+        spec = None
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                break
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -101,7 +108,9 @@ def after(name: str, then: Callable[[ModuleType], None]) -> None:
     """Now where the module is imported already, else as soon as it is."""
     if name in sys.modules:
         then(sys.modules[name])
-    elif not any(isinstance(f, After) and f.name == name for f in sys.meta_path):
+        return
+    expected = [finder.name for finder in sys.meta_path if isinstance(finder, After)]
+    if name not in expected:
         sys.meta_path.insert(0, After(name, then))
 
 
@@ -113,10 +122,8 @@ def read_once(reader: ModuleType) -> None:
     splits each into lines for the last that begins with __all__. Reading once and splitting from that line on
     finds the same in a third of the time.
     """
-    walk, listed = (
-        getattr(reader, "create_import_structure_from_path", None),
-        getattr(reader, "fetch__all__", None),
-    )
+    walk = getattr(reader, "create_import_structure_from_path", None)
+    listed = getattr(reader, "fetch__all__", None)
     if walk is None or listed is None:
         return
     once = cache(walk)
@@ -162,11 +169,10 @@ def waiting() -> Iterator[None]:
         yield
         return
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    put = {
-        name: Waiting(name)
-        for name in WAITING
-        if alone and name not in sys.modules and find_spec(name.partition(".")[0])
-    }
+    put = {}
+    for name in WAITING:
+        if alone and name not in sys.modules and find_spec(name.partition(".")[0]):
+            put[name] = Waiting(name)
     compiler = Compiler()
     if dynamo := put.get("torch._dynamo"):
         vars(dynamo).update(
@@ -211,7 +217,9 @@ class Later:
     def _real(self) -> Any:
         _let_in()
         real = getattr(import_module(self._module), self._name)
-        return real if self._args is None else real(*self._args)
+        if self._args is not None:
+            real = real(*self._args)
+        return real
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and isinstance(sys.modules.get(self._module), Waiting):
@@ -247,13 +255,13 @@ def constant(fn: Any) -> Any:
     return fn
 
 
+@dataclass
 class Compiler:
     """What torch._dynamo is asked before it is there."""
 
-    def __init__(self):
-        self.allowed: list[Any] = []
-        # torch's own functions that ran without the compiler's mark, and shall ask for it again
-        self.bare: list[Any] = []
+    allowed: list[Any] = field(default_factory=list)
+    # torch's own functions that ran without the compiler's mark, and shall ask for it again
+    bare: list[Any] = field(default_factory=list)
 
     def disable(
         self, fn: Any = None, recursive: bool = True, *, reason: str | None = None, wrapping: bool = True

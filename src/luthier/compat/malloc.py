@@ -7,7 +7,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from typing import Any
+from dataclasses import dataclass, field
 
 from luthier import compat
 
@@ -27,35 +27,38 @@ def keep_memory() -> bool:
         return False
     if not compat.active():
         return False
-    compat.on_exit(lambda: give_back(ask))
+    # glibc's own settings
+    compat.on_exit(lambda: ask(MMAP_MAX, 65536))
+    compat.on_exit(lambda: ask(TRIM_THRESHOLD, 128 * 1024))
     return bool(ask(MMAP_MAX, 0) and ask(TRIM_THRESHOLD, 2**31 - 1))
 
 
-def give_back(mallopt: Any) -> None:
-    """glibc's own settings again."""
-    mallopt(MMAP_MAX, 65536)
-    mallopt(TRIM_THRESHOLD, 128 * 1024)
+def _mapped() -> set[tuple[int, int]]:
+    """First and last address of every mapped file of weights; none where the system does not say."""
+    if sys.platform != "linux":
+        return set()
+    ranges = set()
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.rstrip().endswith(".safetensors"):
+                start, end = line.split()[0].split("-")
+                ranges.add((int(start, 16), int(end, 16)))
+    return ranges
 
 
+@dataclass
 class Mapped:
     """Files of weights that this process maps from now on. What has been read of them need not stay in
     memory.
     """
 
-    def __init__(self):
-        self.before = set(_mapped())
+    before: set[tuple[int, int]] = field(default_factory=_mapped)
 
     def drop(self) -> None:
         """Let go of all their pages; whoever reads on has them from the file again. Nothing may have been
         written to them.
         """
-        for start, end in set(_mapped()) - self.before:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED)
-
-
-def _mapped() -> list[tuple[int, int]]:
-    if sys.platform != "linux":
-        return []
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-        some = (line.split()[0].split("-") for line in file if line.rstrip().endswith(".safetensors"))
-        return [(int(a, 16), int(b, 16)) for a, b in some]
+        for start, end in _mapped() - self.before:
+            address = ctypes.c_void_p(start)
+            length = ctypes.c_size_t(end - start)
+            ctypes.CDLL(None).madvise(address, length, DONTNEED)

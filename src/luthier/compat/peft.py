@@ -71,4 +71,6 @@ def register_peft() -> None:
     try:
         import_module(TUNERS).register()
     except Exception as error:
-        warnings.warn(f"PEFT does not know luthier's adapters in this process: {error}", stacklevel=2)
+        warnings.warn(
+            f"luthier's adapters could not be registered with PEFT in this process: {error}", stacklevel=2
+        )

@@ -40,4 +40,4 @@ def unused_columns(data: Data) -> str | None:
     if not columns or " + " in data.format:
         return None
     listed = ", ".join([*columns][:LISTED])
-    return f"rows are read as '{data.format}'; other columns are kept and not trained on: {listed}"
+    return f"rows are read as format '{data.format}'; these columns are not trained on: {listed}"

@@ -54,18 +54,20 @@ def read_file(path: Path, max_row_chars: int) -> RawRows:
     """
     kind = file_kind(path)
     if kind not in READERS:
-        raise RecipeError(f"{path} is of no kind that is read here{did_you_mean(kind, READERS)}")
+        raise RecipeError(f"{path}: this file type is not supported{did_you_mean(kind, READERS)}")
     if kind != ".parquet":
         refuse_utf16(path)
     try:
         yield from READERS[kind](path, max_row_chars)
     except (OSError, EOFError, zlib.error) as why:
-        raise RecipeError(f"{path} cannot be read to its end: {why}") from None
+        raise RecipeError(f"{path} could not be read completely: {why}") from None
 
 
 def open_bytes(path: Path) -> io.BufferedIOBase:
     """A file's bytes, unpacked."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    return open(path, "rb")
 
 
 def refuse_utf16(path: Path) -> None:
@@ -77,14 +79,16 @@ def refuse_utf16(path: Path) -> None:
         return  # the reader meets the same error and reports it
     if head[:2] in UTF16 or head.count(0) > 0.3 * max(len(head), 1):
         raise RecipeError(
-            f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8 {path.name} >"
+            f"{path} is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {path.name} >"
             f" utf8_{path.name}"
         )
 
 
 def check_object(value: Any) -> dict | BadLine:
     """A parsed value that must be an object with columns."""
-    return value if isinstance(value, dict) else BadLine("no object with columns", value)
+    if not isinstance(value, dict):
+        return BadLine("not a JSON object", value)
+    return value
 
 
 def decode_line(line: bytes, offset: int) -> str | BadLine:
@@ -97,7 +101,7 @@ def decode_line(line: bytes, offset: int) -> str | BadLine:
 
 def too_long(max_row_chars: int) -> str:
     """The reason of a row that is too long."""
-    return f"over {max_row_chars:,} characters (max_row_chars)"
+    return f"longer than {max_row_chars:,} characters (max_row_chars)"
 
 
 # ---------------------------------------------------------------------------------------------- JSON
@@ -124,11 +128,11 @@ def parse_line(line: bytes, offset: int, max_row_chars: int) -> dict | BadLine:
     if isinstance(text, BadLine):
         return text
     if "\0" in text:
-        return BadLine("holds a NUL byte", text)
+        return BadLine("contains a NUL byte", text)
     try:
         return check_object(json.loads(text))
     except RecursionError:
-        return BadLine("JSON nested too deep", text)
+        return BadLine("JSON is nested too deeply", text)
     except json.JSONDecodeError as why:
         truncated = why.pos >= len(text.rstrip()) or why.msg.startswith("Unterminated")
         return BadLine("truncated JSON" if truncated else "not JSON", text)
@@ -220,7 +224,7 @@ def read_csv(path: Path, max_row_chars: int) -> RawRows:
         try:
             cells = next(csv.reader(feed, strict=True), None)
         except csv.Error:
-            problem, feed.place = "a quote is not closed", place + 1
+            problem, feed.place = "a quotation mark is not closed", place + 1
         where = f"{path.name}:{place + 1}"
         raw = b"".join(lines[place : feed.place])
         start, offset, place = offset, offset + len(raw), feed.place
@@ -258,7 +262,7 @@ def row_of_cells(header: list[str], cells: list[str], raw: bytes, offset: int) -
     if isinstance(text, BadLine):
         return text
     if len(cells) != len(header):
-        return BadLine(f"{len(cells)} cells under {len(header)} names", raw)
+        return BadLine(f"{len(cells)} cells, but the header has {len(header)} columns", raw)
     return dict(zip(header, cells, strict=True))
 
 
@@ -326,7 +330,7 @@ def read_parquet(path: Path, max_row_chars: int) -> RawRows:
                 number += 1
                 yield f"{path.name}:{number}", row
     except pyarrow.ArrowInvalid as why:
-        raise RecipeError(f"{path} is no parquet file: {why}") from None
+        raise RecipeError(f"{path} is not a valid parquet file: {why}") from None
 
 
 READERS: dict[str, Callable[[Path, int], RawRows]] = {

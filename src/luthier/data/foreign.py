@@ -84,16 +84,19 @@ def from_dataset_info(path: Path, name: str | None) -> dict[str, Any]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as why:
-        raise RecipeError(f"{path} is not JSON: {why}") from None
+        raise RecipeError(f"{path} is not valid JSON: {why}") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise RecipeError(f"{path} is no list of data sets")
+        raise RecipeError(f"{path} is not a list of data sets (a JSON object such as dataset_info.json)")
     if not name and len(entries) == 1:
         name = next(iter(entries))
     if not name:
-        raise RecipeError(f"{path} lists several data sets: {', '.join(entries)}; give {path.name}:NAME")
+        raise RecipeError(
+            f"{path} lists several data sets: {', '.join(entries)}; select one with {path.name}:NAME"
+        )
     if name not in entries:
         raise RecipeError(
-            f"{path} has no data set '{name}'{did_you_mean(name, entries)}; give {path.name}:NAME"
+            f"{path} has no data set named '{name}' (select one with {path.name}:NAME)"
+            f"{did_you_mean(name, entries)}"
         )
     entry = entries[name]
     if "file_name" in entry:
@@ -101,7 +104,7 @@ def from_dataset_info(path: Path, name: str | None) -> dict[str, Any]:
     else:
         place = entry.get("hf_hub_url")
     if not place:
-        raise RecipeError(f"{path}: '{name}' has neither file_name nor hf_hub_url")
+        raise RecipeError(f"{path}: the entry '{name}' has neither file_name nor hf_hub_url")
     columns = {}
     for key, theirs in (entry.get("columns") or {}).items():
         ours = LLAMA_FACTORY_COLUMNS.get(key, key)

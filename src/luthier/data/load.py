@@ -22,7 +22,7 @@ from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, Format
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, did_you_mean
-from luthier.storage.toy import current_row
+from luthier.storage.toy import current_row, former_row
 
 MIN_HELD_OUT = 4  # fewer rows measure nothing, so none are held out
 
@@ -47,6 +47,10 @@ class Data:
     fingerprint: str  # of rows and held_out; a resumed run must have the same
     format: str = ""  # what they were read as
 
+    def former_fingerprint(self) -> str:
+        """The fingerprint that version 0.1 gave these rows, whose toy tasks had another column."""
+        return fingerprint_of(list(map(former_row, self.rows)), list(map(former_row, self.held_out)))
+
 
 def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
     """The recipe's rows in canonical form, split, with the bad ones apart (and written to `quarantine`).
@@ -54,23 +58,29 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
     Raises RecipeError where there is no data, or an eval_data that makes no sense, and as `load_rows` does.
     """
     if recipe.data is None:
-        raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or toy:TASK")
+        raise RecipeError(
+            "the recipe has no `data`; set it to a file, a folder, a Hub name, rows, or toy:TASK"
+        )
     loaded = load_rows(recipe.data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
     rows, bad = loaded.rows, loaded.bad
     held_out: list[dict] = []
     eval_data = recipe.eval_data
     if isinstance(eval_data, (int, float)) and not isinstance(eval_data, bool):
         if not 0 <= eval_data < 1:
-            raise RecipeError(f"eval_data: {eval_data} is not a share below 1 (nor a file)")
+            raise RecipeError(f"eval_data: {eval_data} must be a fraction from 0 to below 1, or a file")
         if eval_data and len(rows) * eval_data >= MIN_HELD_OUT:
             # whatever the seed: runs with other seeds are measured on the same rows
             rows, held_out = split(rows, eval_data)
     elif eval_data:
         other = load_rows(eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
         held_out, bad = other.rows, [*bad, *other.bad]
+    return Data(rows, held_out, bad, fingerprint_of(rows, held_out), loaded.format)
+
+
+def fingerprint_of(rows: list[dict], held_out: list[dict]) -> str:
+    """What tells these rows from others."""
     content = json.dumps([rows, held_out], sort_keys=True, default=str)
-    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return Data(rows, held_out, bad, fingerprint, loaded.format)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- sources
@@ -127,7 +137,7 @@ def load_source(
     raw_rows, bad = read_raw_rows(source, max_row_chars)
     total = len(raw_rows) + len(bad)
     if not total:
-        raise RecipeError(f"{source.label} holds no rows")
+        raise RecipeError(f"{source.label} has no rows")
     if not raw_rows:
         check_bad_rows(bad, total, source.label, max_bad_rows, quarantine)
     file_format = format_of_source(source, raw_rows)
@@ -185,9 +195,9 @@ def problem_of(raw: dict, max_row_chars: int) -> str | None:
         if isinstance(value, str):
             total += len(value)
             if "\0" in value:
-                return "holds a NUL byte"
+                return "contains a NUL byte"
             if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-                return "holds half a character (a lone surrogate)"
+                return "contains a lone surrogate, which is not a character"
         elif isinstance(value, dict):
             stack += value.values()
         elif isinstance(value, list):
@@ -241,4 +251,6 @@ def unique_id(own: Any, where: str, ids: set[str]) -> str:
 
 def sample_rows(recipe: Recipe) -> list[dict]:
     """The first hundred rows of a recipe, to validate it with; none where it names no data."""
-    return load_data(recipe).rows[:100] if recipe.data is not None else []
+    if recipe.data is None:
+        return []
+    return load_data(recipe).rows[:100]

@@ -15,7 +15,7 @@ from luthier.registry import Card, cards
 
 ROLES = ("reference", "teacher", "critic")
 SAMPLE = 100  # rows whose columns decide what they are enough for
-ANSWERS = ("yes", "through a stage", "no")
+ANSWERS = ("yes", "with a stage", "no")
 
 
 def profile_rows(loaded: LoadedRows) -> dict[str, Any]:
@@ -50,10 +50,12 @@ def objectives_for(columns: Set[str]) -> list[dict[str, str]]:
             answer = {"feeds": "no", "why": f"requires {'; '.join(reasons)}"}
         elif missing:
             advice = dict.fromkeys(advice_on(column, makers(column, stages, columns)) for column in missing)
-            answer = {"feeds": "through a stage", "why": "; ".join(advice)}
+            answer = {"feeds": "with a stage", "why": "; ".join(advice)}
         else:
+            answer = {"feeds": "yes", "why": ""}
             roles = [role for role in ROLES if role in objective.requires]
-            answer = {"feeds": "yes", "why": f"with roles: {', '.join(roles)}" if roles else ""}
+            if roles:
+                answer["why"] = f"with roles: {', '.join(roles)}"
         answers.append({"objective": objective.name, **answer})
     return sorted(answers, key=lambda answer: ANSWERS.index(answer["feeds"]))
 
@@ -85,5 +87,5 @@ def how_to_make(column: str, stages: Sequence[Card], columns: Set[str]) -> str:
     for stage in stages:
         if column in stage.provides:
             required = sorted(columns_among(stage.requires) - columns)
-            return f" (stage {stage.name} makes it of {', '.join(required)})"
+            return f" (stage {stage.name} computes it from {', '.join(required)})"
     return ""

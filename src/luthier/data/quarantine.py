@@ -16,7 +16,7 @@ class TooManyBadRows(RecipeError):
     """More rows are bad than max_bad_rows allows; `bad` holds them."""
 
     def __init__(self, message: str, bad: list[dict]):
-        super().__init__(message)
+        super().__init__(message, "unusable_rows")
         self.bad = bad
 
 
@@ -74,7 +74,7 @@ def too_many(
         f" {'; '.join(reasons)}"
     )
     if quarantine is not None:
-        message += f"; all are in {quarantine}"
+        message += f"; all of them are listed in {quarantine}"
     return message
 
 

@@ -53,8 +53,8 @@ def recognise_format(rows: Sequence[dict], label: str) -> Format:
     first, *others = winner
     if others:
         raise RecipeError(
-            f"{label}: the columns {', '.join(sorted(columns))} fit {' and '.join(winner)} alike: say which,"
-            f" as in format: {first}"
+            f"{label}: the columns {', '.join(sorted(columns))} match more than one format"
+            f" ({' and '.join(winner)}); choose one, such as format: {first}"
         )
     return build("format", first)
 
@@ -86,8 +86,9 @@ def no_format(columns: Iterable[str], label: str) -> str:
         listed += f" and {len(columns) - LISTED} more"
     example = columns[0] if columns else "question"
     return (
-        f"{label}: no format fits the columns {listed}; the nearest: {nearest}."
-        f" Map names, ours first: columns: {{prompt: {example}, completion: ...}}"
+        f"{label}: no format matches the columns {listed}. Nearest: {nearest}. Rename columns"
+        f" with columns: {{prompt: {example}, completion: ...}} (left: name in the format,"
+        " right: name in the file)"
     )
 
 
@@ -122,4 +123,4 @@ def format_of_row(row: dict, file_format: Format, fixed: bool) -> Format:
             if cls.provides == file_format.provides:
                 return cls(chat=file_format.chat)
     columns = ", ".join(sorted(row)) or "(none)"
-    raise BadRow(f"the columns {columns[:200]} do not fit the file's format, {file_format.name}")
+    raise BadRow(f"the columns {columns[:200]} do not match the file's format, {file_format.name}")

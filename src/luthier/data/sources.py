@@ -43,7 +43,9 @@ class Source(BaseModel):
     @property
     def label(self) -> str:
         """How messages call it."""
-        return self.path if isinstance(self.path, str) else "the list of rows"
+        if isinstance(self.path, str):
+            return self.path
+        return "the list of rows"
 
 
 # ------------------------------------------------------------------------------------------ naming a source
@@ -63,7 +65,7 @@ def resolve_source(value: Any) -> Source:
     if isinstance(value, (list, tuple)):
         return Source(path=list(value))
     if not isinstance(value, dict):
-        raise RecipeError(f"data: give a path, a name, rows or {{path: ...}}, not {value!r}")
+        raise RecipeError(f"data: expected a path, a name, rows or {{path: ...}}, not {value!r}")
     spec = from_axolotl(value)
     if str(spec.get("path", "")).endswith(DATASET_INFO):
         entry = dataset_info_source(spec.pop("path"), spec.pop("name", None))
@@ -71,7 +73,7 @@ def resolve_source(value: Any) -> Source:
     unknown = sorted(spec.keys() - Source.model_fields)
     if unknown:
         suggestion = did_you_mean(unknown[0], Source.model_fields)
-        raise RecipeError(f"data: there is no setting '{unknown[0]}'{suggestion}")
+        raise RecipeError(f"data: no setting is named '{unknown[0]}'{suggestion}")
     return check_source(spec, "data")
 
 
@@ -106,9 +108,9 @@ def existing_file(path: Path) -> Path:
         return path
     folder = path.parent
     if not folder.is_dir():
-        raise RecipeError(f"there is no folder {folder}, so no {path.name} in it")
+        raise RecipeError(f"folder {folder} does not exist, so {path.name} cannot be read")
     siblings = sorted(sibling.name for sibling in folder.iterdir())
-    raise RecipeError(f"there is no file {path}{did_you_mean(path.name, siblings)}")
+    raise RecipeError(f"file {path} does not exist{did_you_mean(path.name, siblings)}")
 
 
 # ---------------------------------------------------------------------------------------------- raw rows
@@ -151,7 +153,8 @@ def read_folder(folder: Path, source: Source, max_row_chars: int) -> RawRows:
             files.append(path)
     if not files:
         raise RecipeError(
-            f"the folder {folder} holds no rows: no {', '.join(sorted(READERS))} file, and no saved data set"
+            f"folder {folder} has no data: no {', '.join(sorted(READERS))} file and no data set"
+            " from save_to_disk"
         )
     return (entry for path in files for entry in read_file(path, max_row_chars))
 
@@ -168,7 +171,7 @@ def read_hub(source: Source) -> RawRows:
         reason = str(why).strip().split("\n", 1)[0]
         near = did_you_mean(path, sorted(file.name for file in Path().iterdir()))
         raise RecipeError(
-            f"'{path}' is no file here{near} and no data set that could be loaded: {reason}"
+            f"'{path}' is neither a file{near} nor a data set that can be loaded: {reason}"
         ) from None
     return read_dataset(dataset, source, path)
 

@@ -31,7 +31,7 @@ def split(rows: list[dict], fraction: float, seed: int = 0) -> tuple[list[dict],
     would leave one side empty, the row nearest to it goes there.
     """
     if not 0 <= fraction < 1:
-        raise RecipeError(f"the share held out must be at least 0 and below 1, not {fraction}")
+        raise RecipeError(f"the held-out fraction must be at least 0 and below 1, not {fraction}")
     keys = [content_key(row) for row in rows]
     position = {key: hash_fraction(f"{seed}\n{key}") for key in set(keys)}
     test_keys = {key for key, value in position.items() if value < fraction}

@@ -14,8 +14,10 @@ from torch.autograd import forward_ad
 SMALL = 2**15
 
 
-class _State:
-    plain = 0  # how many ask for the network's own code just now
+class State:
+    """What changes. Whoever compiles a network sets `compiled`."""
+
+    plain = 0  # how many contexts of `plainly` are open
     smallest = SMALL  # numbers from which on the element-wise kernels are taken
     compiled = False  # has anything been compiled in this process?
 
@@ -23,33 +25,31 @@ class _State:
 @contextmanager
 def plainly() -> Iterator[None]:
     """The network's own code, for a while: no element-wise kernels, nothing compiled."""
-    _State.plain += 1
-    uncompiled = torch.compiler.set_stance("force_eager") if _State.compiled else nullcontext()
+    State.plain += 1
+    uncompiled = nullcontext()
+    if State.compiled:
+        uncompiled = torch.compiler.set_stance("force_eager")
     try:
         with uncompiled:
             yield
     finally:
-        _State.plain -= 1
+        State.plain -= 1
 
 
 @contextmanager
 def always() -> Iterator[None]:
     """The element-wise kernels however small the tensors are, for a while: to test them."""
-    before, _State.smallest = _State.smallest, 0
+    before = State.smallest
+    State.smallest = 0
     try:
         yield
     finally:
-        _State.smallest = before
-
-
-def note_compiled() -> None:
-    """From here on `plainly` has something to switch off."""
-    _State.compiled = True
+        State.smallest = before
 
 
 def use_fast(x: Tensor) -> bool:
     """Are element-wise kernels to be taken for x, and can they be?"""
-    return not _State.plain and x.numel() >= _State.smallest and not differentiated_otherwise()
+    return not State.plain and x.numel() >= State.smallest and not differentiated_otherwise()
 
 
 def differentiated_otherwise() -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.kernels import _switch
+from luthier.kernels._switch import State
 
 
 def compile_blocks(model: nn.Module) -> int:
@@ -24,15 +24,10 @@ def compile_blocks(model: nn.Module) -> int:
     blocks = [m for m in model.modules() if type(m).__name__ in names]
     if not blocks:
         raise RecipeError(
-            f"torch_compile: {type(model).__name__} does not say which of its modules are layers; leave"
-            " torch_compile out"
+            f"torch_compile: {type(model).__name__} does not declare which modules are its"
+            " layers (_no_split_modules); leave torch_compile out"
         )
     for block in blocks:
         block.compile(dynamic=True)
-    _switch.note_compiled()
+    State.compiled = True  # there is something that `plainly` has to switch off
     return len(blocks)
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Is any of its layers compiled?"""
-    return any(m._compiled_call_impl is not None for m in model.modules())

@@ -62,7 +62,9 @@ def attend_one_token(
     """
     b, h, _, d = query.shape
     prompt_key, prompt_value = key.prompt  # type: ignore[attr-defined]  # set by the cache
-    factor = d**-0.5 if scale is None else scale
+    factor = d**-0.5
+    if scale is not None:
+        factor = scale
     q = query.reshape(b, key.shape[1], -1, d).float() * factor
     of_prompt = decoding.by_prompt(q) @ prompt_key.transpose(2, 3)
     of_prompt = of_prompt.masked_fill_(~decoding.prompt_mask[:, None, None], float("-inf"))
@@ -81,7 +83,8 @@ def split_layer(layer: Any, n: int) -> None:
     """A layer of transformers' dynamic cache that has read the prompts goes on with n samples of each."""
     layer.prompt = layer.keys.float(), layer.values.float()
     layer.own = tuple(x.new_empty(len(x) * n, x.shape[1], ROOM, x.shape[3]) for x in layer.prompt)
-    layer.used, layer.__class__ = 0, _split_layer()
+    layer.used = 0
+    layer.__class__ = _split_layer()
 
 
 @lru_cache(maxsize=1)
@@ -100,13 +103,17 @@ def _split_layer() -> type:
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            start, self.used = self.used, self.used + key_states.shape[2]
+            start = self.used
+            self.used += key_states.shape[2]
             if self.used > self.own[0].shape[2]:
-                self.own = tuple(
-                    torch.cat([x, x.new_empty(*x.shape[:2], ROOM, x.shape[3])], 2) for x in self.own
-                )
-            k, v = (x[:, :, : self.used] for x in self.own)
-            k[:, :, start:], v[:, :, start:] = key_states, value_states
+                longer = []
+                for x in self.own:
+                    longer.append(torch.cat([x, x.new_empty(*x.shape[:2], ROOM, x.shape[3])], 2))
+                self.own = tuple(longer)
+            k = self.own[0][:, :, : self.used]
+            v = self.own[1][:, :, : self.used]
+            k[:, :, start:] = key_states
+            v[:, :, start:] = value_states
             k.prompt = self.prompt  # type: ignore[attr-defined]  # goes with the keys to `attend_one_token`
             return k, v
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from luthier import compat
-from luthier.compat.transformers import replace_function
+from luthier.compat.transformers import add_entry
 from luthier.kernels._switch import always, use_fast
 from luthier.kernels.lora import differentiable_grads
 from luthier.kernels.tolerance import rounding
@@ -128,14 +128,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotary.apply(x, cos, sin)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=1)
-    return out
-
-
 def _rotated_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """What the rotation does to gradients: the rotation back."""
     half = grad.shape[-1] // 2
@@ -148,8 +140,12 @@ def _rotated_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        out = x * cos
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=1)
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -254,7 +250,7 @@ def install_dropout(model: nn.Module) -> None:
 
 
 def is_installed(model: nn.Module) -> bool:
-    """Has a network any of the fast forms? Dropout aside, which nobody can compare."""
+    """Has a network any of the fast forms? Dropout aside, whose draws cannot be compared."""
     for kind in {type(m) for m in model.modules()} - {_FAST_DROPOUT}:
         function = getattr(sys.modules[kind.__module__], ROTARY, None)
         if hasattr(kind, ORIGINAL) or hasattr(function, ORIGINAL):
@@ -298,15 +294,19 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def _subclass(kind: type, forward: Callable) -> type:
     """kind with another forward; by name still itself, for whoever looks modules up by name."""
     fast = type(kind.__name__, (kind,), {"forward": forward, ORIGINAL: kind})
-    fast.__module__, fast.__qualname__ = kind.__module__, kind.__qualname__
+    fast.__module__ = kind.__module__
+    fast.__qualname__ = kind.__qualname__
     return fast
 
 
 def _eps(module: Any) -> float | None:
+    """The epsilon of a norm, by either of its two names; None where it is no plain number."""
     for name in ("variance_epsilon", "eps"):
         value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
         if value is not None:
-            return value if isinstance(value, float) else None
+            return None
     return None
 
 
@@ -379,5 +379,5 @@ def _install_rotary(source: Any, forms: FastForms, device: torch.device) -> bool
     if not all(map(_close, out, expected)):
         return False
     setattr(fast, ORIGINAL, own)
-    replace_function(source, ROTARY, fast)
+    add_entry(vars(source), ROTARY, fast, replace=True)
     return True

@@ -6,6 +6,7 @@ else, so no sequence ever sees another. model/layout.py makes layouts of batches
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,9 +50,7 @@ def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
     """Layouts of one row each, of batches with so many tokens, as one row: behind each other, none sees
     another.
     """
-    columns: dict[str, list[Tensor]] = {
-        name: [] for name in ("source", "position", "piece", "soft", "at", "both")
-    }
+    columns: dict[str, list[Tensor]] = defaultdict(list)
     tokens_before = positions_before = pieces_before = 0
     for layout, count in zip(layouts, tokens, strict=True):
         columns["source"].append(_shifted(layout.source, tokens_before))
@@ -63,10 +62,9 @@ def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
         tokens_before += count
         positions_before += layout.source.shape[1]
         pieces_before += len(layout.sees)
-    return Layout(
-        **{name: torch.cat(parts, -1) for name, parts in columns.items()},
-        sees=torch.block_diag(*(x.sees for x in layouts)).bool(),
-    )
+    tensors = {name: torch.cat(parts, -1) for name, parts in columns.items()}
+    sees = torch.block_diag(*(layout.sees for layout in layouts)).bool()
+    return Layout(**tensors, sees=sees)
 
 
 def _shifted(index: Tensor, by: int) -> Tensor:

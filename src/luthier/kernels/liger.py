@@ -23,12 +23,12 @@ def forms(device: torch.device) -> FastForms:
     """liger's forms for a network on `device`. Raises RecipeError where they cannot run."""
     if device.type != "cuda":
         raise RecipeError(
-            f"fused: liger-kernel computes on CUDA devices, and this network is on {device.type}; leave it"
-            " out (our own are taken)"
+            f"fused: liger-kernel needs a CUDA device, but the model is on {device.type}; leave"
+            " it out to use luthier's own kernels"
         )
     missing = [name for name in ("liger_kernel", "triton") if find_spec(name) is None]
     if missing:
-        raise RecipeError(f"fused: liger needs {' and '.join(missing)}: pip install 'luthier[liger]'")
+        raise RecipeError(f"fused: {' and '.join(missing)} must be installed: pip install 'luthier[liger]'")
     return bound(import_module("liger_kernel.ops.rms_norm"), import_module("liger_kernel.ops.rope"))
 
 

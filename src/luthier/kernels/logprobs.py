@@ -40,7 +40,9 @@ class Head:
             z = z + self.bias
         if self.scale != 1.0:
             z = z * self.scale
-        return _capped(z, self.softcap)
+        if self.softcap:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z
 
     @property
     def linear(self) -> bool:
@@ -95,7 +97,9 @@ def chunked(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     if head.bias is not None:
         more = head.bias.to(weight.dtype)
-        bias = more if bias is None else bias + more
+        if bias is not None:
+            more = bias + more
+        bias = more
     moves = weight.requires_grad or (bias is not None and bias.requires_grad)
     in_forward = torch.is_grad_enabled() and hidden.requires_grad and not moves
     return _LinearLogProbs.apply(hidden, weight, bias, labels, head.scale, head.softcap, in_forward)
@@ -149,14 +153,14 @@ class _LinearLogProbs(torch.autograd.Function):
             d_bias = torch.empty_like(bias)
         space = Workspace(weight, len(hidden))
         for words in space.words():
-            w, b = weight[words], _block(bias, words)
+            w = weight[words]
             sum_w = sum_b = None
             if needs_weight:
                 sum_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
             if needs_bias:
                 sum_b = torch.zeros(len(w), dtype=torch.float32, device=w.device)
             for part in space.tokens():
-                z = _logits(hidden[part], w, b, scale, softcap, space)
+                z = _logits(hidden[part], w, bias, words, scale, softcap, space)
                 dz = space.wide(z).sub_(total[part]).exp_()
                 at, inside = _within(labels[part, None], words)
                 dz.scatter_add_(1, at, -inside.float())
@@ -182,7 +186,9 @@ def _differentiable_grads(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     hidden, weight, bias, labels, *_ = ctx.saved_tensors
     scale, softcap = ctx.settings
     needed = ctx.needs_input_grad[:3]
-    z = _capped(nn.functional.linear(hidden, weight, bias).float() * scale, softcap)
+    z = nn.functional.linear(hidden, weight, bias).float() * scale
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
     logp = z.gather(1, labels[:, None]).squeeze(1) - z.logsumexp(-1)
     inputs = [x for x, need in zip((hidden, weight, bias), needed, strict=True) if need]
     grads = list(torch.autograd.grad(logp, inputs, grad, create_graph=True))
@@ -212,8 +218,9 @@ def _logprobs(
         mean = torch.zeros(hidden.shape, device=hidden.device)
     for words in space.words():
         w = weight[words]
-        z = _logits(hidden, w, _block(bias, words), scale, softcap, space)
-        p = space.softmax(z)
+        z = _logits(hidden, w, bias, words, scale, softcap, space)
+        p = space.wide(z)
+        torch.softmax(p, -1, out=p)
         own = normaliser(z, p)
         at, inside = _within(labels, words)
         label_logit = torch.where(inside, z.gather(1, at).float(), label_logit)
@@ -230,10 +237,6 @@ def _logprobs(
     return logp, total
 
 
-def _block(bias: Tensor | None, words: slice) -> Tensor | None:
-    return None if bias is None else bias[words]
-
-
 def _within(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     """[C, 1] indices of labels in a block of the vocabulary, and whether they are in it."""
     inside = (labels >= words.start) & (labels < words.stop)
@@ -246,7 +249,8 @@ class Workspace:
     """
 
     def __init__(self, weight: Tensor, tokens: int):
-        self.vocabulary, self.n_tokens = len(weight), tokens
+        self.vocabulary = len(weight)
+        self.n_tokens = tokens
         blocks = max(1, -(-self.vocabulary // WORDS))
         self.block = min(self.vocabulary, -(-self.vocabulary // blocks // 64) * 64)
         self.chunk = max(1, min(tokens, chunk_size(self.block)))
@@ -271,35 +275,35 @@ class Workspace:
         """[C, B] in fp32."""
         return self.p[: z.numel()].view(z.shape).copy_(z)
 
-    def softmax(self, z: Tensor) -> Tensor:
-        """[C, B] probabilities in fp32."""
-        p = self.wide(z)
-        return torch.softmax(p, -1, out=p)
-
     def narrow(self, dz: Tensor) -> Tensor:
-        """In the weight's precision; written over the logits, which nobody needs any more."""
+        """In the weight's precision; written over the logits, which are no longer needed."""
         if dz.dtype == self.z.dtype:
             return dz
         return self.logits(*dz.shape).copy_(dz)
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, space: Workspace
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    words: slice,
+    scale: float,
+    softcap: float,
+    space: Workspace,
 ) -> Tensor:
+    """[C, d] -> [C, B] logits of one block of the vocabulary. weight [B, d] is the block's; bias [V] is of
+    the whole vocabulary, in which the block is `words`.
+    """
     z = space.logits(len(hidden), len(weight))
     if bias is None:
         torch.mm(hidden, weight.T, out=z)
     else:
-        torch.addmm(bias, hidden, weight.T, out=z)
+        torch.addmm(bias[words], hidden, weight.T, out=z)
     if scale != 1.0:
         z = z.float().mul_(scale)
     if softcap:
         z = z.float().div_(softcap).tanh_().mul_(softcap)
     return z
-
-
-def _capped(z: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh(z / softcap) if softcap else z
 
 
 def _before_cap(dz: Tensor, z: Tensor, scale: float, softcap: float) -> Tensor:

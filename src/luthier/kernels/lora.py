@@ -102,11 +102,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, A, B, low = ctx.saved_tensors
         if torch.is_grad_enabled():
-
-            def twin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-                return plain(x, nn.functional.linear(x, weight, bias), A, B, ctx.scale)
-
-            d_x, d_A, d_B = differentiable_grads(twin, (x, A, B), grads[0])
+            d_x, d_A, d_B = differentiable_grads(
+                lambda x, A, B: plain(x, nn.functional.linear(x, weight, bias), A, B, ctx.scale),
+                (x, A, B),
+                grads[0],
+            )
             return d_x, None, None, d_A, d_B, None
         needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
@@ -116,10 +116,10 @@ class _Linear(torch.autograd.Function):
             inner = grad @ b
         if needs_x:
             d_x = (grad @ weight).addmm_(inner, a).view(x.shape)
-        if needs_A:
-            d_A = _grad_A(inner, flat, A)
+        if inner is not None and needs_A:
+            d_A = (inner.T @ flat).to(A.dtype)
         if needs_B:
-            d_B = _grad_B(low, grad, B, ctx.scale)
+            d_B = (low.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format).mul_(ctx.scale)
         return d_x, None, None, d_A, d_B, None
 
 
@@ -139,21 +139,20 @@ class _Update(torch.autograd.Function):
         d_x = d_A = d_B = inner = None
         d_y = grads[0] if needs_y else None
         if torch.is_grad_enabled():
-
-            def twin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-                return plain(x, torch.zeros_like(grads[0]), A, B, ctx.scale)
-
-            d_x, d_A, d_B = differentiable_grads(twin, (x, A, B), grads[0])
+            zeros = torch.zeros_like(grads[0])  # in the place of y: the update alone is differentiated
+            d_x, d_A, d_B = differentiable_grads(
+                lambda x, A, B: plain(x, zeros, A, B, ctx.scale), (x, A, B), grads[0]
+            )
             return d_x, d_y, d_A, d_B, None
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
         if needs_x or needs_A:
             inner = grad @ (B * ctx.scale).to(x.dtype)
         if inner is not None and needs_x:
             d_x = (inner @ A.to(x.dtype)).view(x.shape)
-        if needs_A:
-            d_A = _grad_A(inner, flat, A)
+        if inner is not None and needs_A:
+            d_A = (inner.T @ flat).to(A.dtype)
         if needs_B:
-            d_B = _grad_B(low, grad, B, ctx.scale)
+            d_B = (low.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format).mul_(ctx.scale)
         return d_x, d_y, d_A, d_B, None
 
 
@@ -234,16 +233,6 @@ class _BatchedLinear(torch.autograd.Function):
         for factor in factors:
             d_factors.append(None if factor is None else d_present.pop(0))
         return d_x, None, None, None, None, *d_factors
-
-
-def _grad_A(inner: Any, flat: Tensor, A: Tensor) -> Tensor:
-    """inner [T, r]: the gradient of x A'."""
-    return (inner.T @ flat).to(A.dtype)
-
-
-def _grad_B(low: Tensor, grad: Tensor, B: Tensor, scale: float) -> Tensor:
-    """low [T, r]: x A'."""
-    return (low.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format).mul_(scale)
 
 
 def differentiable_grads(

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.kernels.compiled import is_compiled
-
 MOST = 2**29  # bytes of weights up to which a network is prepacked
 
 
@@ -26,15 +24,21 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     """For a while, with no gradient: linear modules of bf16 have their weight laid out for products of few
     rows.
     """
+    usable = is_supported() and all(m._compiled_call_impl is None for m in model.modules())
     modules: list[Any] = []
-    if is_supported() and not is_compiled(model):
-        modules = [m for m in model.modules() if _can_prepack(m)]
-    if sum(m.weight.nbytes for m in modules) > MOST:
+    size = 0
+    for module in model.modules():
+        if type(module) is not nn.Linear or not usable:
+            continue
+        if module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
+            modules.append(module)
+            size += module.weight.nbytes
+    if size > MOST:
         modules = []
     for module in modules:
         weight = module.weight
         weight.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        module.forward = partial(_forward, module)
+        module.forward = partial(product, weight=weight, bias=module.bias)
     try:
         yield
     finally:
@@ -42,12 +46,6 @@ def prepacked(model: nn.Module) -> Iterator[None]:
             del module.forward
             if hasattr(module.weight, "prepacked"):  # tied weights are one
                 del module.weight.prepacked
-
-
-def _can_prepack(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear:
-        return False
-    return module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
 
 
 def is_supported() -> bool:
@@ -63,7 +61,3 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if layout is None or torch.is_grad_enabled():
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, layout, bias, "none", [], "")
-
-
-def _forward(module: Any, x: Tensor) -> Tensor:
-    return product(x, module.weight, module.bias)

@@ -27,7 +27,13 @@ def read_only(last: tuple[nn.Module, nn.Module] | None, at: Tensor, size: int) -
     last: the network's last block and the MLP in it (model.anatomy.last_mlp); None: nothing is done.
     """
     positions = at.unique()
-    if last is None or len(positions) > MOST * size or differentiated_otherwise() or _is_observed(*last):
+    if last is None or len(positions) > MOST * size or differentiated_otherwise():
+        yield
+        return
+    block, mlp = last
+    recomputed = getattr(block, "gradient_checkpointing", False)
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in mlp.modules())
+    if recomputed or hooked or block._compiled_call_impl is not None:
         yield
         return
     shape: list[int] = []  # of the positions, while the MLP runs
@@ -43,17 +49,9 @@ def read_only(last: tuple[nn.Module, nn.Module] | None, at: Tensor, size: int) -
             return None
         return out.new_zeros(size, out.shape[-1]).index_copy(0, positions, out[0]).unflatten(0, shape)
 
-    mlp = last[1]
     hooks = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put)]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _is_observed(block: nn.Module, mlp: nn.Module) -> bool:
-    """Does anything depend on all positions: hooks, checkpointing, compiled code?"""
-    if getattr(block, "gradient_checkpointing", False) or block._compiled_call_impl is not None:
-        return True
-    return any(m._forward_hooks or m._forward_pre_hooks for m in mlp.modules())

@@ -8,7 +8,9 @@ from torch import nn
 
 def rounding(dtype: torch.dtype) -> float:
     """Of single operations: how far two right ways of rounding lie apart, absolute and relative."""
-    return 1e-5 if dtype == torch.float32 else 2**-6
+    if dtype == torch.float32:
+        return 1e-5
+    return 2**-6
 
 
 def logprob_tolerance(model: nn.Module) -> float:
@@ -16,4 +18,8 @@ def logprob_tolerance(model: nn.Module) -> float:
     network's precision.
     """
     dtype = next(model.parameters()).dtype
-    return {torch.float32: 2e-4, torch.float16: 0.02}.get(dtype, 0.1)
+    if dtype == torch.float32:
+        return 2e-4
+    if dtype == torch.float16:
+        return 0.02
+    return 0.1

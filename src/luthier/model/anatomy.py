@@ -34,13 +34,19 @@ _last_mlps: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # network -> its 
 def layer_of(name: str) -> tuple[str, int] | None:
     """'model.layers.3.mlp.up_proj.weight' -> ('model.layers', 3); None for what stands in no layer."""
     match = LAYER.match(name)
-    return None if match is None else (match[1], int(match[2]))
+    if match is None:
+        return None
+    return match[1], int(match[2])
 
 
 def kind_of(name: str) -> str:
     """attention, feed-forward or norm: of a weight or module inside a layer."""
     inner = LAYER.sub("", name)
-    return "norm" if NORM.search(inner) else "attention" if ATTENTION.search(inner) else "feed-forward"
+    if NORM.search(inner):
+        return "norm"
+    if ATTENTION.search(inner):
+        return "attention"
+    return "feed-forward"
 
 
 def part_of(module: str) -> str | None:
@@ -48,10 +54,15 @@ def part_of(module: str) -> str | None:
     if layer_of(f"{module}.") is None or kind_of(module) == "norm":
         return None
     *_, above, leaf = module.split(".")
-    inside = kind_of(module) == "attention"
-    if leaf == "dense" and not inside:
-        return BERTS.get(above)
-    return next((part for part, names in (INSIDE if inside else OUTSIDE).items() if leaf in names), None)
+    parts = INSIDE
+    if kind_of(module) != "attention":
+        if leaf == "dense":
+            return BERTS.get(above)
+        parts = OUTSIDE
+    for part, names in parts.items():
+        if leaf in names:
+            return part
+    return None
 
 
 def last_mlp(model: Any) -> tuple[Any, Any] | None:

@@ -24,35 +24,38 @@ from luthier.registry import did_you_mean
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tokens. Built by `collate`; `view` makes variants that ask the same questions about other
-    readings.
+    """Rows as tokens. Built by `collate`; `view` makes variants with the same supervised tokens and other
+    inputs.
     """
 
     ids: Tensor  # [L] the tokens that are read, one segment after another
-    labels: Tensor  # [L] the tokens that are asked about; views corrupt ids, never labels
-    supervised: Tensor  # [L] bool: is the log-probability of this token wanted?
+    labels: Tensor  # [L] the tokens to be predicted; views corrupt ids, never labels
+    supervised: Tensor  # [L] bool: does the log-probability of this token count?
     segment: Tensor  # [L] the segment of each token, ascending
     parent: Tensor  # [S] the segment that a segment continues, -1 for a root
     completion: Tensor  # [N] the segments that are completions, one per sequence
     group: Tensor  # [N] the row that a sequence belongs to
     rows: list[dict]  # [G] the rows themselves: ids and further columns
-    altered: bool = False  # is this a view that reads something else than the rows say?
+    altered: bool = False  # is this a view with other inputs than those of the rows?
     # other tokens [L] and shares [L]: embeddings are (1 - share) * own + share * other's
     mixed: tuple[Tensor, Tensor] | None = None
-    # what each role has said of this batch
+    # role -> its outputs for this batch
     read: dict = field(default_factory=dict, compare=False, repr=False)
     metrics: dict = field(default_factory=dict, compare=False, repr=False)  # what objectives noted
 
     def view(self, **changes: Any) -> Batch:
-        """The same questions with nothing remembered; with changes, another reading of them (corrupted,
+        """The same supervised tokens, with no outputs stored yet; with changes, of other inputs (corrupted,
         mixed).
         """
         altered = self.altered or bool({"ids", "parent", "mixed"} & changes.keys())
         return replace(self, read={}, altered=altered, **changes)
 
     def to(self, device: torch.device | str) -> Batch:
-        names = ("ids", "labels", "supervised", "segment", "parent", "completion", "group")
-        return replace(self, read={}, metrics={}, **{k: getattr(self, k).to(device) for k in names})
+        """The same on another device, with nothing remembered and nothing noted."""
+        tensors = {}
+        for name in ("ids", "labels", "supervised", "segment", "parent", "completion", "group"):
+            tensors[name] = getattr(self, name).to(device)
+        return replace(self, read={}, metrics={}, **tensors)
 
     # ------------------------------------------------------------------------------------------ indices
 
@@ -66,10 +69,12 @@ class Batch:
     @cached_property
     def row(self) -> Tensor:
         """[S] the row of each segment."""
-        rows, parents = [-1] * len(self.parent), self.parent.tolist()
+        parents = self.parent.tolist()
+        rows = [-1] * len(parents)
         for s, g in zip(self.completion.tolist(), self.group.tolist(), strict=True):
-            while s >= 0:
-                rows[s], s = g, parents[s]
+            while s >= 0:  # the completion's own segment, then those it continues
+                rows[s] = g
+                s = parents[s]
         return torch.tensor(rows, device=self.ids.device)
 
     @cached_property
@@ -93,7 +98,8 @@ class Batch:
         """[L] tokens of the longest sequence that a token is part of."""
         parents, above, below = self.parent.tolist(), list(self.sizes), list(self.sizes)
         for s, under in enumerate(parents):  # a segment stands behind the one it continues
-            above[s] += above[under] if under >= 0 else 0
+            if under >= 0:
+                above[s] += above[under]
         for s in reversed(range(len(parents))):
             if parents[s] >= 0:
                 below[parents[s]] = max(below[parents[s]], self.sizes[parents[s]] + below[s])
@@ -128,8 +134,8 @@ class Batch:
         return values[self.lengths.long().cumsum(0) - 1]
 
     def suffix(self, values: Tensor, gamma: float = 1.0) -> Tensor:
-        """[T] -> [T] the sum of this and all later questions of the same sequence (reward to go), each step
-        later times gamma.
+        """[T] -> [T] the sum over this and all later target tokens of the same sequence (reward to go), each
+        step later times gamma.
         """
         left, step = self.lengths[self.owner].long() - self.place, 1
         while step < int(self.lengths.max()):  # sums over 1, 2, 4, ... target tokens
@@ -140,28 +146,30 @@ class Batch:
 
     def over_group(self, values: Tensor, reduce: str = "mean") -> Tensor:
         """[N] -> [N] each sequence gets its row's sum, mean, amax or amin."""
-        out = values.new_zeros(len(self.rows)).scatter_reduce(
-            0, self.group, values, reduce, include_self=False
-        )
-        return out[self.group]
+        zeros = values.new_zeros(len(self.rows))
+        by_row = zeros.scatter_reduce(0, self.group, values, reduce, include_self=False)
+        return by_row[self.group]
 
     # ------------------------------------------------------------------------------------------ columns
 
     def column(self, name: str) -> Tensor:
         """[N] one number per sequence out of the rows, e.g. scores."""
-        return torch.tensor([float(v) for row in self.rows for v in row[name]], device=self.ids.device)
+        values: list[float] = []
+        for row in self.rows:
+            values += map(float, row[name])
+        return torch.tensor(values, device=self.ids.device)
 
     def reward(self, name: str) -> Tensor:
         """[N] one of several rewards of the column `rewards`, {name: a number for each completion}."""
+        values: list[float] = []
         for row in self.rows:
             if name not in row["rewards"]:
                 raise RecipeError(
                     f"row {row['id']} has no reward '{name}' in its column"
                     f" `rewards`{did_you_mean(name, row['rewards'])}"
                 )
-        return torch.tensor(
-            [float(v) for row in self.rows for v in row["rewards"][name]], device=self.ids.device
-        )
+            values += map(float, row["rewards"][name])
+        return torch.tensor(values, device=self.ids.device)
 
     def weights(self) -> Tensor | None:
         """[T] how much each target token counts: the column `token_weights`, 1 in rows without it; None where
@@ -173,11 +181,14 @@ class Batch:
         for row in self.rows:
             for k in range(len(row["completions"])):
                 n = next(sizes)
-                weights = row["token_weights"][k] if "token_weights" in row else [1.0] * n
+                weights = [1.0] * n
+                if "token_weights" in row:
+                    weights = row["token_weights"][k]
                 if len(weights) != n:
                     raise RecipeError(
-                        f"token_weights of row {row['id']} holds {len(weights)} numbers for {n} learned"
-                        " tokens: it was written for another completion, tokenizer or max_length"
+                        f"token_weights of row {row['id']} has {len(weights)} values for {n}"
+                        " supervised tokens: it was computed for another completion, tokenizer"
+                        " or max_length"
                     )
                 values += weights
         return torch.tensor(values, dtype=torch.float32, device=self.ids.device)
@@ -186,15 +197,19 @@ class Batch:
         """[T] one number per target token, from a column of lists that a stage wrote."""
         if self.altered:
             raise RecipeError(
-                f"column '{name}' answers for the rows as they are, and this objective also asks about"
-                " altered ones: let a model play that role, e.g. `roles: {reference: start}`"
+                f"column '{name}' was computed for the unmodified rows, but this objective also"
+                " evaluates modified ones; use a model for this role, e.g. `roles: {reference:"
+                " initial}`"
             )
-        values = [float(v) for row in self.rows for completion in row[name] for v in completion]
+        values: list[float] = []
+        for row in self.rows:
+            for completion in row[name]:
+                values += map(float, completion)
         if len(values) != len(self.owner):
             raise RecipeError(
-                f"column '{name}' holds {len(values)} numbers for {len(self.owner)} supervised tokens, on"
-                f" rows {[row['id'] for row in self.rows][:4]}: it was written for other completions or"
-                " another tokenizer"
+                f"column '{name}' has {len(values)} values for {len(self.owner)} supervised"
+                f" tokens (rows {[row['id'] for row in self.rows][:4]}): it was computed for"
+                " other completions, another tokenizer or max_length"
             )
         return torch.tensor(values, device=self.ids.device)
 
@@ -202,20 +217,23 @@ class Batch:
         """[T, k] a list of k numbers per target token, from a column of them for each completion."""
         if self.altered:
             raise RecipeError(
-                f"column '{name}' answers for the rows as they are, and this objective also asks about"
-                " altered ones"
+                f"column '{name}' was computed for the unmodified rows, but this objective also"
+                " evaluates modified ones; use a model for this role"
             )
-        values = [place for row in self.rows for completion in row[name] for place in completion]
+        values: list[list[float]] = []
+        for row in self.rows:
+            for completion in row[name]:
+                values += completion
         if len(values) != len(self.owner):
             raise RecipeError(
-                f"column '{name}' holds {len(values)} lists for {len(self.owner)} supervised tokens: it was"
-                " written for others"
+                f"column '{name}' has {len(values)} lists for {len(self.owner)} supervised"
+                " tokens: it was computed for other completions, another tokenizer or"
+                " max_length"
             )
-        return torch.tensor(
-            values,
-            device=self.ids.device,
-            dtype=torch.float32 if values and isinstance(values[0][0], float) else torch.long,
-        )
+        dtype = torch.long
+        if values and isinstance(values[0][0], float):
+            dtype = torch.float32
+        return torch.tensor(values, device=self.ids.device, dtype=dtype)
 
     def note(self, **metrics: Tensor) -> None:
         """Keep a number for the log: the mean of what is given, over this batch."""

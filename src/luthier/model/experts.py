@@ -34,11 +34,12 @@ class Experts(nn.Module):
 
     def __init__(self, base: Any):
         super().__init__()
-        # not a module of this one: its gate is asked, and it is put back by `together`
+        # in a list, so that it is no submodule: its gate is used, and `together` puts it back
         self.base: list[Any] = [base]
         self.count = base.gate_up_proj.shape[0]
         for e in range(self.count):
-            self.add_module(str(e), nn.ModuleDict({slot: Matrix(getattr(base, slot)[e]) for slot in SLOTS}))
+            expert = nn.ModuleDict({slot: Matrix(getattr(base, slot)[e]) for slot in SLOTS})
+            self.add_module(str(e), expert)
         self.train(base.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -47,18 +48,20 @@ class Experts(nn.Module):
         for e in top_k_index.unique().tolist():
             if e < self.count:
                 token, place = torch.where(top_k_index == e)
-                up, down = (self.get_submodule(f"{e}.{slot}") for slot in SLOTS)
+                up = self.get_submodule(f"{e}.gate_up_proj")
+                down = self.get_submodule(f"{e}.down_proj")
                 output = down(gate(up(hidden_states[token])))
-                total = total.index_add(
-                    0, token, (output * top_k_weights[token, place, None]).to(total.dtype)
-                )
+                weighted = output * top_k_weights[token, place, None]
+                total = total.index_add(0, token, weighted.to(total.dtype))
         return total
 
     def together(self) -> nn.Module:
         """As transformers holds them, with the weights that they have now."""
         base = self.base[0]
         for slot in SLOTS:
-            parts = [self.get_parameter(f"{e}.{slot}.weight").detach() for e in range(self.count)]
+            parts = []
+            for e in range(self.count):
+                parts.append(self.get_parameter(f"{e}.{slot}.weight").detach())
             base._parameters[slot] = nn.Parameter(torch.stack(parts), requires_grad=False)
         return base.train(self.training)
 
@@ -68,17 +71,18 @@ def fused(model: nn.Module) -> dict[str, nn.Module]:
     weight.
     """
 
-    def fits(m: Any) -> bool:
-        if (
-            not callable(getattr(m, "_apply_gate", None))
-            or set(m._parameters) != set(SLOTS)
-            or len(list(m.parameters())) != 2
-        ):
-            return False
-        odd = m.is_transposed or m.has_bias or not m.has_gate or getattr(m, "has_post_expert_norm", False)
-        return not odd and all(p.ndim == 3 for p in m.parameters())
-
-    return {n: m for n, m in model.named_modules() if fits(m)}
+    experts: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        m: Any = module
+        if not callable(getattr(m, "_apply_gate", None)) or set(m._parameters) != set(SLOTS):
+            continue
+        parameters = list(m.parameters())
+        if len(parameters) != 2 or any(p.ndim != 3 for p in parameters):
+            continue
+        if m.is_transposed or m.has_bias or not m.has_gate or getattr(m, "has_post_expert_norm", False):
+            continue
+        experts[name] = m
+    return experts
 
 
 def apart(model: nn.Module) -> dict[str, Experts]:
@@ -104,13 +108,12 @@ def stacked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, m in model.named_modules():
         if isinstance(m, Experts):
             for slot in SLOTS:
-                state[f"{name}.{slot}"] = torch.stack(
-                    [state.pop(f"{name}.{e}.{slot}.weight") for e in range(m.count)]
-                )
+                parts = [state.pop(f"{name}.{e}.{slot}.weight") for e in range(m.count)]
+                state[f"{name}.{slot}"] = torch.stack(parts)
     return state
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in another's place."""
     above, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(above) if above else model, leaf, module)
+    setattr(model.get_submodule(above), leaf, module)

@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 
 SEQUENCES = 64  # written at once
 LEAVE = 0.25  # share of idle rows at which they leave: each time, what is kept of all others is copied
+# what a network raises that cannot be made to write in some way
+CANNOT = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+)
 _ways: WeakKeyDictionary[nn.Module, type[Writer]] = WeakKeyDictionary()  # model -> how it writes
 
 
@@ -51,27 +61,29 @@ def generate(
     """n completions of each prompt as token ids, the stop token included where one was written.
 
     temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together. limit: tokens
-    that the network can hold; a sequence ends there. hear: is told after each token what prompts written
-    together have so far; where it says true, they end there. Raises RecipeError for a prompt that leaves no
-    room.
+    that the network can hold; a sequence ends there. hear: called after each token with what prompts written
+    together have so far; where it returns true, they end there. Raises RecipeError for a prompt that leaves
+    no room.
     """
-    room = [
-        max_new_tokens if limit is None else min(max_new_tokens, limit - writer.needed(len(p)))
-        for p in prompts
-    ]
+    room = [max_new_tokens] * len(prompts)
+    if limit is not None:
+        for i, prompt in enumerate(prompts):
+            room[i] = min(max_new_tokens, limit - writer.needed(len(prompt)))
     if min(room, default=1) < 1:
         raise RecipeError(
-            f"a prompt of {max(map(len, prompts))} tokens leaves no room to write: the network holds {limit}"
+            f"the prompt has {max(map(len, prompts))} tokens, which leaves none to generate:"
+            f" the model has {limit} positions"
         )
     out: list[list[list[int]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     some = max(1, SEQUENCES // n)
     for start in range(0, len(order), some):
         chosen = order[start : start + some]
-        pick = Picker(
-            [(seeds[i], k) for i in chosen for k in range(n)], max_new_tokens, temperature, top_p, top_k
-        )
-        ends = [room[i] for i in chosen for _ in range(n)]
+        names, ends = [], []  # of each sequence
+        for i in chosen:
+            names += [(seeds[i], k) for k in range(n)]
+            ends += [room[i]] * n
+        pick = Picker(names, max_new_tokens, temperature, top_p, top_k)
         with prepacked(writer.model):
             written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop), hear)
         for k, i in enumerate(chosen):
@@ -123,17 +135,12 @@ class Picker:
     ):
         """names: the (seed, sample) of each sequence."""
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self.buffers: Tensor | None = None
+        self.buffers: Tensor | None = None  # [2, B, V] in fp32, for whatever is computed of logits
         if temperature:
-            self.uniforms = torch.stack(
-                [torch.rand(length, generator=Clock(seed).rng("sample", k)) for seed, k in names]
-            )
-
-    def room(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors like the logits, in fp32, for whatever is computed of them."""
-        if self.buffers is None or self.buffers.shape[1] < len(logits):
-            self.buffers = torch.empty(2, *logits.shape, device=logits.device)
-        return self.buffers[0, : len(logits)], self.buffers[1, : len(logits)]
+            uniforms = []
+            for seed, sample in names:
+                uniforms.append(torch.rand(length, generator=Clock(seed).rng("sample", sample)))
+            self.uniforms = torch.stack(uniforms)
 
     def __call__(self, logits: Tensor, which: list[int], step: int) -> Tensor:
         """[B, V] logits of sequences `which` at `step` -> [B] token ids."""
@@ -141,10 +148,13 @@ class Picker:
             return logits.argmax(-1)
         # Written into the same memory at every token: at wide vocabularies, getting it anew costs more than
         # the sums.
-        one, other = self.room(logits)
+        if self.buffers is None or self.buffers.shape[1] < len(logits):
+            self.buffers = torch.empty(2, *logits.shape, device=logits.device)
+        one, other = self.buffers[0, : len(logits)], self.buffers[1, : len(logits)]
         p, ids = torch.softmax(one.copy_(logits).div_(self.temperature), -1, out=other), None
-        if self.top_p < 1 or 0 < self.top_k < p.shape[-1]:
-            p, ids = p.topk(self.top_k) if 0 < self.top_k < p.shape[-1] else p.sort(-1, descending=True)
+        few = 0 < self.top_k < p.shape[-1]
+        if self.top_p < 1 or few:
+            p, ids = p.topk(self.top_k) if few else p.sort(-1, descending=True)
             p = p / p.sum(-1, keepdim=True)
             # the nucleus: least likely tokens whose better ones already reach top_p go
             p[p.cumsum(-1) - p >= self.top_p] = 0
@@ -190,22 +200,24 @@ class Cached(Writer):
 
     def begin(self, prompts, n):
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        padded, marks = [], []
+        for prompt in prompts:
+            padding = [0] * (width - len(prompt))
+            padded.append(padding + prompt)
+            marks.append(padding + [1] * len(prompt))
+        ids = torch.tensor(padded, device=self.device)
+        mask = torch.tensor(marks, device=self.device)
         inputs: dict[str, Tensor] = {"input_ids": ids}
         if self.attached.virtual:  # soft vectors in front of each prompt, after its padding
             embed = self.model.get_input_embeddings()(ids)
             soft = self.attached.soft().to(embed.dtype)
-            inputs = {
-                "inputs_embeds": torch.stack(
-                    [
-                        torch.cat([e[: width - len(p)], soft, e[width - len(p) :]])
-                        for e, p in zip(embed, prompts)
-                    ]
-                )
-            }
+            embeds = []
+            for e, prompt in zip(embed, prompts, strict=True):
+                start = width - len(prompt)
+                embeds.append(torch.cat([e[:start], soft, e[start:]]))
+            inputs = {"inputs_embeds": torch.stack(embeds)}
             mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
-        self.tells = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
         where = self.where()
         if self.prefix:
@@ -218,14 +230,21 @@ class Cached(Writer):
 
     def multiply(self, n: int) -> None:
         """Prompts were read; go on with n samples of each."""
+        from transformers.cache_utils import DynamicLayer
+
         for layer in getattr(self.cache, "layers", ()):
-            roomy(layer)
+            if type(layer) is DynamicLayer:
+                layer.__class__ = _roomy_layer()
         if n > 1:
             self.cache.batch_repeat_interleave(n)
         self.mask = self.mask.repeat_interleave(n, 0)
 
     def where(self) -> dict[str, Tensor]:
-        return {"attention_mask": self.mask, **({"position_ids": self.position} if self.tells else {})}
+        """The attention mask, and positions where the network takes them."""
+        where = {"attention_mask": self.mask}
+        if self.takes_positions:
+            where["position_ids"] = self.position
+        return where
 
     def keep(self, rows):
         self.cache.batch_select_indices(rows)
@@ -235,7 +254,7 @@ class Cached(Writer):
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.position = self.position + 1
         where = self.where()
-        if self.bare:  # as the network would make it, if it were asked to
+        if self.bare:  # as the network itself would make it
             where["attention_mask"] = self.mask[:, None, None].bool()
         output = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
         return output.logits[:, -1]
@@ -244,10 +263,13 @@ class Cached(Writer):
     def bare(self) -> bool:
         """Does the network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike?"""
         config = self.model.config.get_text_config()
-        kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+        if config._attn_implementation not in ("sdpa", NAME) or not self.takes_positions:
+            return False
         # what makes more of a mask [B, W]
-        reads = getattr(config, "alibi", False) or getattr(config, "sliding_window", None)
-        return config._attn_implementation in ("sdpa", NAME) and self.tells and not kinds and not reads
+        if getattr(config, "alibi", False) or getattr(config, "sliding_window", None):
+            return False
+        kinds = {*(getattr(config, "layer_types", None) or ())}
+        return kinds <= {"full_attention"}
 
 
 class Sharing(Cached):
@@ -259,15 +281,18 @@ class Sharing(Cached):
         from transformers.cache_utils import DynamicLayer
 
         if self.device.type != "cpu" or not takes_plans(self.model) or not self.bare:
-            raise NotImplementedError("this network's attention is not asked one token at a time")
+            raise NotImplementedError(
+                "this model does not support decoding one token at a time with luthier's attention"
+            )
         if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
-            raise NotImplementedError("this network keeps more than keys and values")
+            raise NotImplementedError("this model caches more than keys and values")
         self.decoding = Decoding(torch.arange(len(self.mask) * n), n, self.mask.bool())
         for layer in self.cache.layers:
             split_layer(layer, n)
 
     def keep(self, rows):
-        self.position, (self.decoding, prompts) = self.position[rows], self.decoding.keep(rows)
+        self.position = self.position[rows]
+        self.decoding, prompts = self.decoding.keep(rows)
         for layer in self.cache.layers:
             layer.keep(rows, prompts)
 
@@ -276,21 +301,13 @@ class Sharing(Cached):
         mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool)
         mask.decoding = self.decoding  # type: ignore[attr-defined]  # kernels/attention.py finds it
         where = {"attention_mask": mask, "position_ids": self.position}
-        return self.model(
-            input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True
-        ).logits[:, -1]
-
-
-def roomy(layer: Any) -> None:
-    """A cache layer of transformers that grows by copying itself at every token shall grow by ROOM tokens."""
-    from transformers.cache_utils import DynamicLayer
-
-    if type(layer) is DynamicLayer:
-        layer.__class__ = _roomy()
+        output = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
+        return output.logits[:, -1]
 
 
 @lru_cache(maxsize=1)
-def _roomy() -> type:
+def _roomy_layer() -> type:
+    """transformers' layer of a cache copies itself at every token; this one when ROOM tokens were added."""
     from transformers.cache_utils import DynamicLayer
 
     class Roomy(DynamicLayer):
@@ -301,17 +318,22 @@ def _roomy() -> type:
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            filled: Any = (self.keys, self.values)
-            length, stop = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
+            keys: Any = self.keys
+            values: Any = self.values
+            length = keys.shape[-2]
+            stop = length + key_states.shape[-2]
             mine = self.longer
             # full, or rows have left
-            if mine is None or mine[0].data_ptr() != filled[0].data_ptr() or mine[0].shape[-2] < stop:
-                k, v = (x.new_empty(*x.shape[:-2], stop + ROOM, x.shape[-1]) for x in filled)
-                k[..., :length, :], v[..., :length, :] = filled
+            if mine is None or mine[0].data_ptr() != keys.data_ptr() or mine[0].shape[-2] < stop:
+                k = keys.new_empty(*keys.shape[:-2], stop + ROOM, keys.shape[-1])
+                v = values.new_empty(*values.shape[:-2], stop + ROOM, values.shape[-1])
+                k[..., :length, :] = keys
+                v[..., :length, :] = values
                 self.longer = mine = (k, v)
             mine[0][..., length:stop, :] = key_states
             mine[1][..., length:stop, :] = value_states
-            k, v = (x[..., :stop, :] for x in mine)
+            k = mine[0][..., :stop, :]
+            v = mine[1][..., :stop, :]
             self.keys, self.values = k, v
             return k, v
 
@@ -324,8 +346,12 @@ class Rereading(Writer):
     """
 
     def begin(self, prompts, n):
-        self.read = [torch.tensor(p, device=self.device) for p in prompts for _ in range(n)]
-        self.first = torch.tensor([len(r) for r in self.read], device=self.device)  # tokens of each prompt
+        self.read: list[Tensor] = []
+        sizes = []  # tokens of each prompt
+        for prompt in prompts:
+            self.read += [torch.tensor(prompt, device=self.device)] * n
+            sizes += [len(prompt)] * n
+        self.first = torch.tensor(sizes, device=self.device)
         return self.logits()
 
     def keep(self, rows):
@@ -341,51 +367,42 @@ class Rereading(Writer):
         ends = mask.sum(1) - 1 + torch.arange(len(mask), device=mask.device) * mask.shape[1]
         if self.prefix:
             order = torch.arange(mask.shape[1], device=mask.device) - self.attached.virtual
-            inputs["attention_mask"] = prefix_mask(
-                self.model, mask.bool(), (order >= 0) & (order < self.first[:, None])
-            )
+            both = (order >= 0) & (order < self.first[:, None])
+            inputs["attention_mask"] = prefix_mask(self.model, mask.bool(), both)
         return logits_at(self.model, inputs, ends)
 
 
 def decoder_writer(model: Network, attached: Any, prefix: bool = False) -> Writer:
     """The first way to write that writes as rereading everything does. Tried out at a network's first call;
-    told if there is none.
+    a warning says where there is none.
     """
     if model not in _ways:
+        reason = ""
         with torch.no_grad():
             slow = _trial(Rereading(model, attached, prefix))
             for way in (Sharing, Cached):
                 try:
                     gap = float((_trial(way(model, attached, prefix)) - slow).abs().mean())
-                    reason = (
-                        ""
-                        if gap <= logprob_tolerance(model)
-                        else f"writes otherwise, by {gap:.1e} in log-probability on average"
-                    )
-                except (
-                    TypeError,
-                    ValueError,
-                    RuntimeError,
-                    KeyError,
-                    IndexError,
-                    AttributeError,
-                    NotImplementedError,
-                ) as error:
-                    reason = f"cannot ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
-                if not reason:
+                except CANNOT as error:
+                    first_line, _, _ = str(error).partition("\n")
+                    reason = f"fails ({type(error).__name__}: {first_line[:100]})"
+                    continue
+                if gap <= logprob_tolerance(model):
+                    reason = ""
                     break
+                reason = f"generates different text (log-probabilities differ by {gap:.1e} on average)"
         _ways[model] = Rereading if reason else way
         if reason:
             name = type(model).__name__
             warnings.warn(
-                f"{name} {reason} with a cache: all is read again for each token, slower and right",
+                f"{name} {reason} with a KV cache; generating without it (slower, results are correct)",
                 stacklevel=3,
             )
     return _ways[model](model, attached, prefix)
 
 
 def _trial(writer: Writer) -> Tensor:
-    """All log-probabilities of a short play: prompts of unlike length, two samples each, two sequences left
+    """All log-probabilities of a short trial: prompts of unlike length, two samples each, two sequences left
     behind.
     """
     logits = [writer.begin([[1], [1, 2, 3, 1, 2]], 2)]

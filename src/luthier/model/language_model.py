@@ -48,30 +48,34 @@ class LanguageModel(Architecture):
 
     @property
     def reading(self) -> str:
-        return "through the network's own head, all logits at once" if self.own_head else "padded"
+        if self.own_head:
+            return "through the model's own head, all logits at once"
+        return "padded"
 
     def simpler(self) -> LanguageModel | None:
-        return None if self.own_head else replace(self, own_head=True)
+        if self.own_head:
+            return None
+        return replace(self, own_head=True)
 
     def answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
         """Outputs of T questions: `at` [T] are flat places of the tensor [R, W] that the model reads as
         `inputs`.
         """
+        caught: list[Tensor] = []
         with behind_blocks(model) if LAYERS.get() else nullcontext() as states:
-            outputs = self._answer(model, inputs, at, labels)
-        outputs.layers = None if states is None else [h.flatten(0, 1)[at] for h in states]
+            if self.own_head:
+                outputs = Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
+            else:
+                # the head itself computes nothing
+                with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):
+                    model(**inputs, use_cache=False)
+                outputs = Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
+        if states is not None:
+            outputs.layers = [h.flatten(0, 1)[at] for h in states]
         return outputs
 
-    def _answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
-        if self.own_head:
-            return Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
-        caught: list[Tensor] = []
-        # the head itself is asked for nothing
-        with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):
-            model(**inputs, use_cache=False)
-        return Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
-
     def plain(self, model: Network, attached: Any, batch: Batch) -> Tensor:
+        """[T] log-probabilities segment by segment: what packed and padded layouts are compared with."""
         pieces = batch.segments()
         out = torch.zeros(len(batch.ids), device=batch.ids.device)
         for s in batch.segment[batch.supervised].unique().tolist():
@@ -91,14 +95,15 @@ def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
     """The states [R, W, d] behind each block that is passed meanwhile, lowest first; in an encoder-decoder
     the decoder's.
     """
-    every = {
-        name: m
-        for name, m in model.named_modules()
-        if (place := layer_of(f"{name}.")) and name == f"{place[0]}.{place[1]}"
-    }
-    last = [name.rpartition(".")[0] for name in every][-1:]
+    blocks_of: dict[str, list[nn.Module]] = {}  # name of a list of layers -> its blocks
+    last = ""
+    for name, module in model.named_modules():
+        place = layer_of(f"{name}.")
+        if place is not None and name == f"{place[0]}.{place[1]}":
+            last = place[0]
+            blocks_of.setdefault(last, []).append(module)
+    blocks = blocks_of.get(last, [])
     states: list[Tensor] = []
-    blocks = [m for name, m in every.items() if [name.rpartition(".")[0]] == last]
 
     def keep(module: nn.Module, inputs: Any, out: Any) -> None:
         if len(states) < len(blocks):  # a head is measured by passing through once more
@@ -106,7 +111,10 @@ def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
 
     hooks = [m.register_forward_hook(keep) for m in blocks]
     if not hooks:
-        raise RecipeError(f"{type(model).__name__} has no list of layers whose states could be compared")
+        raise RecipeError(
+            f"{type(model).__name__} has no list of layers, so hidden states of single layers are"
+            " not available"
+        )
     try:
         yield states
     finally:
@@ -119,16 +127,17 @@ def prefix_mask(model: Network, real: Tensor, both: Tensor) -> Tensor:
     as the model takes it. All other tokens see what stands before them."""
     order = torch.arange(real.shape[1], device=real.device)
     may = (order[:, None] >= order) | both[:, :, None] & both[:, None, :]
-    return as_mask(
-        model, (may & real[:, None, :] | torch.eye(len(order), dtype=torch.bool, device=real.device))[:, None]
-    )
+    itself = torch.eye(len(order), dtype=torch.bool, device=real.device)  # padding, too: no NaN
+    return as_mask(model, (may & real[:, None, :] | itself)[:, None])
 
 
 def as_mask(model: Network, may: Tensor) -> Tensor:
     """[R, 1, W, W] bool, True = may look -> the form that the model's attention takes."""
     kind = model.config.get_text_config()._attn_implementation
     if kind not in ("sdpa", "eager", NAME):
-        raise ValueError(f"attention '{kind}' takes no block mask (sdpa and eager do)")
+        raise ValueError(
+            f"attention '{kind}' does not accept a block mask; set attn_implementation to sdpa or eager"
+        )
     if kind != "eager":
         return may
     dtype = model.get_input_embeddings().weight.dtype
@@ -153,32 +162,39 @@ def soft_first(
     """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors
     [R, k + W].
 
-    of: a batch, and which of its rows [R] are read; else nobody's in particular.
+    of: a batch, and which of its rows [R] are read; None: no rows in particular.
     """
     if of is not None:
         attached.announce_rows(*of)
-    mask = torch.ones_like(ids) if mask is None else mask
+    if mask is None:
+        mask = torch.ones_like(ids)
     if not attached.virtual:
         return {"input_ids": ids, "attention_mask": mask}
     embed = model.get_input_embeddings()(ids)
-    soft = (attached.soft().expand(len(ids), -1, -1) if of is None else attached.soft_rows(of[0])[of[1]]).to(
-        embed.dtype
-    )
+    if of is None:
+        soft = attached.soft().expand(len(ids), -1, -1)
+    else:
+        soft = attached.soft_rows(of[0])[of[1]]
     mask = torch.cat([mask.new_ones(soft.shape[:2]), mask], 1)
-    return {"inputs_embeds": torch.cat([soft, embed], 1), "attention_mask": mask}
+    return {"inputs_embeds": torch.cat([soft.to(embed.dtype), embed], 1), "attention_mask": mask}
 
 
 def picked(logits: Tensor, labels: Tensor) -> Tensor:
     """[k, V] logits, [k] -> [k] log-probabilities."""
-    some = zip(logits.split(n := chunk_size(logits.shape[-1])), labels.split(n), strict=True)
-    return torch.cat([z.float().log_softmax(-1).gather(1, own[:, None]).squeeze(1) for z, own in some])
+    size = chunk_size(logits.shape[-1])
+    logprobs = []
+    for z, own in zip(logits.split(size), labels.split(size), strict=True):
+        every = z.float().log_softmax(-1)
+        logprobs.append(every.gather(1, own[:, None]).squeeze(1))
+    return torch.cat(logprobs)
 
 
 def own_logits(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
-    """[k] places of one row -> [k, V] logits by the network's own forward, which is asked for no others where
-    it lets itself be.
+    """[k] places of one row -> [k, V] logits by the network's own forward, which computes no others where it
+    takes `logits_to_keep`.
     """
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    if "logits_to_keep" in parameters:
         return model(**inputs, use_cache=False, logits_to_keep=at).logits[0]
     return model(**inputs, use_cache=False).logits[0, at]
 
@@ -196,7 +212,7 @@ def logits_at(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
 def _head(model: Network) -> Matrix:
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{type(model).__name__} does not tell its output embeddings")
+        raise ValueError(f"{type(model).__name__} does not expose its output embeddings")
     return head
 
 
@@ -226,15 +242,16 @@ def head_of(model: Network, inputs: dict[str, Any]) -> Head:
 
 
 def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple[float, float, Tensor | None]:
+    """(scale, softcap, bias) between the output of the head `module` and the network's logits."""
     probe = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
     shape: list[int] = []
 
-    def say(_, inputs, output: Tensor) -> Tensor:
+    def put_probe(_, inputs, output: Tensor) -> Tensor:
         shape.append(output.shape[-1])
         # fp32 whatever the network's type
         return probe.to(output.device)[None, :, None].repeat(1, 1, output.shape[-1])
 
-    hook = module.register_forward_hook(say)
+    hook = module.register_forward_hook(put_probe)
     try:
         with _before_head(model, lambda hidden: hidden[:1, :1]):
             answers = model(**inputs, use_cache=False).logits.float()[0]
@@ -245,9 +262,14 @@ def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple
     probe = probe.to(answers.device)[:, None]
     far = float(answers[2, 0])
     softcap = far if far < 1e20 else 0.0
-    bias = answers[0].clone()
-    scale = float((answers[1] - bias)[0]) / float(probe[1]) if not bias.any() else 1.0
-    want = Head(nn.Identity(), scale, softcap, bias if bias.any() else None)(probe.expand_as(answers))
-    if not torch.allclose(want[3:], answers[3:], rtol=1e-5, atol=1e-5):
-        raise ValueError(f"what {type(model).__name__} does to its logits after the head is not known")
-    return (1.0 if abs(scale - 1) < 1e-6 else scale), softcap, (bias if bias.any() else None)
+    bias: Tensor | None = answers[0].clone()
+    scale = 1.0
+    if not answers[0].any():
+        bias = None
+        scale = float(answers[1, 0]) / float(probe[1])
+    expected = Head(nn.Identity(), scale, softcap, bias)(probe.expand_as(answers))
+    if not torch.allclose(expected[3:], answers[3:], rtol=1e-5, atol=1e-5):
+        raise ValueError(f"{type(model).__name__} changes its logits after the head in an unknown way")
+    if abs(scale - 1) < 1e-6:
+        scale = 1.0
+    return scale, softcap, bias

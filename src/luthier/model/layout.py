@@ -38,7 +38,9 @@ class _Piece:
         above = self.above
         while above is not None and not above.size:
             above = above.above
-        return -1 if above is None else above.place + above.size - 1
+        if above is None:
+            return -1
+        return above.place + above.size - 1
 
 
 def lay_out(
@@ -51,9 +53,15 @@ def lay_out(
     """
     sizes, parents = batch.sizes, batch.parent.tolist()
     blocks = _blocks(parents, share)
-    lengths = [virtual + sum(sizes[s] for s, _ in block) for block in blocks]
-    rows = _pack(lengths, max(width, *lengths) if width else 0)
-    wide = max(sum(lengths[b] for b in row) for row in rows)
+    lengths = []
+    for block in blocks:
+        lengths.append(virtual + sum(sizes[s] for s, _ in block))
+    if width:
+        width = max(width, *lengths)
+    rows = _pack(lengths, width)
+    wide = 0
+    for row in rows:
+        wide = max(wide, sum(lengths[b] for b in row))
     pieces = _pieces(blocks, rows, sizes, wide, virtual)
 
     size = torch.tensor([p.size for p in pieces])
@@ -131,10 +139,13 @@ def _blocks(parents: list[int], share: bool) -> list[list[Member]]:
 
     def add_paths(s: int, above: list[int]) -> None:
         path = [*above, s]
-        if not children[s]:
-            blocks.append([(x, i - 1) for i, x in enumerate(path)])
         for child in children[s]:
             add_paths(child, path)
+        if not children[s]:
+            block = []
+            for i, x in enumerate(path):
+                block.append((x, i - 1))
+            blocks.append(block)
 
     for root in children[-1]:
         if share:

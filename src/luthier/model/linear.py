@@ -12,21 +12,31 @@ if TYPE_CHECKING:
 
 def is_transposed(module: nn.Module) -> bool:
     """Does a module keep its weight as [in, out]?"""
-    return isinstance(module, nn.Embedding) or any(c.__name__ == "Conv1D" for c in type(module).__mro__)
+    if isinstance(module, nn.Embedding):
+        return True
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__)
 
 
 def oriented(module: Matrix) -> Tensor:
     """The weight of a module as [out, in] (a view); [width] for a norm."""
-    return module.weight.T if is_transposed(module) else module.weight
+    if is_transposed(module):
+        return module.weight.T
+    return module.weight
 
 
 def linear_modules(model: nn.Module) -> dict[str, Any]:
     """Every linear module of a network, by name."""
     from transformers.pytorch_utils import Conv1D
 
-    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    modules: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            modules[name] = module
+    return modules
 
 
 def base_layer(module: Any) -> Any:
     """The module that an adapter's layer wraps, or the module itself."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if hasattr(module, "get_base_layer"):
+        return module.get_base_layer()
+    return module

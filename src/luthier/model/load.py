@@ -33,11 +33,10 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """Where networks are put: this process's GPU, where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def pick_dtype(name: str, where: torch.device) -> torch.dtype:
@@ -58,7 +57,9 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
 def load_model(
     recipe: Recipe, parts: Methods, network: Mapping[str, Any], folder: Path | None = None
 ) -> tuple[Network, Any]:
-    """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
+    """The base network and its tokenizer. network: settings that follow from the data (a classifier's
+    classes).
+    """
     import_models()
     from transformers import AutoTokenizer
 
@@ -70,15 +71,14 @@ def load_model(
     if recipe.attn_implementation:
         how["attn_implementation"] = recipe.attn_implementation
     try:
-        model = (
-            _quantized(recipe, parts, path, how, where, folder)
-            if parts.quantizer
-            else parts.architecture.load(path, **how)
-        )
+        if parts.quantizer:
+            model = _quantized(recipe, parts, path, how, where, folder)
+        else:
+            model = parts.architecture.load(path, **how)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"model {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}"
+            f"model: {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from None
     model.config.use_cache = False
     if recipe.gradient_checkpointing is True:
@@ -119,7 +119,7 @@ def _calibrated(parts: Methods, roles: Roles, rows: list[dict], folder: Path | N
     from luthier.model.quantized import FILE, quantize, save
 
     if parts.quantizer.reads and not rows:
-        raise RecipeError(f"quantizer '{parts.quantizer.name}' looks at rows, and there are none here")
+        raise RecipeError(f"quantizer '{parts.quantizer.name}' needs calibration rows, and there are none")
     quantize(roles.policy.model, parts.quantizer, roles, rows)
     if folder is not None:
         save(roles.policy.model, folder / FILE)
@@ -142,12 +142,10 @@ def assemble(
     torch.manual_seed(clock.derive_seed("model"))
     model, tokenizer = loaded or load_model(recipe, parts, network or {}, folder)
     if parts.quantizer is not None and not coded(model):
-        plain = parts.architecture.renderer(
-            tokenizer, model.config, max_length=recipe.max_length or min(2048, max_positions(model))
-        )
-        _calibrated(
-            parts, Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain), rows or [], folder
-        )
+        limit = recipe.max_length or min(2048, max_positions(model))
+        plain = parts.architecture.renderer(tokenizer, model.config, max_length=limit)
+        untuned = Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain)
+        _calibrated(parts, untuned, rows or [], folder)
     torch.manual_seed(clock.derive_seed("tuner"))
     attached = attach(parts.tuner, model)
     if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
@@ -155,8 +153,8 @@ def assemble(
     most = max_positions(model) - attached.virtual
     if recipe.max_length and recipe.max_length > most:
         raise RecipeError(
-            f"max_length: {recipe.max_length} tokens, and {recipe.model} reads {most} at most under this"
-            " tuner"
+            f"max_length: {recipe.max_length} tokens is more than {recipe.model} reads with"
+            f" this tuner ({most})"
         )
     limit = recipe.max_length or min(2048, most)
     renderer = parts.architecture.renderer(
@@ -167,13 +165,13 @@ def assemble(
 
 def max_positions(model: Network) -> float:
     """How many tokens the network has positions for."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    skipped = [
-        p
-        for n, m in model.named_modules()
-        if n.endswith("position_embeddings") and (p := getattr(m, "padding_idx", None))
-    ]
-    return (most or math.inf) - (max(skipped) + 1 if skipped else 0)  # RoBERTa counts from behind its padding
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    skipped = 0  # RoBERTa counts from behind its padding
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding:
+            skipped = max(skipped, padding + 1)
+    return most - skipped
 
 
 def attach(tuner: Any, model: Network) -> Any:
@@ -182,18 +180,18 @@ def attach(tuner: Any, model: Network) -> Any:
     """
     if model.fresh and any(f.name == "modules_to_save" for f in fields(tuner)):
         tuner = replace(tuner, modules_to_save=sorted({*(tuner.modules_to_save or ()), *model.fresh}))
-    new = {id(p): name for name in model.fresh for p in model.get_submodule(name).parameters()}
+    new = {}
+    for name in model.fresh:
+        for p in model.get_submodule(name).parameters():
+            new[id(p)] = name
     attached = tuner.attach(model)
     moving = {id(p) for p in attached.parameters().values()}
-    left = (
-        sorted({name for i, name in new.items() if i not in moving})
-        if not hasattr(tuner, "modules_to_save")
-        else []
-    )
-    if left and tuner.provides:
+    left = {new[i] for i in new.keys() - moving}
+    if left and tuner.provides and not hasattr(tuner, "modules_to_save"):
         raise RecipeError(
-            f"tuner '{tuner.name}' would leave {', '.join(left)} as random as it was made, since the"
-            " checkpoint has none; take one that trains it along: lora, full, or any with modules_to_save"
+            f"tuner '{tuner.name}' does not train {', '.join(sorted(left))}, which the"
+            " checkpoint has no weights for; use a tuner that does: lora, full, or any with"
+            " modules_to_save"
         )
     return attached
 
@@ -202,20 +200,27 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
     """What a finished run moved, or a merge of several runs."""
     if isinstance(start, dict):
         if set(start) != {"merge", "of"} or not start["of"]:
-            raise RecipeError("start: give a run's folder, or {merge: average, of: [folder, folder]}")
+            raise RecipeError(
+                "init_from: expected the folder of a run, or {merge: average, of: [folder, folder]}"
+            )
         merger = build("merger", start["merge"])
         # nothing has been trained or loaded yet
-        base = attached.tensors() if "base" in merger.requires else None
+        base = None
+        if "base" in merger.requires:
+            base = attached.tensors()
         return merger.merge([tensors_of(s, attached) for s in start["of"]], base)
     folder = Path(start)
     if not folder.is_dir():
-        raise RecipeError(f"start: there is no folder {folder}")
+        raise RecipeError(f"init_from: folder {folder} does not exist")
     return {k: v for k, v in attached.read(folder).items() if not k.startswith(PREFIX)}
 
 
 def take_parts(roles: Roles, parts: Methods) -> None:
-    """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner. A run
-    that goes on from this one takes what the tuner moved, and begins with parts of its own."""
-    brought = [(name, role.parts(roles.policy)) for name, role in parts.roles.items()]
-    for name, some in brought:
+    """Attach the parts that roles bring (a critic's head): they train along with the tuner. A run that
+    goes on from this one takes what the tuner trained, and begins with parts of its own.
+    """
+    brought = {}
+    for name, role in parts.roles.items():
+        brought[name] = role.parts(roles.policy)
+    for name, some in brought.items():
         bring(roles.tuner, name, some)

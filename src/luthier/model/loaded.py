@@ -31,7 +31,7 @@ class Loaded:
     name: str  # what was loaded
     roles: Roles
     recipe: Recipe  # how it was tuned; of a plain model only what loads it
-    # is it asked in turns (through its chat template), or with the prompt as it is written?
+    # is a prompt a turn of a conversation (through the chat template), or continued as it is?
     turns: bool = True
     notes: list[str] = field(default_factory=list)  # what the user should know of it
     ends: str = ""  # what every prompt it was tuned on ended with: a line break, or nothing
@@ -63,7 +63,9 @@ class Loaded:
         ends there.
         """
         if "generate" not in self.roles.policy.architecture.provides:
-            raise RecipeError(f"{self.name} writes no text: it is a {self.roles.policy.architecture.name}")
+            raise RecipeError(
+                f"{self.name} cannot generate text: its architecture is {self.roles.policy.architecture.name}"
+            )
         several = isinstance(prompt, (list, tuple)) and not all(isinstance(p, dict) for p in prompt)
         renderer, clock = self.roles.renderer, self.roles.clock
         prompts, seeds = [], []
@@ -136,7 +138,7 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     recipe = Recipe.load(folder / "recipe.yaml", settings)
     if recipe.plan is not None:
         runs = ", ".join(run.name for run in run_folders(folder))
-        raise RecipeError(f"{folder} holds a plan; name one of its runs: {runs}")
+        raise RecipeError(f"{folder} holds a plan; choose one of its runs: {runs}")
     roles = assemble(recipe, build_methods(recipe), saved_network(folder), folder)
     roles.tuner.load(tensors_of(folder, roles.tuner))
     roles.policy.eval()
@@ -145,7 +147,7 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         stats = files.read_json(folder / REPORT)["stats"]
         turns, ends = stats.get("turns", turns), stats.get("ends", ends)
     else:
-        notes.append(f"{folder} is not finished: this is its last checkpoint")
+        notes.append(f"{folder} is not finished; using its last checkpoint")
     return Loaded(str(folder), roles, recipe, turns, notes, ends)
 
 
@@ -168,7 +170,9 @@ def load_adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
-        raise RecipeError(f"{folder} does not say which base model its adapter belongs to")
+        raise RecipeError(
+            f"{folder}: adapter_config.json has no base_model_name_or_path, so the base model is unknown"
+        )
     coded = folder / files.QUANTIZATION
     if coded.is_file():  # it was trained on the weights that the base's codes stand for
         settings = {"quantization": json.loads(coded.read_text(encoding="utf-8")), **settings}
@@ -185,7 +189,7 @@ def load_adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     try:
         model = PeftModel.from_pretrained(roles.policy.model, str(folder)).merge_and_unload().eval()
     except (AttributeError, ValueError, KeyError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0] or "no weight of the base can hold what its method adds"
+        reason = str(error).partition("\n")[0] or "its method changes more than the base model's weights"
         raise RecipeError(f"the adapter in {folder} cannot be merged into {base}: {reason}") from None
     roles.policy.model, roles.policy.attached = model, Untuned(model)
     return Loaded(str(folder), roles, recipe, turns=roles.renderer.note is None)

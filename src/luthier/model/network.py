@@ -1,7 +1,8 @@
-"""What luthier asks of a network, for type checkers: at run time it is whatever transformers loaded."""
+"""What luthier uses of a network, for type checkers: at run time it is whatever transformers loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,8 @@ class Network(nn.Module):
     fresh: list[str]  # modules whose weights no checkpoint held
     _is_stateful: bool  # transformers' word for layers that read on from one sequence into the next
 
-    def get_input_embeddings(self) -> Matrix: ...
-    def get_output_embeddings(self) -> Matrix | None: ...
-    def get_encoder(self) -> nn.Module: ...
-    def gradient_checkpointing_enable(self, kwargs: dict[str, Any]) -> None: ...
-    def save_pretrained(self, folder: Any, **kwargs: Any) -> None: ...
-    @classmethod
-    def from_pretrained(cls, path: Any, **kwargs: Any) -> Network: ...
+    get_input_embeddings: Callable[[], Matrix]
+    get_output_embeddings: Callable[[], Matrix | None]
+    get_encoder: Callable[[], nn.Module]
+    gradient_checkpointing_enable: Callable[[dict[str, Any]], None]
+    save_pretrained: Callable[..., None]

@@ -1,4 +1,4 @@
-"""What a network says about a batch: only about supervised tokens, and only through its head in chunks."""
+"""A network's outputs for a batch: of supervised tokens alone, and through its head in chunks alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.kernels.logprobs import Head, chunk_size, chunked, normaliser
 
-# are the states behind single blocks wanted, too?
+# are the states behind single blocks needed, too?
 LAYERS: ContextVar[bool] = ContextVar("layers", default=False)
 
 
 class Outputs:
-    """Answers to a batch's questions. Objectives see log-probabilities; never logits, layouts, masks or
-    padding.
+    """Outputs for the supervised tokens of a batch. Objectives see log-probabilities; never logits, layouts,
+    masks or padding.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class Outputs:
         self.hidden = hidden  # [T, d] the state that predicts each supervised token
         self.head = head
         self.labels = labels  # [T]
-        self.role_context = role_context  # the role in which the head, too, is asked
-        # [T, d] the same places behind each block, where they were wanted (Policy.layers)
+        self.role_context = role_context  # the head, too, is applied in it
+        # [T, d] the same places behind each block, where they were needed (Policy.layers)
         self.layers: list[Tensor] | None = None
 
     @cached_property
@@ -47,7 +47,7 @@ class Outputs:
 
     @property
     def checked_values(self) -> Tensor:
-        """[T] what a layout or kernel is tried by: here the log-probabilities."""
+        """[T] what layouts and kernels are compared by: here the log-probabilities."""
         return self.logprobs
 
     @cached_property
@@ -85,23 +85,23 @@ class Outputs:
         tuple of them.
         """
         every = (self, *beside)
-        tables = (*(o.hidden for o in every), *per_token)
         size = max(1, min(chunk_size(o.head.size(o.hidden)) for o in every) // len(every))
+        tables = [o.hidden for o in every]
+        tables += per_token
 
         def piece(*chunk: Tensor) -> Any:
-            logits = [o.logits(h) for o, h in zip(every, chunk, strict=False)]
+            logits = []
+            for outputs, hidden in zip(every, chunk, strict=False):
+                with outputs.role_context():  # the head is applied in the role that read the batch
+                    logits.append(outputs.head(hidden))
             return f(*logits, *chunk[len(every) :])
 
-        chunks = zip(*(t.split(size) for t in tables), strict=True)
-        out = [
-            checkpoint(piece, *c, use_reentrant=False) if torch.is_grad_enabled() else piece(*c)
-            for c in chunks
-        ]
-        return (
-            torch.cat(out) if torch.is_tensor(out[0]) else tuple(torch.cat(x) for x in zip(*out, strict=True))
-        )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[C, d] -> [C, V], asked in the role that read the batch."""
-        with self.role_context():
-            return self.head(hidden)
+        results = []
+        for chunk in zip(*(table.split(size) for table in tables), strict=True):
+            if torch.is_grad_enabled():
+                results.append(checkpoint(piece, *chunk, use_reentrant=False))
+            else:
+                results.append(piece(*chunk))
+        if torch.is_tensor(results[0]):
+            return torch.cat(results)
+        return tuple(map(torch.cat, zip(*results, strict=True)))

@@ -1,9 +1,9 @@
-"""Who plays what: the policy that trains, and whoever else an objective or a stage may ask (reference,
+"""Roles: the policy that trains, and the other networks that an objective or a stage reads (reference,
 teacher, ...).
 
-One network can play many roles: the reference of a LoRA run is the policy with its adapter switched off. Each
-other role is a file in this folder; the recipe says who plays it, e.g. `roles: {reference: start, teacher:
-{name: model, ...}}`.
+One network can have many roles: the reference of a LoRA run is the policy with its adapter switched off. What
+fills the other roles are methods of the kind `role`, named in the recipe, e.g. `roles: {reference: initial,
+teacher: {name: model, ...}}`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ class Policy(nn.Module):
         self.role, self.context = role, context
 
     def train(self, mode: bool = True) -> Policy:
-        """Looking takes a third of the time of setting, and a step begins with it."""
-        return self if all(m.training == mode for m in self.modules()) else super().train(mode)
+        """As torch has it. Looking takes a third of the time of setting, and a step begins with it."""
+        if all(m.training == mode for m in self.modules()):
+            return self
+        return super().train(mode)
 
     def outputs(self, batch: Batch) -> Outputs:
-        """What this role says of a batch: read once, however many objectives ask."""
+        """This role's outputs for a batch: read once, however many objectives use them."""
         if self.role not in batch.read:
             batch.read[self.role] = self(batch)
         return batch.read[self.role]
@@ -58,7 +60,8 @@ class Policy(nn.Module):
 
     def layers(self, batch: Batch) -> list[Tensor]:
         """[T, d] for each block, lowest first: the state behind it at the places that predict the supervised
-        tokens. Asked before anything else of a batch, it costs no reading of its own."""
+        tokens. Called before `outputs` of the same batch, it costs no forward of its own.
+        """
         if self.role not in batch.read or batch.read[self.role].layers is None:
             token = LAYERS.set(True)
             try:
@@ -67,14 +70,16 @@ class Policy(nn.Module):
                 LAYERS.reset(token)
         if batch.read[self.role].layers is None:
             raise RecipeError(
-                "this architecture gives no states of single layers; a language model or masked_lm does"
+                "this architecture gives no hidden states of single layers; use a causal"
+                " language model or masked_lm"
             )
         return batch.read[self.role].layers
 
     def forward(self, batch: Batch) -> Outputs:
+        """Read a batch, however often it was read before; see `outputs`."""
         with self.role_context():
             outputs = self.architecture.forward(self.model, self.attached, batch)
-        outputs.role_context = self.role_context  # the head is asked later, and in the same role
+        outputs.role_context = self.role_context  # the head is applied later, and in the same role
         return outputs
 
     @contextmanager
@@ -99,20 +104,22 @@ class Policy(nn.Module):
         """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k,
         stop).
         """
-        with (self.context or nullcontext)(), eval_mode(self.model):
-            return self.architecture.generate(self.model, self.attached, [list(p) for p in prompts], **how)
+        context = self.context or nullcontext
+        tokens = [list(prompt) for prompt in prompts]
+        with context(), eval_mode(self.model):
+            return self.architecture.generate(self.model, self.attached, tokens, **how)
 
 
 class Roles:
-    """Everyone a method may speak to: `policy`, `tuner`, `clock`, `renderer`, `device` and `warn` always, and
-    in `players` whoever the recipe names under `roles`. `roles.reference` is `roles.players["reference"]`.
+    """What a method may use: `policy`, `tuner`, `clock`, `renderer`, `device` and `warn` always, and in
+    `players` what the recipe names under `roles`. `roles.reference` is `roles.players["reference"]`.
     """
 
     def __init__(self, policy: Policy, clock: Clock, renderer: Renderer, **players: Any):
         self.policy, self.clock, self.renderer = policy, clock, renderer
         self.players: dict[str, Any] = players
         self.device = next(policy.model.parameters()).device
-        self.warn: Callable[[str], None] = lambda sentence: None  # where what the user should know is said
+        self.warn: Callable[[str], None] = lambda sentence: None  # shows the user a warning
 
     @property
     def tuner(self) -> TunedModel:
@@ -125,19 +132,26 @@ class Roles:
         if role in self.__dict__.get("players", ()):
             return self.players[role]
         raise RecipeError(
-            f"nobody plays '{role}' in this recipe; say who under roles, e.g. `roles: {{{role}: start}}`"
+            f"no model has the role '{role}' in this recipe; set it under roles, e.g. `roles:"
+            f" {{{role}: initial}}`"
         )
 
     def policies(self) -> list[Policy]:
         """Every network in a role, the policy first."""
-        return [self.policy, *(player for player in self.players.values() if isinstance(player, Policy))]
+        policies = [self.policy]
+        for player in self.players.values():
+            if isinstance(player, Policy):
+                policies.append(player)
+        return policies
 
     def batch(self, rows: Sequence[dict], training: bool = False) -> Batch:
-        """Rows -> tokens on the policy's device. What is drawn to be asked (gaps) changes from step to step
-        in training only.
+        """Rows -> tokens on the policy's device. What is drawn to be predicted (gaps) changes from step to
+        step in training only.
         """
         arch = self.policy.architecture
-        clock = self.clock if training else Clock(self.clock.seed)
+        clock = self.clock
+        if not training:
+            clock = Clock(clock.seed)
         batch = collate(rows, lambda row: arch.encode(row, self.renderer))
         return arch.ask(batch, self.renderer, clock).to(self.device)
 

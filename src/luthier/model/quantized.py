@@ -1,5 +1,5 @@
-"""Quantizing a network that is there already: what the rows say of each weight, then one weight after another
-leaves for its codes.
+"""Quantizing a network that is loaded already: statistics of each weight from rows, then one weight after
+another is replaced by its codes.
 
 For quantizers that compare all weights with each other or read rows. The codes are kept beside the run
 (quantized.safetensors), so that whatever loads it has the same base without seeing rows.
@@ -39,12 +39,13 @@ def quantize(model: Any, quantizer: Quantizer, roles: Any = None, rows: list[dic
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            yield name, _weight(model.get_submodule(name))
+            W = oriented(model.get_submodule(name)).detach()
+            yield name, W.float().contiguous()
 
     plan = quantizer.plan(weights, statistics)
     for name in names:
         base = model.get_submodule(name)
-        own, W = plan[name], _weight(base)
+        own, W = plan[name], oriented(base).detach().float().contiguous()
         if name in statistics:
             codes = own.quantize(W, statistics.pop(name))
         else:
@@ -52,11 +53,6 @@ def quantize(model: Any, quantizer: Quantizer, roles: Any = None, rows: list[dic
         module = quantized_module(base, base.weight.dtype)
         module.take(own, codes)
         put(model, name, module)
-
-
-def _weight(module: Any) -> Tensor:
-    """[out, in] in fp32."""
-    return oriented(module).detach().float().contiguous()
 
 
 def save(model: Any, path: Path) -> None:

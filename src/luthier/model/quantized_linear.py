@@ -49,7 +49,8 @@ class Quantized(nn.Module):
 
     def take(self, quantizer: Quantizer, codes: Mapping[str, Tensor]) -> None:
         """From here on the weight lies in these codes."""
-        self.quantizer, self.slots = quantizer, sorted(codes)
+        self.quantizer = quantizer
+        self.slots = sorted(codes)
         self._parameters.pop("weight", None)
         for name, value in codes.items():
             self.register_buffer(f"q_{name}", value, persistent=False)
@@ -65,14 +66,16 @@ class Quantized(nn.Module):
     @property
     def stored(self) -> int:
         """Bytes of the codes."""
-        return sum(t.numel() * t.element_size() for t in self.codes.values())
+        return sum(codes.nbytes for codes in self.codes.values())
 
     # --- as others see it
 
     @property
     def weight(self) -> Any:
         dense = self._parameters.get("weight")
-        return self.laid_out(self.dense()) if dense is None else dense
+        if dense is None:
+            dense = self.laid_out(self.dense())
+        return dense
 
     def laid_out(self, W: Tensor) -> Tensor:
         """[out, in] as the module lays out its weight."""
@@ -93,15 +96,22 @@ class Quantized(nn.Module):
             return super().forward(x)
         if self.on_gradient is not None:
             return checkpoint(self._forward_trained, x, use_reentrant=False)
-        watched = self.watch is not None and torch.is_grad_enabled()
-        y = Product.apply(x, self, False, x.new_zeros((), requires_grad=True) if watched else None)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        anchor = None
+        if self.watch is not None and torch.is_grad_enabled():
+            anchor = x.new_zeros((), requires_grad=True)
+        y = Product.apply(x, self, False, anchor)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y
 
     def _forward_trained(self, x: Tensor) -> Tensor:
-        W = self.dense(x.dtype)
+        """Where what is continuous in the codes is trained: the gradient of the weight goes to them."""
+        W, bias = self.dense(x.dtype), self.bias
         if W.requires_grad and self.on_gradient is not None:
             W.register_hook(self.on_gradient)
-        return F.linear(x, W, None if self.bias is None else self.bias.to(x.dtype))
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        return F.linear(x, W, bias)
 
     def _apply(self, fn, recurse=True):
         """To another device or dtype: scales keep their precision, the weight is made in the new dtype."""
@@ -153,14 +163,18 @@ class Product(torch.autograd.Function):
     ) -> Tensor:
         """anchor: any tensor that requires a gradient, for x may not."""
         ctx.module, ctx.transposed = module, transposed
-        ctx.save_for_backward(*([] if anchor is None else [x]))
+        if anchor is not None:
+            ctx.save_for_backward(x)
         W = module.dense(x.dtype)
-        return F.linear(x, W.T if transposed else W)
+        if transposed:
+            W = W.T
+        return F.linear(x, W)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         for x in ctx.saved_tensors:
-            ctx.module.watch((grads[0].flatten(0, -2).T @ x.flatten(0, -2)).float())
+            of_weight = grads[0].flatten(0, -2).T @ x.flatten(0, -2)
+            ctx.module.watch(of_weight.float())
         grad = None
         if ctx.needs_input_grad[0]:
             grad = Product.apply(grads[0], ctx.module, not ctx.transposed)
@@ -198,7 +212,9 @@ def quantized_module(base: Any, dtype: torch.dtype) -> Quantized:
     """The quantized module that can stand for a linear one, its weight still dense."""
     if isinstance(base, Matrix):
         return QuantizedMatrix(base, dtype)
-    return QuantizedConv1D(base, dtype) if isinstance(base, Conv1D) else QuantizedLinear(base, dtype)
+    if isinstance(base, Conv1D):
+        return QuantizedConv1D(base, dtype)
+    return QuantizedLinear(base, dtype)
 
 
 def plain(m: Quantized) -> nn.Module:
@@ -235,14 +251,14 @@ def describe(model: Network) -> tuple[str, ...]:
     dense = count * coded[0].compute.itemsize
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     sentences = [
-        f"{len(coded)} linear weights are kept as {coded[0].quantizer.name}, {8 * stored / count:.2f} bits a"
-        f" number: {stored / 2**20:,.0f} MB in place of {dense / 2**20:,.0f}; everything else of the base"
-        f" takes {rest / 2**20:,.0f} MB"
+        f"{len(coded)} linear weights are quantized to {coded[0].quantizer.name} at"
+        f" {8 * stored / count:.2f} bits per weight: {stored / 2**20:,.0f} MB instead of"
+        f" {dense / 2**20:,.0f}; the rest of the base takes {rest / 2**20:,.0f} MB"
     ]
     fused = [n for n, p in model.named_parameters() if p.ndim == 3 and ".experts" in n]
     if fused:
         sentences.append(
-            f"{len(fused)} fused expert weights ({fused[0]}, ...) have a form that is not quantized: they"
-            " stay as they are"
+            f"{len(fused)} fused expert weights ({fused[0]}, ...) have a layout that cannot be"
+            " quantized and keep their precision"
         )
     return tuple(sentences)

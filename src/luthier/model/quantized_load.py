@@ -39,8 +39,8 @@ class Config(QuantizationConfigMixin):
         self, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None
     ):
         self.quantizer, self.dtype, self.device, self.saved = quantizer, dtype, device, saved
-        # what the checkpoint lies in, and bytes read of it since pages were let go
-        self.files, self.read = Mapped(), 0
+        self.files = Mapped()  # what the checkpoint lies in
+        self.read = 0  # bytes of it since pages were let go
         self.codes_of: Saved = {}  # until all is read: transformers empties buffers at its end
 
     def __deepcopy__(self, memo):
@@ -57,7 +57,9 @@ class Loader(HfQuantizer):
 
     def update_device_map(self, device_map):
         device = self.quantization_config.device
-        return {"": device} if device_map is None and device.type == "cuda" else device_map
+        if device_map is None and device.type == "cuda":
+            return {"": device}
+        return device_map
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         config = self.quantization_config
@@ -77,9 +79,9 @@ class Loader(HfQuantizer):
                 m._parameters.pop("weight")
             for slot, p in whole[name].items():
                 experts.register_parameter(slot, p)
-        strict = tuple(model._keep_in_fp32_modules_strict or ()) + tuple(
-            model._keep_in_fp32_modules or () if config.dtype == torch.float16 else ()
-        )
+        strict = [*(model._keep_in_fp32_modules_strict or ())]
+        if config.dtype == torch.float16:
+            strict += model._keep_in_fp32_modules or ()
         for name, p in model.named_parameters():  # the others are read in the dtype that they have here
             if p.is_floating_point() and not any(f".{k}." in f".{name}" for k in strict):
                 p.data = p.data.to(config.dtype)
@@ -111,14 +113,14 @@ class Quantize(ConversionOps):
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         for key, value in input_dict.items():
-            value = value[0] if isinstance(value, list) else value
+            if isinstance(value, list):
+                value = value[0]
             name, _, slot = key.rpartition(".")
             module: Any = model.get_submodule(name)
             there = getattr(module, slot).shape
             if tuple(value.shape) != tuple(there):
                 raise RecipeError(
-                    f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(there)} in the"
-                    " model"
+                    f"{name} has shape {tuple(value.shape)} in the checkpoint but {tuple(there)} in the model"
                 )
             if isinstance(module, Experts):
                 for e, W in enumerate(value):
@@ -140,10 +142,8 @@ class Quantize(ConversionOps):
         if not isinstance(module, Quantized):
             module._parameters["weight"] = nn.Parameter(W.to(config.dtype, copy=True), requires_grad=False)
         elif config.saved is None:
-            config.codes_of[name] = (
-                config.quantizer,
-                config.quantizer.quantize(module.laid_out(W).float().contiguous()),
-            )
+            dense = module.laid_out(W).float().contiguous()
+            config.codes_of[name] = config.quantizer, config.quantizer.quantize(dense)
         else:
             own, codes = config.saved[name]
             config.codes_of[name] = own, {k: v.to(W.device) for k, v in codes.items()}
@@ -154,21 +154,19 @@ def chosen(model: Any, quantizer: Quantizer) -> list[str]:
     skipped.
     """
     names = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D, Matrix)]
-    skip = {
-        *get_keys_to_not_convert(model),
-        *(n for n in names if n.endswith(("classifier", "score", "qa_outputs"))),
-    }
+    skip = set(get_keys_to_not_convert(model))
+    skip |= {n for n in names if n.endswith(("classifier", "score", "qa_outputs"))}
     for end in quantizer.skip_modules or ():
         matches = {n for n in names if n == end or n.endswith(f".{end}") or f".{end}." in f".{n}."}
         if not matches:
+            ends = {n.rpartition(".")[2] for n in names}
             raise RecipeError(
-                f"quantization: skip_modules '{end}' matches no linear"
-                f" module{did_you_mean(end, {n.rpartition('.')[2] for n in names})}"
+                f"quantization: skip_modules '{end}' matches no linear module{did_you_mean(end, ends)}"
             )
         skip |= matches
     quantized = [n for n in names if n not in skip]
     if not quantized:
-        raise RecipeError(f"quantization: {type(model).__name__} has no linear module to quantize")
+        raise RecipeError(f"quantization: {type(model).__name__} has no linear modules to quantize")
     return quantized
 
 
@@ -176,7 +174,9 @@ def loaded(
     load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None
 ) -> Any:
     """load(**kwargs of from_pretrained) -> the network with its linear weights as codes."""
-    register_loader()
+    # transformers reads a checkpoint into codes, for as long as a run lasts
+    add_entry(AUTO_QUANTIZATION_CONFIG_MAPPING, "luthier", Config)
+    add_entry(AUTO_QUANTIZER_MAPPING, "luthier", Loader)
     config = Config(quantizer, dtype, device, saved)
     model = load(quantization_config=config, dtype=torch.float32)
     # what stays dense is read again when it is used: the rest of its file would count as memory for good
@@ -187,22 +187,17 @@ def loaded(
         if isinstance(m, Experts):
             for slot, p in list(m._parameters.items()):
                 m._parameters.pop(slot)
-                # nothing is left of what a checkpoint held
-                for e, W in enumerate(p if p is not None else ()):
-                    m.get_submodule(f"{e}.{slot}")._parameters["weight"] = nn.Parameter(
-                        W.detach(), requires_grad=False
-                    )
+                if p is None:  # nothing is left of what a checkpoint held
+                    continue
+                for e, W in enumerate(p):
+                    weight = nn.Parameter(W.detach(), requires_grad=False)
+                    m.get_submodule(f"{e}.{slot}")._parameters["weight"] = weight
     model.hf_quantizer.remove_quantization_config(model)  # to transformers it is a network like any other
-    for part in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        part.__dict__.pop("_is_quantized", None)
-        part.dtype = dtype
+    for m in model.modules():
+        if hasattr(m, "config"):
+            m.config.__dict__.pop("_is_quantized", None)
+            m.config.dtype = dtype
     for name, m in list(model.named_modules()):  # what no checkpoint held stays dense
         if isinstance(m, Quantized) and "weight" in m._parameters:
             put(model, name, plain(m))
     return model
-
-
-def register_loader() -> None:
-    """Make transformers read a checkpoint into codes, for as long as a run lasts."""
-    add_entry(AUTO_QUANTIZATION_CONFIG_MAPPING, "luthier", Config)
-    add_entry(AUTO_QUANTIZER_MAPPING, "luthier", Loader)

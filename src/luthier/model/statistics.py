@@ -1,4 +1,5 @@
-"""What a few calibration rows tell of each weight: what its module reads, and how the loss depends on it.
+"""Statistics of each weight from a few calibration rows: what its module reads, and how the loss depends on
+it.
 
 For tuners that start from data, pruning, and quantizers that read rows. Where a statistic is per token, rows
 are read singly, so no padding is counted. `statistics` gathers as many modules as fit `BUDGET` in one pass
@@ -40,28 +41,27 @@ def statistics(kind: str, modules: Modules, rows: list[dict], roles: Any) -> Ite
     What was yielded is kept no longer. Raises RecipeError where there are no rows, or none reaches a module.
     """
     if not rows:
-        raise RecipeError("a start from data needs rows")
+        raise RecipeError("a data-driven initialization needs rows")
     with torch.no_grad():  # what is measured of a network at its first reading is not counted
         roles.policy.logprobs(roles.batch(rows[:1]))
-    size, group, total = STATISTICS[kind].size, {}, 0
+    groups: list[dict[str, Any]] = [{}]
+    total = 0  # numbers of the last group
     for name, module in modules.items():
-        numbers = size(*oriented(base_layer(module)).shape)
-        if group and total + numbers > BUDGET:
-            yield from _drain(gather(kind, group, rows, roles))
-            group, total = {}, 0
-        group[name] = module
+        numbers = STATISTICS[kind].size(*oriented(base_layer(module)).shape)
+        if groups[-1] and total + numbers > BUDGET:
+            groups.append({})
+            total = 0
+        groups[-1][name] = module
         total += numbers
-    yield from _drain(gather(kind, group, rows, roles))
+    for group in groups:
+        gathered = gather(kind, group, rows, roles)
+        for name in list(gathered):
+            yield name, gathered.pop(name)
 
 
 def gather(kind: str, modules: Modules, rows: list[dict], roles: Any) -> dict[str, Any]:
     """name -> what was gathered of each module, all in one pass over the rows."""
     return STATISTICS[kind].gather(modules, rows, roles)
-
-
-def _drain(gathered: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name in list(gathered):
-        yield name, gathered.pop(name)
 
 
 # ---------------------------------------------------------------------- passes
@@ -74,12 +74,16 @@ def _batches(rows: list[dict], roles: Any, size: int) -> Iterator[Batch]:
 
 @contextmanager
 def _watch_inputs(modules: Modules, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """`see(name, x)` hears what each module reads: x [n, in] in fp32, token by token. Without gradients."""
+    """`see(name, x)` is called with what each module reads: x [n, in] in fp32, token by token. Without
+    gradients.
+    """
 
-    def hook(name: str) -> Callable:
-        return lambda module, inputs, output: see(name, inputs[0].detach().flatten(0, -2).float())
+    def hook(name: str, module: Any, inputs: Any, output: Any) -> None:
+        see(name, inputs[0].detach().flatten(0, -2).float())
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_hook(partial(hook, name)))
     try:
         with torch.no_grad():
             yield
@@ -90,17 +94,14 @@ def _watch_inputs(modules: Modules, see: Callable[[str, Tensor], None]) -> Itera
 
 @contextmanager
 def _watch_gradients(modules: Modules, see: Callable[[str, Tensor], Any]) -> Iterator[None]:
-    """`see(name, gradient)` hears each gradient of each weight, as the module lays it out; of a quantized one
-    that of the weight [out, in] which its codes stand for. None is kept.
+    """`see(name, gradient)` is called with each gradient of each weight, as the module lays it out; of a
+    quantized one with that of the weight [out, in] which its codes stand for. None is kept.
     """
 
-    def hook(name: str) -> Callable[[Tensor], None]:
-        def on_gradient(weight: Tensor) -> None:
-            if weight.grad is not None:
-                see(name, weight.grad)
-            weight.grad = None
-
-        return on_gradient
+    def hook(name: str, weight: Tensor) -> None:
+        if weight.grad is not None:
+            see(name, weight.grad)
+        weight.grad = None
 
     bases = {name: base_layer(module) for name, module in modules.items()}
     weights, handles = [], []
@@ -110,7 +111,7 @@ def _watch_gradients(modules: Modules, see: Callable[[str, Tensor], Any]) -> Ite
         else:
             weight = base.weight.requires_grad_(True)
             weights.append(weight)
-            handles.append(weight.register_post_accumulate_grad_hook(hook(name)))
+            handles.append(weight.register_post_accumulate_grad_hook(partial(hook, name)))
     try:
         with torch.enable_grad():
             yield
@@ -125,7 +126,7 @@ def _watch_gradients(modules: Modules, see: Callable[[str, Tensor], Any]) -> Ite
 
 
 def _zeros(modules: Modules) -> dict[str, Tensor]:
-    """name -> zeros in fp32, as `_watch_gradients` tells gradients."""
+    """name -> zeros in fp32, laid out as the gradients of `_watch_gradients`."""
     zeros = {}
     for name, module in modules.items():
         base = base_layer(module)
@@ -145,10 +146,12 @@ def _oriented(module: Any, gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _refuse_unread(names: list[str], rows: list[dict]) -> None:
-    if names:
+def _refuse_unread(unread: list[str], rows: list[dict]) -> None:
+    """Raises RecipeError where no row reaches some modules."""
+    if unread:
         raise RecipeError(
-            f"none of {len(rows)} rows reaches {names[0]}: give more rows (init_rows), or leave it out"
+            f"none of the {len(rows)} rows reaches {unread[0]}; use more rows (init_rows), or"
+            " leave this module out"
         )
 
 
@@ -157,11 +160,14 @@ def _refuse_unread(names: list[str], rows: list[dict]) -> None:
 
 def _inputs(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {name: [] for name in modules}
+    inputs = {}
     with _watch_inputs(modules, lambda name, x: parts[name].append(x)):
         for batch in _batches(rows, roles, 1):
             roles.policy.logprobs(batch)
     _refuse_unread([name for name, x in parts.items() if not x], rows)
-    return {name: torch.cat(x) for name, x in parts.items()}
+    for name, x in parts.items():
+        inputs[name] = torch.cat(x)
+    return inputs
 
 
 def _covariance(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tensor]:
@@ -178,7 +184,9 @@ def _covariance(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Ten
         for batch in _batches(rows, roles, 1):
             roles.policy.logprobs(batch)
     _refuse_unread([name for name, size in largest.items() if not size], rows)
-    return {name: C.div_(len(rows) * largest[name] ** 2) for name, C in total.items()}
+    for name, C in total.items():
+        C.div_(len(rows) * largest[name] ** 2)
+    return total
 
 
 def _hessian(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tensor]:
@@ -203,7 +211,9 @@ def _input_norms(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Te
     with _watch_inputs(modules, see):
         for batch in _batches(rows, roles, 1):
             roles.policy.logprobs(batch)
-    return {name: square.sqrt() for name, square in squares.items()}
+    for square in squares.values():
+        square.sqrt_()
+    return squares
 
 
 # ---------------------------------------------------------------------- how the loss depends on them
@@ -215,7 +225,10 @@ def _gradients(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tens
         for batch in _batches(rows, roles, MICRO):
             tokens += batch.count("token")
             roles.policy.logprobs(batch).sum().neg().backward()
-    return {name: _oriented(modules[name], g) / max(tokens, 1) for name, g in total.items()}
+    means = {}
+    for name, gradient in total.items():
+        means[name] = _oriented(modules[name], gradient) / max(tokens, 1)
+    return means
 
 
 def _squared_gradients(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tensor]:
@@ -223,7 +236,9 @@ def _squared_gradients(modules: Modules, rows: list[dict], roles: Any) -> dict[s
     with _watch_gradients(modules, lambda name, gradient: total[name].add_(gradient.float().square())):
         for batch in _batches(rows, roles, MICRO):
             roles.policy.logprobs(batch).mean().neg().backward()
-    return {name: _oriented(modules[name], square) for name, square in total.items()}
+    for name, square in total.items():
+        total[name] = _oriented(modules[name], square)
+    return total
 
 
 def _fisher(modules: Modules, rows: list[dict], roles: Any) -> dict[str, tuple[Tensor, Tensor]]:

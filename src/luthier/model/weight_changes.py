@@ -15,19 +15,22 @@ WIDEST = 2048  # of a matrix whose singular values are still computed: beyond, e
 FIRST = 10  # singular vectors that are compared with those of the base
 ALIKE = 0.5  # a cosine below which a direction is new
 SPECTRUM = 64  # singular values shown
+WRAPPERS = re.compile(r"\.base_layer\b|^base_model\.model\.")  # what adapters add to names
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The network's own matrices inside its layers, by name; what an adapter brings beside them is
-    left out.
+def plain_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The network's own matrices inside its layers, under the names that the network itself gives them; what
+    an adapter brings beside them is left out.
     """
     wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
-
-    def own(name: str) -> bool:
+    own = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() != 2 or layer_of(name) is None:
+            continue
         over = [w for w in wrapped if name.startswith(f"{w}.")]
-        return all(name.startswith(f"{w}.base_layer.") for w in over)
-
-    return {name: p for name, p in model.named_parameters() if p.dim() == 2 and layer_of(name) and own(name)}
+        if all(name.startswith(f"{w}.base_layer.") for w in over):
+            own[WRAPPERS.sub("", name)] = parameter
+    return own
 
 
 @torch.no_grad()
@@ -37,7 +40,8 @@ def likeness(before: Tensor, after: Tensor, k: int = 10) -> list[float]:
     """
     old = torch.linalg.svd(before.float(), full_matrices=False).U
     new = torch.linalg.svd(after.float(), full_matrices=False).U[:, :k]
-    return (old.T @ new).abs().amax(0).tolist()
+    cosines = old.T @ new
+    return cosines.abs().amax(0).tolist()
 
 
 @torch.no_grad()
@@ -46,12 +50,6 @@ def effective_rank(change: Tensor) -> float:
     s = torch.linalg.svdvals(change.double())
     p = (s / s.sum()).clamp(min=1e-12)
     return float(torch.exp(-(p * p.log()).sum()))
-
-
-def plain_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Matrices inside the layers under the names that the network itself gives them."""
-    wrappers = r"\.base_layer\b|^base_model\.model\."
-    return {re.sub(wrappers, "", name): parameter for name, parameter in matrices(model).items()}
 
 
 @torch.no_grad()

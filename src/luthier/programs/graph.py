@@ -28,64 +28,6 @@ from typing import Any
 from luthier.errors import RecipeError
 
 
-@dataclass(eq=False)
-class Node:
-    """A value, and where it came from."""
-
-    data: Any
-    name: str = ""  # nodes without one are named where they are listed
-    trainable: bool = False  # may an optimizer propose another value?
-    constraint: str = ""  # what a proposal must keep to, in words
-    function: str = ""  # what computed it, '' for an input
-    description: str = ""  # what that function does
-    parents: tuple[Node, ...] = ()  # its arguments
-    arguments: tuple[str, ...] = ()  # their names in the function, '' where they have none
-    failed: bool = False  # is the value the text of an error?
-
-    def __getitem__(self, key: Any) -> Node:
-        return _item(self, key)
-
-    __iter__ = None  # type: ignore[assignment]  # or `for x in node` would index for ever
-
-    def __add__(self, other: Any) -> Node:
-        return _add(self, other)
-
-    def __radd__(self, other: Any) -> Node:
-        return _add(other, self)
-
-    def __sub__(self, other: Any) -> Node:
-        return _subtract(self, other)
-
-    def __rsub__(self, other: Any) -> Node:
-        return _subtract(other, self)
-
-    def __mul__(self, other: Any) -> Node:
-        return _multiply(self, other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Node:
-        return _divide(self, other)
-
-    def __rtruediv__(self, other: Any) -> Node:
-        return _divide(other, self)
-
-
-def node(data: Any, name: str = "", trainable: bool = False, constraint: str = "") -> Node:
-    """A value of the graph. Trainable ones are text, numbers, truth values, or lists and dicts of them."""
-    if trainable and not name:
-        raise RecipeError("a trainable node needs a name, by which a model may propose another value")
-    return Node(data, name, trainable, constraint)
-
-
-class Failed(Exception):
-    """A bundle raised; `node` holds the error's text, and its parents are the arguments."""
-
-    def __init__(self, node: Node):
-        super().__init__(node.data)
-        self.node = node
-
-
 def bundle(description: str = "", name: str = "") -> Callable[[Callable[..., Any]], Callable[..., Node]]:
     """A function on values becomes one on nodes, whose every call is recorded. description: what it does;
     without one, its docstring.
@@ -114,6 +56,52 @@ def bundle(description: str = "", name: str = "") -> Callable[[Callable[..., Any
         return traced
 
     return wrap
+
+
+def reflected(operation: Callable[..., Node]) -> Callable[..., Node]:
+    """An operator for where the node stands on the right: 3 - x."""
+    return lambda right, left: operation(left, right)
+
+
+@dataclass(eq=False)
+class Node:
+    """A value, and where it came from."""
+
+    data: Any
+    name: str = ""  # nodes without one are named where they are listed
+    trainable: bool = False  # may an optimizer propose another value?
+    constraint: str = ""  # what a proposal must keep to, in words
+    function: str = ""  # what computed it, '' for an input
+    description: str = ""  # what that function does
+    parents: tuple[Node, ...] = ()  # its arguments
+    arguments: tuple[str, ...] = ()  # their names in the function, '' where they have none
+    failed: bool = False  # is the value the text of an error?
+
+    # operators are bundles, too
+    __getitem__ = bundle("The entry of a collection.", name="item")(operator.getitem)
+    __iter__ = None  # type: ignore[assignment]  # or `for x in node` would index for ever
+    __add__ = bundle("a + b.", name="add")(operator.add)
+    __radd__ = reflected(__add__)
+    __sub__ = bundle("a - b.", name="subtract")(operator.sub)
+    __rsub__ = reflected(__sub__)
+    __mul__ = __rmul__ = bundle("a * b.", name="multiply")(operator.mul)
+    __truediv__ = bundle("a / b.", name="divide")(operator.truediv)
+    __rtruediv__ = reflected(__truediv__)
+
+
+def node(data: Any, name: str = "", trainable: bool = False, constraint: str = "") -> Node:
+    """A value of the graph. Trainable ones are text, numbers, truth values, or lists and dicts of them."""
+    if trainable and not name:
+        raise RecipeError("a trainable node needs a name, so that a model can propose another value for it")
+    return Node(data, name, trainable, constraint)
+
+
+class Failed(Exception):
+    """A bundle raised; `node` holds the error's text, and its parents are the arguments."""
+
+    def __init__(self, node: Node):
+        super().__init__(node.data)
+        self.node = node
 
 
 def as_node(value: Any) -> Node:
@@ -150,7 +138,7 @@ def names_of(nodes: Sequence[Node]) -> dict[int, str]:
     by_name: dict[str, Node] = {}
     for n in nodes:
         if n.name and by_name.setdefault(n.name, n) is not n:
-            raise RecipeError(f"two nodes are called '{n.name}'")
+            raise RecipeError(f"two nodes have the name '{n.name}'")
     names: dict[int, str] = {}
     taken = set(by_name)
     for n in nodes:
@@ -177,10 +165,3 @@ def call(source: str, *args: Any) -> Any:
     if not done.ok:
         raise RuntimeError(done.reason)
     return json.loads(done.stdout.rstrip().rsplit("\n", 1)[-1])
-
-
-_item = bundle("The entry of a collection.", name="item")(operator.getitem)
-_add = bundle("a + b.", name="add")(operator.add)
-_subtract = bundle("a - b.", name="subtract")(operator.sub)
-_multiply = bundle("a * b.", name="multiply")(operator.mul)
-_divide = bundle("a / b.", name="divide")(operator.truediv)

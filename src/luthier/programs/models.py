@@ -58,7 +58,8 @@ class Remembering:
     """Another speaker's answers, cached in a file: the same prompt is answered without it."""
 
     def __init__(self, speaker: Speaker, path: str | Path):
-        self.speaker, self.name = speaker, speaker.name
+        self.speaker = speaker
+        self.name = speaker.name
         self.calls = 0  # of the speaker itself, where the cache had no answer
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.table = sqlite3.connect(path)
@@ -98,7 +99,7 @@ def speaker(who: Any) -> Speaker:
         return build("role", {"name": "endpoint", **who}).play("speaker", None)
     if not isinstance(who, Speaker):
         raise RecipeError(
-            "a program needs a model: a folder, a name, a URL, or an object with `name` and `ask`, not"
-            f" {who!r}"
+            "a program needs a model: a folder, a Hub name, a URL, or an object with `name`"
+            f" and `ask`, not {who!r}"
         )
     return who

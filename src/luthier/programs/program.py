@@ -30,7 +30,9 @@ class Prediction(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"this prediction has no '{name}' (it has: {', '.join(self)})") from None
+            raise AttributeError(
+                f"the prediction has no output '{name}' (it has: {', '.join(self)})"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Program:
     """Subclass it: predictors and programs as attributes, `forward` in Python."""
 
     compiled: dict[str, Any] = {}  # a compiler's notes
+    _inputs: Sequence[str] | None = None  # what `forward` reads of a row; None: its parameters
 
     def forward(self, **inputs: Any) -> Prediction:
         """Inputs -> outputs. Its parameters are the columns that it reads of a row."""
@@ -91,7 +94,8 @@ class Program:
 
     def using(self, who: Any) -> Self:
         """A copy all of whose predictors ask this model."""
-        program, lm = self.copy(), speaker(who)
+        program = self.copy()
+        lm = speaker(who)
         for predictor in program.predictors().values():
             predictor.lm = lm
         return program
@@ -112,8 +116,8 @@ class Program:
         own = program.predictors()
         if own.keys() != state.keys():
             raise RecipeError(
-                f"this state is of another program: it has {', '.join(state)}, and the program"
-                f" {', '.join(own)}"
+                f"the saved state belongs to another program: it has {', '.join(state)}, this"
+                f" program {', '.join(own)}"
             )
         for name, predictor in own.items():
             instructions = state[name]["instructions"]
@@ -134,6 +138,8 @@ class Program:
 
     def reads(self, row: Mapping[str, Any]) -> list[str]:
         """The columns of a row that `forward` takes."""
+        if self._inputs is not None:
+            return list(self._inputs)
         columns = []
         for parameter in inspect.signature(self.forward).parameters.values():
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -142,8 +148,8 @@ class Program:
                 columns.append(parameter.name)
             elif parameter.default is parameter.empty:
                 raise RecipeError(
-                    f"{type(self).__name__} reads '{parameter.name}', and a row has no such column (it has:"
-                    f" {', '.join(row)})"
+                    f"{type(self).__name__} needs the column '{parameter.name}', but a row does"
+                    f" not have it (it has: {', '.join(row)})"
                 )
         return columns
 
@@ -165,7 +171,7 @@ class Predict(Program):
 
     def forward(self, **inputs):
         if self.lm is None:
-            raise RecipeError("this program has no model yet: `program = program.using('toy:lm')`")
+            raise RecipeError("the program has no model; set one: `program = program.using('toy:lm')`")
         how = _HOW.get() or How()
         question = {n: inputs.get(n) for n in self.signature.inputs}
         demos = []
@@ -197,8 +203,10 @@ class MultiChainComparison(Program):
     """Several chains of thought, drawn at a temperature, and a last question that compares them."""
 
     def __init__(self, signature: str | Signature, n: int = 3, temperature: float = 0.7):
-        self.n, self.temperature = n, temperature
+        self.n = n
+        self.temperature = temperature
         self.think = ChainOfThought(signature)
+        self._inputs = self.think.signature.inputs
         attempts = [f"attempt_{i + 1}" for i in range(n)]
         comparison = Signature.of(signature).more(*attempts).first("comparison")
         self.judge = Predict(comparison, max_new_tokens=512)
@@ -212,9 +220,6 @@ class MultiChainComparison(Program):
             attempts[f"attempt_{i + 1}"] = " ".join(prediction.values())
         return self.judge(**inputs, **attempts)
 
-    def reads(self, row):
-        return self.think.reads(row)
-
 
 class ReAct(Program):
     """Thoughts and calls of tools in turn, until the answer is given: `finish`, or after max_steps a last
@@ -222,8 +227,10 @@ class ReAct(Program):
     """
 
     def __init__(self, signature: str | Signature, tools: Sequence[Callable[[str], Any]], max_steps: int = 5):
-        self.tools, self.max_steps = {t.__name__: t for t in tools}, max_steps
+        self.tools = {t.__name__: t for t in tools}
+        self.max_steps = max_steps
         own = Signature.of(signature)
+        self._inputs = own.inputs
         descriptions = []
         for name, tool in self.tools.items():
             description = inspect.getdoc(tool) or "no description"
@@ -241,23 +248,19 @@ class ReAct(Program):
         history, observations = "nothing yet", []
         for _ in range(self.max_steps):
             step = self.act(**inputs, history=history)
-            if step.tool.strip() == "finish":
+            name = step.tool.strip()
+            if name == "finish":
                 break
-            result = self._call(step.tool.strip(), step.argument)
+            if name in self.tools:
+                try:
+                    result = " ".join(str(self.tools[name](step.argument)).split())
+                except Exception as error:  # what a tool objects to is news for the model
+                    result = f"{type(error).__name__}: {error}"
+            else:
+                result = f"there is no tool {name}"
             observations.append(f"{step.tool}({step.argument}) says: {result}")
             history = "; ".join(observations)
         return Prediction(self.answer(**inputs, history=history), history=history)
-
-    def _call(self, name: str, argument: str) -> str:
-        if name not in self.tools:
-            return f"there is no tool {name}"
-        try:
-            return " ".join(str(self.tools[name](argument)).split())
-        except Exception as error:  # what a tool objects to is news for the model
-            return f"{type(error).__name__}: {error}"
-
-    def reads(self, row):
-        return [n for n in self.act.signature.inputs if n != "history"]
 
 
 class ProgramOfThought(Program):
@@ -268,8 +271,9 @@ class ProgramOfThought(Program):
     def __init__(self, signature: str | Signature, tries: int = 2, timeout: float = 5.0):
         own = Signature.of(signature)
         if len(own.outputs) != 1:
-            raise RecipeError(f"{own}: a program of thought prints one output")
+            raise RecipeError(f"{own}: ProgramOfThought needs a signature with exactly one output")
         self.tries, self.timeout, self.output = tries, timeout, own.outputs[0]
+        self._inputs = own.inputs
         instructions = f"{own.instructions} Write Python that prints the {self.output}.".strip()
         write = replace(own, outputs=("code",), instructions=instructions)
         self.write = Predict(write.more("earlier_error"))
@@ -287,23 +291,22 @@ class ProgramOfThought(Program):
             error = done.reason
         return Prediction({self.output: "", "code": code})
 
-    def reads(self, row):
-        return [n for n in self.write.signature.inputs if n != "earlier_error"]
-
 
 class Majority(Program):
     """Several programs on the same inputs; of each output the most frequent value, of equals the first."""
 
     def __init__(self, programs: Sequence[Program]):
         if not programs:
-            raise RecipeError("a majority needs at least one program")
+            raise RecipeError("Majority needs at least one program")
         self.programs = list(programs)
 
     def forward(self, **inputs):
         predictions = [program(**inputs) for program in self.programs]
         majority = Prediction()
         for name in predictions[0]:
-            votes = Counter(prediction.get(name, "") for prediction in predictions)
+            votes: Counter[str] = Counter()
+            for prediction in predictions:
+                votes[prediction.get(name, "")] += 1
             majority[name] = votes.most_common(1)[0][0]
         return majority
 
@@ -314,7 +317,7 @@ class Majority(Program):
 def evaluate(program: Program, rows: Sequence[Mapping[str, Any]], metric: Metric) -> float:
     """The mean of the metric over rows."""
     if not rows:
-        raise RecipeError("there are no rows to evaluate a program on")
+        raise RecipeError("evaluating a program needs at least one row")
     total = 0.0
     for row in rows:
         prediction, _ = program.run(row)

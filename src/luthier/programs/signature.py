@@ -35,8 +35,8 @@ class Signature:
         valid = all(map(NAME.match, names)) and len(set(names)) == len(names)
         if not arrow or not inputs or not outputs or not valid:
             raise RecipeError(
-                f"'{signature}' is no signature: write names of inputs, an arrow, names of outputs, such as"
-                " 'question -> answer'"
+                f"'{signature}' is not a signature; write input names, an arrow and output"
+                " names, such as 'question -> answer'"
             )
         return Signature(inputs, outputs, instructions)
 
@@ -54,9 +54,7 @@ class Signature:
         """
         missing = [n for n in self.inputs if n not in values]
         if missing:
-            raise RecipeError(
-                f"{self}: no value for '{missing[0]}' (there are: {', '.join(values) or 'nothing'})"
-            )
+            raise RecipeError(f"{self}: no value for '{missing[0]}' (values: {', '.join(values) or 'none'})")
         cases = [self._lines(demo, (*self.inputs, *self.outputs)) for demo in demos]
         question = f"{self._lines(values, self.inputs)}\n{label(self.outputs[0])}:"
         parts = [*cases, question]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,21 +49,23 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
     return listing
 
 
-def pages(name: str, kind: str | None = None) -> list[str]:
-    """The documentation of each method of this name. Raises RecipeError where there is none."""
+def pages(name: str, kind: str | None = None, write: Callable[[type], str] = page) -> list[str]:
+    """The documentation of each method of this name, as `write` writes it of a class. Raises RecipeError
+    where there is none.
+    """
     for key, aliases in NAMES.items():
         if name not in aliases or kind not in (None, METHOD_KEYS[key]) or not aliases[name]:
             continue
         meaning = aliases[name]
         if isinstance(meaning, str):
-            return [f"`{name}` is short for `{meaning}`.\n", *pages(meaning, kind)]
+            return [f"`{name}` is short for `{meaning}`.\n", *pages(meaning, kind, write)]
         settings = ", ".join(f"{k}: {format_value(v)}" for k, v in meaning.items())
-        return [f"`{name}` is short for `{{{settings}}}`.\n", *pages(meaning["name"], kind)]
+        return [f"`{name}` is short for `{{{settings}}}`.\n", *pages(meaning["name"], kind, write)]
     texts = []
     other_names = set()
     for card in cards(kind):
         if card.name == name:
-            texts.append(page(find(card.kind, card.name)).replace(r"\|", "|"))
+            texts.append(write(find(card.kind, card.name)).replace(r"\|", "|"))
         other_names.add(card.name)
     if not texts:
         raise RecipeError(f"there is no {kind or 'method'} '{name}'{did_you_mean(name, other_names)}")

@@ -18,7 +18,7 @@ def resolve_model(name: str) -> str:
     if is_toy(name):
         toy, model = toy_package(), toy_name(name)
         if model not in toy.models():
-            raise RecipeError(f"there is no toy model '{model}'{did_you_mean(model, toy.models())}")
+            raise RecipeError(f"model: no toy model is named '{model}'{did_you_mean(model, toy.models())}")
         return str(toy.path(model))
     path = Path(name).expanduser()
     if path.is_dir():
@@ -26,13 +26,13 @@ def resolve_model(name: str) -> str:
             return str(path)
         hint = ""
         if (path / "adapter_config.json").is_file():
-            hint = "; it holds an adapter: give its base as `model:` and the folder as `start:`"
-        raise RecipeError(f"{name} is a folder without config.json: not a transformers model{hint}")
+            hint = "; it holds an adapter: set `model:` to its base model and `init_from:` to this folder"
+        raise RecipeError(f"model: {name} has no config.json, so it is not a transformers model{hint}")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         near = []
         if path.parent.is_dir():
             near = [p.name for p in path.parent.iterdir() if p.is_dir()]
-        raise RecipeError(f"model: there is no folder {name}{did_you_mean(path.name, near)}")
+        raise RecipeError(f"model: folder {name} does not exist{did_you_mean(path.name, near)}")
     return name
 
 
@@ -45,4 +45,4 @@ def model_config(name: str) -> Any:
         return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise RecipeError(f"model {name} cannot be loaded: {reason}") from None
+        raise RecipeError(f"model: {name} cannot be loaded: {reason}") from None

@@ -54,12 +54,15 @@ def read_source(source: Any) -> tuple[dict[str, Any], str]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
+        if mark:
+            name += f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or "unreadable"
-        raise RecipeError(f"{name}{line}: this is not YAML ({problem})") from None
+        raise RecipeError(f"{name}: invalid YAML ({problem})") from None
     if not isinstance(values or {}, dict):
         shape = type(values).__name__
-        raise RecipeError(f"{name}: a recipe is `key: value` lines, not {shape} {str(values)[:40]!r}")
+        raise RecipeError(
+            f"{name}: a recipe must be a mapping of `key: value`, not {shape} {str(values)[:40]!r}"
+        )
     return dict(values or {}), name
 
 
@@ -74,12 +77,12 @@ def toy_recipe(name: str) -> dict[str, Any]:
 def read_file(path: Path) -> tuple[str, str]:
     """Text and name of a recipe's file."""
     if not path.is_file():
-        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise RecipeError(f"there is no recipe {path}{did_you_mean(path.name, near)}")
+        near = [p.name for p in path.parent.glob("*.y*ml")]
+        raise RecipeError(f"recipe file {path} does not exist{did_you_mean(path.name, near)}")
     try:
         return path.read_text(encoding="utf-8"), path.name
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
+        raise RecipeError(f"recipe file {path} cannot be read: {error}") from None
 
 
 def read_changes(changes: Any) -> Iterable[tuple[str, Any]]:
@@ -90,11 +93,13 @@ def read_changes(changes: Any) -> Iterable[tuple[str, Any]]:
     for change in changes or ():
         key, equals, value = change.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"'{change}' is not a change such as learning_rate=1e-4 or tuner.r=16")
+            raise RecipeError(
+                f"'{change}' is not of the form key=value, such as learning_rate=1e-4 or tuner.r=16"
+            )
         try:
             yield key.strip(), yaml.safe_load(value)
         except yaml.YAMLError:
-            raise RecipeError(f"'{change}': the value is not YAML") from None
+            raise RecipeError(f"'{change}': the value is not valid YAML") from None
 
 
 def put(values: dict, key: str, value: Any, defaults: Mapping[str, Any]) -> None:
@@ -104,14 +109,14 @@ def put(values: dict, key: str, value: Any, defaults: Mapping[str, Any]) -> None
         values[first] = value
         return
     old = values.get(first)
-    if first in METHOD_KEYS or first == "objective":
-        old = defaults.get(first) if old is None else old
+    if old is None and (first in METHOD_KEYS or first == "objective"):
+        old = defaults.get(first)
     if old is None:
         old = {}
     if isinstance(old, str) and (first in METHOD_KEYS or first in ("objective", "plan")):
         old = {"name": old}
     if not isinstance(old, dict):
-        raise RecipeError(f"'{key}': {first} holds {old!r}, which has no settings")
+        raise RecipeError(f"'{key}' cannot be set: {first} is {old!r}, which has no settings")
     inner = dict(old)
     put(inner, ".".join(rest), value, {})
     values[first] = inner
@@ -123,7 +128,9 @@ def paths_as_text(value: Any) -> Any:
         return {k: paths_as_text(v) for k, v in value.items()}
     if isinstance(value, list):
         return [paths_as_text(v) for v in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
 
 
 # ------------------------------------------------------------------------------------------------ keys
@@ -147,8 +154,10 @@ class Reading:
             return  # 0.1 wrote it out where `optim` was meant
         name = key if key in self.defaults else FORMER_KEYS.get(key, ALIASES.get(key, key))
         if name == "":
-            why = "a recipe trains" if key == "do_train" else "a run resumes by itself where it was stopped"
-            self.warnings.append(f"'{key}' is left out: {why}")
+            why = "a recipe always trains"
+            if key != "do_train":
+                why = "a run resumes automatically from its last checkpoint"
+            self.warnings.append(f"'{key}' is ignored: {why}")
             return
         if key in ("bf16", "fp16"):
             others = {"dtype", "torch_dtype", "bf16", "fp16"} & (self.values.keys() - {key})
@@ -161,16 +170,16 @@ class Reading:
         if name == "roles" and isinstance(value, Mapping):
             value = self.read_roles(value)
         if key in FORMER_KEYS and name != key:
-            self.warnings.append(f"'{key}' is now called {name}")
+            self.warnings.append(f"'{key}' is now called '{name}'")
         elif name != key:
-            self.warnings.append(f"'{key}' is read as {name}")
+            self.warnings.append(f"'{key}' is read as '{name}'")
         self.origins[name] = self.sources.get(key, "python")
         if name not in self.defaults:
             self.loose[name] = value
         elif name not in self.out or (key == "transforms" and name == "optim"):
             self.out[name] = value
         elif not (name == "optim" and isinstance(self.out[name], list)):
-            raise RecipeError(f"'{key}' and '{name}' are the same key; give one of them")
+            raise RecipeError(f"'{key}' and '{name}' are the same key; keep one of them")
 
     def read_roles(self, roles: Mapping[str, Any]) -> dict[str, Any]:
         """Roles under the names that they have now."""
@@ -190,26 +199,29 @@ class Reading:
         qlora = [k for k, v in values.items() if ALIASES.get(str(k), k) == "tuner" and name_of(v) == "qlora"]
         for key in qlora:
             values[key] = {**values[key], "name": "lora"} if isinstance(values[key], Mapping) else "lora"
-            self.warnings.append(f"'{key}: qlora' is read as tuner lora on a quantized base")
+            self.warnings.append(f"'{key}: qlora' is read as `tuner: lora` with a quantized base")
         if "bnb_4bit_compute_dtype" in values:
             values["dtype"] = values.pop("bnb_4bit_compute_dtype")
             self.sources["dtype"] = self.sources.get("bnb_4bit_compute_dtype", "python")
-            self.warnings.append("'bnb_4bit_compute_dtype' is read as dtype")
-        words = [
-            k for k in values if k in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", *QUANTIZATION)
-        ]
-        theirs = {k: values.pop(k) for k in words}
+            self.warnings.append("'bnb_4bit_compute_dtype' is read as 'dtype'")
+        theirs = {}
+        for key in [*values]:
+            if key in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", *QUANTIZATION):
+                theirs[key] = values.pop(key)
+        words = [*theirs]
         four, eight = theirs.get("load_in_4bit"), theirs.get("load_in_8bit")
         if four and eight:
-            raise RecipeError("'load_in_4bit' and 'load_in_8bit' cannot both be true; give one of them")
+            raise RecipeError("'load_in_4bit' and 'load_in_8bit' cannot both be true; keep one of them")
         if not (four or eight or qlora):
             if theirs.keys() - {"load_in_4bit", "load_in_8bit"}:
                 left = ", ".join(words)
-                self.warnings.append(f"{left}: left out, since the base is not quantized (load_in_4bit)")
+                self.warnings.append(
+                    f"ignored: {left}; the base is not quantized (set load_in_4bit: true to quantize it)"
+                )
             return
         if values.get("quantization") is not None:
             if four or eight:
-                raise RecipeError(f"'{words[0]}' and 'quantization' say the same thing; give one of them")
+                raise RecipeError(f"'{words[0]}' and 'quantization' set the same thing; keep one of them")
             return
         settings = {"name": "int8" if eight else theirs.get("bnb_4bit_quant_type", "nf4")}
         settings |= {ours: theirs[key] for key, ours in QUANTIZATION.items() if key in theirs}
@@ -232,13 +244,13 @@ class Reading:
         for key, value in self.loose.items():
             homes = [place for place, settings in places.items() if key in settings]
             if not homes:
-                raise RecipeError(f"a recipe has no '{key}'{self.hint(key, places)}")
+                raise RecipeError(f"a recipe has no key '{key}'{self.hint(key, places)}")
             if len(homes) > 1:
                 choices = " or ".join(f"{home}.{key}" for home in homes)
-                raise RecipeError(f"'{key}' could mean {choices}; write which")
+                raise RecipeError(f"'{key}' is ambiguous: write {choices}")
             self.set_in(homes[0], key, value)
             self.origins[homes[0].split(".")[0]] = self.origins[key]
-            self.warnings.append(f"'{key}' is read as {homes[0]}.{key}")
+            self.warnings.append(f"'{key}' is read as '{homes[0]}.{key}'")
 
     def places(self) -> dict[str, set[str]]:
         """Where a setting may belong: key, or key.number in a list of stages -> the settings of its
@@ -287,12 +299,16 @@ class Reading:
 
 def as_spec(value: Any) -> dict[str, Any]:
     """A method as {name: ..., setting: ...}."""
-    return {"name": value} if isinstance(value, str) else dict(value)
+    if isinstance(value, str):
+        return {"name": value}
+    return dict(value)
 
 
 def name_of(value: Any) -> Any:
     """The name of a method, written as text or as {name: ...}."""
-    return value.get("name") if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return value.get("name")
+    return value
 
 
 def settings_of(kind: str, name: Any) -> set[str]:

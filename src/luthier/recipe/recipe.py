@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from luthier.errors import RecipeError
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS
-from luthier.recipe.read import read
+from luthier.recipe.read import as_spec, read
 from luthier.registry import Range, build, format_errors, spec
 
 HIDDEN = ("origins", "warnings", "_built")  # fields that are no keys
@@ -50,29 +50,30 @@ class Recipe:
     # auto: bfloat16 where the chip computes in it
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None  # as in transformers: sdpa, eager, ...
-    # built-in name, .jinja file or template text, where the tokenizer's own will not do
+    # built-in name, .jinja file or template text, in place of the tokenizer's own
     chat_template: str | None = None
-    # what the base's linear weights are kept in: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit
+    # number format of the base's linear weights: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit
     # reads as nf4
     quantization: Any = None
     # a finished run whose adapter training begins with, or {merge: average, of: [run, run]}
     init_from: Any = None
 
     # what moves, toward what, how
-    tuner: Any = "lora"  # what moves
-    # toward what: a name, a sum such as "dpo + 0.1*sft", or a list of {name, weight, ...}
+    tuner: Any = "lora"  # what is trained
+    # the loss: a name, a sum such as "dpo + 0.1*sft", or a list of {name, weight, ...}
     objective: Any = "sft"
-    # who else is asked: {reference: off | start | {name: model, ...}}
+    # other networks of the run: {reference: base | initial | {name: model, ...}}
     roles: dict[str, Any] = field(default_factory=dict)
-    estimator: Any = "backprop"  # where the gradient comes from
+    estimator: Any = "backprop"  # how the gradient is computed
     # the optimizer: a name, or a chain of transforms such as [clip, adam, weight_decay]
     optim: Any = "adamw"
-    learning_rate: Annotated[float, Field(ge=0), Range(1e-5, 1e-2, log=True)] = 2e-4  # length of a step
+    learning_rate: Annotated[float, Field(ge=0), Range(1e-5, 1e-2, log=True)] = 2e-4  # of the optimizer
     lr_scheduler_type: str = "linear"  # constant, linear, cosine, warmup_stable_decay
     # steps of linear warm-up; below 1, a share of the run
     warmup_steps: Annotated[float, Field(ge=0), Range(0, 0.3)] = 0.03
 
     # on which rows
+
     # file, folder, hub name, toy:TASK, {path, split, format, columns, limit}, rows, or a list
     data: Any = None
     eval_data: Any = 0.05  # the same, or the share of data that is held out
@@ -94,9 +95,9 @@ class Recipe:
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     # compile the network's layers: for long runs, as the first steps then take minutes
     torch_compile: bool = False
-    # keep on disk what layers below the tuner say of a row; auto: where rows are read again
+    # cache the outputs of the layers below the tuner on disk; auto: where rows are read more than once
     cache_frozen: bool | Literal["auto"] = "auto"
-    # keep on disk what a role that never changes says of a row; auto: where rows are read again
+    # cache the outputs of roles that never change on disk; auto: where rows are read more than once
     cache_reference: bool | Literal["auto"] = "auto"
     seed: int = 0  # of every random draw
 
@@ -104,12 +105,13 @@ class Recipe:
     plan: Any = None  # rounds, continual, search; a list is a sequence of changes to this recipe
 
     # and then
-    # measured before and after; default: loss, accuracy, generate, forgetting, where the rows allow
+
+    # what is measured before and after; default: loss, accuracy, generate, forgetting, where the rows allow
     evaluate: list[Any] | None = None
-    # and every so many steps (below 1: a share of the run)
+    # steps between evaluations during training (below 1: a share of the run); default: none
     eval_steps: Annotated[float, Field(gt=0)] | None = None
     save_steps: Annotated[float, Field(gt=0)] = 0.1  # steps between checkpoints (below 1: a share of the run)
-    save_total_limit: Count = 2  # checkpoints that are kept
+    save_total_limit: Count = 2  # checkpoints to keep
     logging_steps: Count = 1  # steps between lines of metrics.jsonl
     # trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...
     report_to: list[str] = field(default_factory=list)
@@ -146,7 +148,11 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """The same with changes; keys (aliases, a.b) and values as in YAML."""
-        replaced = {"dtype" if k in ("bf16", "fp16") else key_of(k) for k in changes}
+        replaced = set()
+        for key in changes:
+            if key in ("bf16", "fp16"):
+                key = "dtype"
+            replaced.add(key_of(key))
         rest = {k: v for k, v in self.public().items() if k not in replaced}
         return Recipe.load(rest, changes)
 
@@ -200,13 +206,13 @@ class Recipe:
             out["quantization"] = build("quantizer", self.quantization)
         out["estimator"] = build("estimator", self.estimator)
         if isinstance(self.optim, (list, tuple)):
-            out["optim"] = [build("transform", t) for t in self.optim]
+            out["optim"] = build_each("transform", self.optim)
         else:
             out["optim"] = build("optimizer", self.optim)
-        out["stages"] = [build("stage", s) for s in self.stages]
-        out["online_stages"] = [build("stage", s) for s in self.online_stages]
+        out["stages"] = build_each("stage", self.stages)
+        out["online_stages"] = build_each("stage", self.online_stages)
         if self.evaluate is not None:
-            out["evaluate"] = [build("evaluator", e) for e in self.evaluate]
+            out["evaluate"] = build_each("evaluator", self.evaluate)
         out["roles"] = {name: build("role", r) for name, r in self.roles.items()}
         if self.plan is not None:
             out["plan"] = build("plan", self.plan_spec())
@@ -223,16 +229,25 @@ class Recipe:
     def chain(self) -> tuple:
         """The transforms of the optimizer."""
         optim = self.methods()["optim"]
-        return tuple(optim) if isinstance(optim, list) else optim.chain()
+        if isinstance(optim, list):
+            return tuple(optim)
+        return optim.chain()
 
     def plan_spec(self) -> Any:
         """The plan as a method; a list is a sequence of changes to this recipe."""
-        return {"name": "sequence", "runs": self.plan} if isinstance(self.plan, list) else self.plan
+        if isinstance(self.plan, list):
+            return {"name": "sequence", "runs": self.plan}
+        return self.plan
 
 
 def key_of(word: str) -> str:
     """The key of a recipe that a word stands for: other tools' and former ones are understood."""
     return FORMER_KEYS.get(word, ALIASES.get(word, word))
+
+
+def build_each(kind: str, specs: Sequence[Any]) -> list[Any]:
+    """The methods of a list of specs."""
+    return [build(kind, each) for each in specs]
 
 
 def plain(value: Any) -> Any:
@@ -260,11 +275,13 @@ def terms(value: Any) -> Any:
         return value
     if isinstance(value, str):
         if not re.fullmatch(rf"{TERM}(\+{TERM})*", value):
-            raise RecipeError(f"objective '{value}' is not a name or a sum such as 'dpo + 0.1*sft'")
+            raise RecipeError(f"objective: {value!r} must be a name or a sum such as 'dpo + 0.1*sft'")
         value = [{"name": name, "weight": float(weight or 1)} for weight, name in re.findall(TERM, value)]
+    if not isinstance(value, (list, tuple)):
+        value = [value]
     parts = []
-    for term in value if isinstance(value, (list, tuple)) else [value]:
-        settings = {"name": term} if isinstance(term, str) else dict(term)
+    for term in value:
+        settings = as_spec(term)
         weight = float(settings.pop("weight", 1.0))
         parts.append((weight, build("objective", settings)))
     if len(parts) == 1 and parts[0][0] == 1.0:

@@ -23,7 +23,7 @@ def schedule(name: str, warmup_steps: float, total: int) -> Callable[[int], floa
     Raises RecipeError where there is no schedule of that name.
     """
     if name not in SCHEDULES:
-        raise RecipeError(f"lr_scheduler_type: there is no '{name}'{did_you_mean(name, SCHEDULES)}")
+        raise RecipeError(f"lr_scheduler_type: no schedule is named '{name}'{did_you_mean(name, SCHEDULES)}")
     decay = SCHEDULES[name]
     warmup = int(warmup_steps)
     if warmup_steps < 1:

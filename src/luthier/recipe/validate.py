@@ -45,7 +45,9 @@ class Methods:
     def provide(self) -> set[str]:
         """What the methods provide before any stage has seen a row."""
         out = set(self.roles) | self.architecture.provides | self.estimator.provides | provides_of(self.tuner)
-        return out if self.quantizer is None else out | provides_of(self.quantizer)
+        if self.quantizer is not None:
+            out |= provides_of(self.quantizer)
+        return out
 
     def require(self) -> frozenset[str]:
         """What the methods require, roles among it."""
@@ -83,10 +85,13 @@ def check_roles(recipe: Recipe, required: Set[str]) -> None:
     """
     for name in recipe.roles:
         if name in FIXED:
-            raise RecipeError(f"roles: '{name}' is no role that can be chosen: every recipe has its own")
+            raise RecipeError(f"roles: '{name}' cannot be set: every recipe has this role built in")
         if name not in required:
-            provided = {word for card in cards() for word in card.provides}
-            others = {word for card in cards() for word in card.requires}
+            provided: set[str] = set()
+            others: set[str] = set()
+            for card in cards():
+                provided |= card.provides
+                others |= card.requires
             hint = ""
             if name not in others:
                 hint = did_you_mean(name, required - provided or others - provided)
@@ -100,8 +105,10 @@ def build_methods(recipe: Recipe) -> Methods:
     roles = dict(built["roles"])
     needed = any("reference" in requirements(user) for user in users if user is not None)
     if needed and "reference" not in roles:
-        able = "disable_adapter" in provides_of(built["tuner"])
-        roles["reference"] = build("role", "base" if able else "initial")
+        name = "initial"
+        if "disable_adapter" in provides_of(built["tuner"]):
+            name = "base"
+        roles["reference"] = build("role", name)
     return Methods(
         architecture=built["architecture"] or detect(recipe.model),
         tuner=built["tuner"],
@@ -119,15 +126,19 @@ def build_methods(recipe: Recipe) -> Methods:
 def detect(model: str) -> Any:
     """The architecture of a checkpoint, by its config."""
     config = model_names.model_config(model)
-    every = [build("architecture", card.name) for card in cards("architecture")]
-    suited = [architecture for architecture in every if architecture.suits(config)]
+    every, suited = [], []
+    for card in cards("architecture"):
+        architecture = build("architecture", card.name)
+        every.append(architecture)
+        if architecture.suits(config):
+            suited.append(architecture)
     if len(suited) == 1:
         return suited[0]
     classes = ", ".join(config.architectures or ["no architecture"])
     choices = ", ".join(architecture.name for architecture in every)
     raise RecipeError(
-        f"{model}: its config names {classes}, which is not plainly one of {choices}; say which with"
-        " `architecture:`"
+        f"{model}: the architecture is not clear from its config ({classes}); set"
+        f" `architecture:` to one of {choices}"
     )
 
 
@@ -169,8 +180,11 @@ def check_settings(recipe: Recipe, methods: Methods) -> None:
 def choose_evaluators(recipe: Recipe, methods: Methods, available: frozenset[str]) -> None:
     """The default evaluators where the recipe names none; held-out rows go through no stage."""
     if recipe.evaluate is None:
-        default = [build("evaluator", name) for name in DEFAULT_EVALUATORS]
-        methods.evaluate = [e for e in default if requirements(e) <= available]
+        methods.evaluate = []
+        for name in DEFAULT_EVALUATORS:
+            evaluator = build("evaluator", name)
+            if requirements(evaluator) <= available:
+                methods.evaluate.append(evaluator)
     for evaluator in methods.evaluate:
         require(evaluator, available, label(evaluator, recipe))
 
@@ -217,9 +231,10 @@ def check_values(methods: Methods, available: Set[str], recipe: Recipe) -> None:
         return
     if any(term.flat for _, term in methods.objective.terms()):
         raise RecipeError(
-            f"estimator '{methods.estimator.name}' compares values of the loss, and that of"
-            f" {label(methods.objective, recipe)} is the same for every policy, unless rows hold their"
-            " sampler's log-probabilities: `online_stages: [{name: rollout, old: true}]`"
+            f"estimator '{methods.estimator.name}' compares loss values, but the value of"
+            f" {label(methods.objective, recipe)} is the same for every policy unless the rows"
+            " hold the sampler's log-probabilities; add them with `online_stages: [{name:"
+            " rollout, old: true}]`"
         )
 
 
@@ -231,19 +246,19 @@ def check_samples(methods: Methods, available: Set[str], recipe: Recipe) -> None
     on_policy = "samples" in requirements(methods.objective)
     if on_policy and not any("samples" in stage.provides for stage in methods.online_stages):
         raise RecipeError(
-            f"{name} learns from fresh samples; write the rollout under `online_stages`, not under `stages`"
+            f"{name} trains on fresh samples; move the rollout from `stages` to `online_stages`"
         )
     if recipe.num_iterations == 1:
         return
     if not on_policy:
         raise RecipeError(
-            f"num_iterations: {recipe.num_iterations} learns from each draw of samples several times, and"
-            f" {name} learns from none"
+            f"num_iterations: {recipe.num_iterations} reuses each batch of samples, but {name}"
+            " does not train on samples; leave num_iterations out"
         )
     if "old_logprobs" not in available:
         raise RecipeError(
-            f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities:"
-            " `online_stages: [{name: rollout, old: true}, ...]`"
+            f"num_iterations: {recipe.num_iterations} needs the sampler's log-probabilities;"
+            " add them with `online_stages: [{name: rollout, old: true}, ...]`"
         )
 
 
@@ -253,8 +268,9 @@ def check_quantized(tuner: Any, quantizer: Any) -> None:
         return
     able = [f"'{card.name}'" for card in cards("tuner") if find("tuner", card.name).on_quantized]
     raise RecipeError(
-        f"tuner '{tuner.name}' trains the model's own weights, and under quantization: {quantizer.name} they"
-        f" are codes, which cannot be trained; take one of {', '.join(able)}, or leave quantization out"
+        f"tuner '{tuner.name}' trains the base model's weights, which `quantization:"
+        f" {quantizer.name}` makes untrainable; use one of {', '.join(able)}, or leave"
+        " quantization out"
     )
 
 
@@ -269,15 +285,19 @@ def check_trackers(trackers: Sequence[str]) -> None:
     installed = {str(t) for t in get_available_trackers()}
     for name in trackers:
         if name not in every:
-            raise RecipeError(f"report_to: accelerate has no tracker '{name}'{did_you_mean(name, every)}")
+            raise RecipeError(
+                f"report_to: accelerate has no tracker named '{name}'{did_you_mean(name, every)}"
+            )
         if name in LoggerType.list() and name not in installed:
             package = name.replace("comet_ml", "comet-ml")
-            raise RecipeError(f"report_to: '{name}' is not installed: pip install {package}")
+            raise RecipeError(f"report_to: '{name}' is not installed; run: pip install {package}")
 
 
 def label(method: Any, recipe: Recipe) -> str:
     """What a method is called in a sentence."""
-    return f"{method.kind} '{method.name}'" if hasattr(method, "kind") else f"objective '{recipe.objective}'"
+    if hasattr(method, "kind"):
+        return f"{method.kind} '{method.name}'"
+    return f"objective '{recipe.objective}'"
 
 
 # ------------------------------------------------------------------------------------------------ plans
@@ -302,9 +322,13 @@ def first_run(recipe: Recipe) -> Recipe:
     if recipe.plan is None:
         return recipe
     alone = recipe.but(plan=None)
-    runs = next(build("plan", recipe.plan_spec()).recipes(alone), alone)
-    first = first_run(runs[0] if isinstance(runs, list) else runs)
-    return first if first.data == recipe.data else alone
+    request = next(build("plan", recipe.plan_spec()).recipes(alone), alone)
+    if isinstance(request, list):
+        request = request[0]
+    first = first_run(request)
+    if first.data != recipe.data:
+        return alone
+    return first
 
 
 def dry_run_plan(
@@ -319,13 +343,16 @@ def dry_run_plan(
         request = next(runs)
         while True:
             several = isinstance(request, list)
+            reports = []
             for run in request if several else [request]:
-                same = run.data == recipe.data or DRY_RUN in str(run.data)
-                some = rows if same else load_rows(run)
+                sample = rows
+                if run.data != recipe.data and DRY_RUN not in str(run.data):
+                    sample = load_rows(run)
                 if run.plan is None:
-                    required |= dry_run(run, some).require()
+                    required |= dry_run(run, sample).require()
                 else:
-                    required |= dry_run_plan(run, some, load_rows)
-            request = runs.send([DryRunReport() for _ in request] if several else DryRunReport())
+                    required |= dry_run_plan(run, sample, load_rows)
+                reports.append(DryRunReport())
+            request = runs.send(reports if several else reports[0])
     except StopIteration:
         return required

@@ -12,7 +12,9 @@ from luthier.registry.build import (
     submethods,
 )
 from luthier.registry.declare import (
+    INTERNAL,
     Choices,
+    Internal,
     Range,
     architecture,
     compiler,

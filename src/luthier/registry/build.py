@@ -26,7 +26,7 @@ def build(kind: str, spec: Any) -> Any:
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, dict) or "name" not in spec:
-        raise RecipeError(f"{kind}: give a name or {{name: ..., setting: ...}}, not {spec!r}")
+        raise RecipeError(f"{kind}: expected a name or {{name: ..., setting: ...}}, not {spec!r}")
     cls = find(kind, spec["name"])
     if spec["name"] in cls.former:
         warn_of_former(kind, spec["name"], cls.name)

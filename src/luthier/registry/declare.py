@@ -31,6 +31,16 @@ class Choices:
         object.__setattr__(self, "values", values)
 
 
+@dataclass(frozen=True)
+class Internal:
+    """Marks a setting that luthier fills in itself, `counts: Annotated[Counts, INTERNAL] = None`: it is saved
+    with the others, and no page for people shows it.
+    """
+
+
+INTERNAL = Internal()
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def family(cls: T) -> T:
     """Settings and code that several method files share."""
@@ -53,6 +63,9 @@ def declare(kind: str):
         *,
         paper: str | None = None,
         row: str = "",
+        use_when: str = "",
+        costs: str = "",
+        starting_rate: str = "",
         requires: str | Iterable[str] = (),
         provides: str | Iterable[str] = (),
         removes: str | Iterable[str] = (),
@@ -65,7 +78,10 @@ def declare(kind: str):
     ) -> Callable[[T], T]:
         """Make a class a method.
 
-        paper: where it comes from. row: its short names in the catalogue of papers. requires, provides,
+        paper: where it comes from. row: its short names in the catalogue of papers. use_when: how its page
+        goes on after "Use it when". costs: memory and time beside the plainest method of its kind.
+        starting_rate: a learning rate to start with, and whose it is; for these two a family may have a
+        `ClassVar` of the same name instead, which holds for all of its methods. requires, provides,
         removes: capabilities and columns (registry/words.py). metrics, artifacts: what an evaluator measures,
         which files it leaves. example: small settings with which tests build it, where the defaults do not
         suit a tiny model. former, former_settings: what it and its settings were once called; these names go
@@ -78,6 +94,9 @@ def declare(kind: str):
             cls.name = cls.__module__.rsplit(".", 1)[-1]
             cls.paper = paper
             cls.rows = tuple(row.split())
+            cls.use_when = use_when
+            cls.costs = costs or getattr(cls, "costs", "")
+            cls.starting_rate = starting_rate or getattr(cls, "starting_rate", "")
             cls.requires = words(requires)
             cls.provides = words(provides)
             cls.removes = words(removes)

@@ -8,9 +8,10 @@ import io
 import tokenize
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 from luthier.registry.build import spec
+from luthier.registry.declare import INTERNAL
 from luthier.registry.kinds import KINDS
 
 
@@ -55,34 +56,88 @@ def block_above(line: int, alone: dict[int, str]) -> str:
 
 
 def page(cls: type) -> str:
-    """The docs page of a method in Markdown: what its file says, its paper, settings, what it requires."""
-    lines = [
-        f"# {cls.name}",
-        "",
-        inspect.getdoc(inspect.getmodule(cls)) or "",
-        "",
-        inspect.getdoc(cls) or "",
-        "",
-    ]
-    if cls.paper and cls.paper.startswith("arXiv:"):
-        number = cls.paper.removeprefix("arXiv:")
-        lines += [f"Paper: [{cls.paper}](https://arxiv.org/abs/{number})", ""]
-    elif cls.paper:
-        lines += [f"Paper: {cls.paper}", ""]
-    for label, words in (("Requires", cls.requires), ("Provides", cls.provides), ("Removes", cls.removes)):
-        if words:
-            lines += [f"{label}: {', '.join(f'`{w}`' for w in sorted(words))}.", ""]
-    if fields(cls):
-        lines += [*settings_table(cls), ""]
-    language = "python" if cls.kind == "compiler" else "yaml"
-    lines += [f"```{language}", KINDS[cls.kind].example.format(cls.name), "```", ""]
+    """The docs page of a method in Markdown: when to use it, what it does, what it costs, its settings."""
+    lines = [f"# {cls.name}", "", *opening(cls), *text_of(cls), *facts(cls)]
+    if settings(cls):
+        lines += ["## Settings", "", *settings_table(cls), ""]
+    lines += example(cls)
     return "\n".join(lines)
 
 
-def settings_table(cls: type) -> list[str]:
-    """A Markdown table of a method's settings."""
-    lines = ["| setting | default | meaning |", "| - | - | - |"]
+def opening(cls: type) -> list[str]:
+    """When to use it, in one or two sentences."""
+    if not cls.use_when:
+        return []
+    return [f"Use it when {cls.use_when}", ""]
+
+
+def text_of(cls: type) -> list[str]:
+    """What its file and its class say of it."""
+    return [inspect.getdoc(inspect.getmodule(cls)) or "", "", inspect.getdoc(cls) or "", ""]
+
+
+def facts(cls: type) -> list[str]:
+    """What it costs, which learning rate to start with, what it requires, provides and removes, its paper."""
+    lines = []
+    if cls.costs:
+        lines.append(f"- Costs: {cls.costs}")
+    for word in sorted(cls.requires):
+        costs = getattr(word, "costs", "")
+        if costs:
+            lines.append(f"- Costs of `{word}`: {costs}")
+    if cls.starting_rate:
+        lines.append(f"- Learning rate: {cls.starting_rate}")
+    for label, words in (("Requires", cls.requires), ("Provides", cls.provides), ("Removes", cls.removes)):
+        if words:
+            lines.append(f"- {label}: {', '.join(describe_word(w) for w in sorted(words))}.")
+    if cls.paper:
+        lines.append(f"- Paper: {paper_link(cls.paper)}")
+    return [*lines, ""]
+
+
+def describe_word(word: str) -> str:
+    """A capability or column, with what it means."""
+    says = getattr(word, "says", "")
+    if says:
+        return f"`{word}` ({says})"
+    return f"`{word}`"
+
+
+def paper_link(paper: str) -> str:
+    """A paper as a Markdown link; what is no arXiv number or DOI as it is."""
+    if paper.startswith("arXiv:"):
+        return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
+    if paper.startswith("doi:"):
+        return f"[{paper}](https://doi.org/{paper.removeprefix('doi:')})"
+    return paper
+
+
+def example(cls: type) -> list[str]:
+    """How a recipe names it."""
+    language = "yaml"
+    if cls.kind == "compiler":
+        language = "python"
+    return [f"```{language}", KINDS[cls.kind].example.format(cls.name), "```", ""]
+
+
+def settings(cls: type) -> list[Any]:
+    """The fields that a user sets: all but those that luthier fills in itself."""
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    except NameError:  # a type that is imported for type checkers only
+        hints = {}
+    public = []
     for f in fields(cls):
+        marks = getattr(hints.get(f.name), "__metadata__", ())
+        if INTERNAL not in marks:
+            public.append(f)
+    return public
+
+
+def settings_table(cls: type) -> list[str]:
+    """A Markdown table of a method's settings, without internal ones."""
+    lines = ["| setting | default | meaning |", "| - | - | - |"]
+    for f in settings(cls):
         help_text = escape(helps(cls).get(f.name, ""))
         lines.append(f"| `{f.name}` | `{escape(default_of(f))}` | {help_text} |")
     return lines

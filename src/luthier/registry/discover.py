@@ -37,6 +37,7 @@ class Card:
     summary: str  # first paragraph of the file
     paper: str | None = None  # "arXiv:2106.09685", or None where no paper introduced it
     rows: tuple[str, ...] = ()  # short names in the catalogue of papers
+    use_when: str = ""  # what follows "Use it when"
     former: tuple[str, ...] = ()  # names that it once had
     requires: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
@@ -52,7 +53,7 @@ class Card:
 def modules(kind: str) -> dict[str, str]:
     """Name -> dotted module of every method of a kind: our folder, then what other packages announce."""
     if kind not in KINDS:
-        raise RecipeError(f"there is no kind '{kind}'{did_you_mean(kind, KINDS)}")
+        raise RecipeError(f"there is no kind of method '{kind}'{did_you_mean(kind, KINDS)}")
     places = dict(own_modules(kind))
     for point in announced(kind):
         places.setdefault(point.name, point.value.partition(":")[0])
@@ -73,7 +74,7 @@ def own_modules(kind: str) -> dict[str, str]:
             continue
         name, dotted = inner[-1], ".".join(("luthier", "methods", KINDS[kind].folder, *inner))
         if name in places:
-            raise RuntimeError(f"two {kind}s are called '{name}': {places[name]} and {dotted}")
+            raise RuntimeError(f"two {kind}s have the name '{name}': {places[name]} and {dotted}")
         places[name] = dotted
     return places
 
@@ -98,9 +99,7 @@ def announced(kind: str) -> tuple[EntryPoint, ...]:
 def warn_of_plugin(kind: str, name: str, error: Exception) -> None:
     """One line about a method of another package that cannot be used."""
     reason = str(error).strip().split("\n")[0]
-    warnings.warn(
-        f"{kind} '{name}', which an installed package announces, cannot be used: {reason}", stacklevel=2
-    )
+    warnings.warn(f"{kind} '{name}' of an installed package cannot be used: {reason}", stacklevel=2)
 
 
 @cache
@@ -218,6 +217,7 @@ def card(kind: str, name: str) -> Card:
         summary,
         paper=literal(keywords.get("paper")),
         rows=tuple((literal(keywords.get("row")) or "").split()),
+        use_when=literal(keywords.get("use_when")) or "",
         former=tuple((literal(keywords.get("former")) or "").split()),
         requires=frozenset(lists["requires"]),
         provides=frozenset(lists["provides"]),
@@ -277,7 +277,7 @@ def declared(node: ast.expr, module: str) -> Any:
     if isinstance(node, ast.Name):
         return named(node.id, module)
     raise RuntimeError(
-        f"{module}: `{ast.unparse(node)}` is no declared capability, column, metric or artifact"
+        f"{module}: `{ast.unparse(node)}` is not a declared Capability, Column, Metric or Artifact"
     )
 
 

@@ -28,36 +28,34 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("tuner", "tuners", "Tuners: what moves", "tuner: {}"),
-        Kind(
-            "quantizer", "quantizers", "Quantizers: what the frozen weights are kept in", "quantization: {}"
-        ),
-        Kind("objective", "objectives", "Objectives: toward what", "objective: {}"),
-        Kind("estimator", "estimators", "Estimators: where the gradient comes from", "estimator: {}"),
-        Kind("transform", "transforms", "Transforms: what becomes of a gradient", "optim: [{}]"),
+        Kind("tuner", "tuners", "Tuners: which parameters are trained", "tuner: {}"),
+        Kind("quantizer", "quantizers", "Quantizers: how frozen base weights are stored", "quantization: {}"),
+        Kind("objective", "objectives", "Objectives: the loss", "objective: {}"),
+        Kind("estimator", "estimators", "Estimators: how the gradient is computed", "estimator: {}"),
+        Kind("transform", "transforms", "Transforms: steps from a gradient to an update", "optim: [{}]"),
         Kind("optimizer", "optimizers", "Optimizers: chains of transforms, by name", "optim: {}"),
-        Kind("stage", "stages", "Stages: rows in, rows out", "stages: [{}]"),
+        Kind("stage", "stages", "Stages: processing rows before or during training", "stages: [{}]"),
         Kind(
-            "reward", "rewards", "Rewards: how good a text is", "online_stages: [{{name: score, reward: {}}}]"
+            "reward", "rewards", "Rewards: scores of a text", "online_stages: [{{name: score, reward: {}}}]"
         ),
         Kind(
             "role",
             "roles",
-            "Roles: references, teachers and other networks of a run",
+            "Roles: reference, teacher and other models beside the policy",
             "roles: {{reference: {}}}",
         ),
-        Kind("plan", "plans", "Plans: several runs", "plan: {}"),
+        Kind("plan", "plans", "Plans: recipes of several runs", "plan: {}"),
         Kind(
             "compiler",
             "compilers",
-            "Compilers: tuned programs of prompts",
+            "Compilers: optimizers of prompt programs",
             "tuned = compiler({!r}).compile(program, rows, metric)",
             group="programs",
         ),
         Kind(
             "merger",
             "mergers",
-            "Mergers: one model out of several",
+            "Mergers: combining several models into one",
             "init_from: {{merge: {}, of: [runs/a, runs/b]}}",
         ),
         Kind("decoder", "decoders", "Decoders: how text is generated", "decoder: {}"),
@@ -65,11 +63,11 @@ KINDS = {
         Kind(
             "architecture",
             "architectures",
-            "Architectures: how a network reads and writes",
+            "Architectures: model classes and their input layouts",
             "architecture: {}",
         ),
         Kind(
-            "format", "formats", "Formats: how rows are recognised", "data: {{path: rows.jsonl, format: {}}}"
+            "format", "formats", "Formats: recognised row formats", "data: {{path: rows.jsonl, format: {}}}"
         ),
         Kind(
             "searcher",

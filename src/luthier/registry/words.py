@@ -21,20 +21,24 @@ class Capability(str):
     """Something that one part of a recipe requires and another provides.
 
     says: how it reads behind "requires". advice: what to write in the recipe where nothing provides it.
-    of_rows: whether rows bring it (as a column does), and not a model or a method.
+    of_rows: whether rows bring it (as a column does), and not a model or a method. costs: memory and time
+    that providing it takes, for the pages of the methods that require it.
     """
 
     says: str
     advice: str
     of_rows: bool
+    costs: str
 
-    def __new__(cls, name: str, says: str = "", advice: str = "", of_rows: bool = False) -> Self:
+    def __new__(
+        cls, name: str, says: str = "", advice: str = "", of_rows: bool = False, costs: str = ""
+    ) -> Self:
         self = super().__new__(cls, name)
-        self.says, self.advice, self.of_rows = says, advice, of_rows
+        self.says, self.advice, self.of_rows, self.costs = says, advice, of_rows, costs
         return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return str(self), self.says, self.advice, self.of_rows
+        return str(self), self.says, self.advice, self.of_rows, self.costs
 
 
 class Column(Capability):
@@ -42,11 +46,12 @@ class Column(Capability):
 
     per: what it has one value for: a row, each completion of a row, or each supervised token of each
     completion. example: values that tests write into it, in turn; a column that two or more kinds of tests
-    need has some.
+    need has some. former: its name in version 0.1.
     """
 
     per: Literal["row", "completion", "token"]
     example: tuple[Any, ...]
+    former: str
 
     def __new__(
         cls,
@@ -55,13 +60,14 @@ class Column(Capability):
         says: str = "",
         advice: str = "",
         example: tuple[Any, ...] = (),
+        former: str = "",
     ) -> Self:
         self = super().__new__(cls, name, says or f"rows with a column `{name}`", advice, of_rows=True)
-        self.per, self.example = per, example
+        self.per, self.example, self.former = per, example, former
         return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return str(self), self.per, self.says, self.advice, self.example
+        return str(self), self.per, self.says, self.advice, self.example, self.former
 
 
 @dataclass(frozen=True)

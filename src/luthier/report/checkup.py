@@ -85,7 +85,7 @@ def _weights(changes: Mapping[str, Any] | None) -> dict[str, Any] | None:
         " of the base's. Means over matrices."
     )
     if changes["unlike"]:
-        note += f" {len(changes['unlike'])} matrices have no counterpart of the same shape."
+        note += f" {len(changes['unlike'])} matrices exist in only one model or differ in shape."
     layers, spectrum = _by_layer(rows), list(enumerate(changes["spectrum"], 1))
     figures: list[Figure | None] = [
         curves_figure(

@@ -92,7 +92,7 @@ class Console(Callback):
         share = stats.get("supervised_share")
         supervised = f" ({100 * share:.0f}% supervised)" if share else ""
         tokens = f"{stats.get('row_tokens', 0):,} tokens{supervised}"
-        self.say(f"{len(rows):,} training rows, {tokens}; the first ones as the model reads them:")
+        self.say(f"{len(rows):,} training rows, {tokens}; the first ones as the model sees them:")
         self._marked_rows(render_rows(roles, rows))
 
     def _marked_rows(self, texts: Iterable[str], limit: int = 600) -> None:
@@ -146,7 +146,7 @@ class Console(Callback):
         self.seconds = DECAY * self.seconds + log.get("seconds", 0.0)
         steps, self.done = log["step"] - self.done, log["step"]
         self.steps += steps
-        sentence = log.get("said")  # of a step that is worth a line of its own
+        sentence = log.get("message")  # of a step that is worth a line of its own
         if sentence:
             status = "" if self.bar is not None else self._status()
             self.say(f"{sentence} ({status})" if status else sentence)
@@ -192,7 +192,7 @@ class Console(Callback):
             if whole != page and whole.is_file():
                 self.say(f"Report of all runs: {whole}")
         if report.stats.get("writes", True):
-            self.say(f"Chat with it: luthier chat {report.folder}")
+            self.say(f"Chat with the model: luthier chat {report.folder}")
 
     def _generations(self, rows: Sequence[dict], most: int = 4) -> None:
         """The same prompts before and after."""
@@ -284,10 +284,10 @@ class Console(Callback):
 
     def search(self, result: dict) -> None:
         """A hyperparameter search; `result` as luthier.search gives it."""
-        candidates = [*filter(None, [result.get("start")]), *result["found"]]
+        candidates = [*filter(None, [result.get("baseline")]), *result["chosen"]]
         lines = []
         for one in candidates:
-            line = {"": one["name"], "configuration": one["said"] or "unchanged"}
+            line = {"": one["name"], "configuration": one["description"] or "unchanged"}
             for goal in result["goals"]:
                 metric, name = goal["metric"], goal["name"]
                 line[f"{name}, tuning"] = format_metric(metric, one["tuning"].get(name))
@@ -300,7 +300,7 @@ class Console(Callback):
         self.say(result["sentence"], "bold")
         if lines:
             self.listing(lines, tuple(lines[0]), heads=True)
-        for i, one in enumerate(result["found"]):
+        for i, one in enumerate(result["chosen"]):
             self.say(f"  luthier tune {Path(result['folder']) / one['name']}.yaml", "bold" if i == 0 else "")
         self.say(f"Report: {Path(result['folder']) / 'report.html'}")
 

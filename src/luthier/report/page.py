@@ -52,7 +52,7 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
     whole, parts = split_rows(metric_rows(report))
     text = recipe.yaml()
     if len(text) > RECIPE:
-        text = f"{text[:RECIPE]}\n... (the whole recipe: recipe.yaml)"
+        text = f"{text[:RECIPE]}\n... (complete recipe: recipe.yaml)"
     return render(
         "run.html.j2",
         title=run_title(recipe),

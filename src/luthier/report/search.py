@@ -22,19 +22,20 @@ EMPTY = {"mean": "", "low": "", "high": "", "best": False}
 
 def page(result: Mapping[str, Any]) -> str:
     """result: what `luthier.search` gives (search.json)."""
+    spent = f"{result['full_runs']:.3g} full runs per seed, {format_duration(result['seconds'])}"
     tiles = [
         ("model", result["model"]),
         ("goals", ", ".join(goal["name"] for goal in result["goals"])),
         ("constraints", "; ".join(result["limits"]) or "none"),
         ("searcher", result["sampler"]["name"]),
-        ("budget used", f"{result['spent']:.3g} full runs per seed, {format_duration(result['took'])}"),
+        ("budget used", spent),
         ("tuning seeds", ", ".join(map(str, result["seeds"]))),
         ("test seeds", ", ".join(map(str, result["test_seeds"]))),
     ]
     trials = result["trials"]
     return render(
         "search.html.j2",
-        title=" × ".join(dimension["name"] for dimension in result["over"]),
+        title=" × ".join(dimension["name"] for dimension in result["space"]),
         headline=result["sentence"],
         tiles=tiles,
         goals=result["goals"],
@@ -44,7 +45,7 @@ def page(result: Mapping[str, Any]) -> str:
         trials=[_trial(result, trial) for trial in trials[:MOST]],
         trials_note=f"The first {MOST}; search.json has all {len(trials)}." if len(trials) > MOST else "",
         tested=comparison.sections(result["comparison"]) if result["comparison"] else None,
-        space=[_dimension(dimension) for dimension in result["over"]],
+        space=[_dimension(dimension) for dimension in result["space"]],
         commands=_commands(result),
         recipe=result["recipe"],
         date=result["date"],
@@ -59,7 +60,7 @@ def _candidates(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     gap.
     """
     rows = []
-    for one in [*filter(None, [result.get("start")]), *result["found"]]:
+    for one in [*filter(None, [result.get("baseline")]), *result["chosen"]]:
         cells = []
         for goal in result["goals"]:
             name, metric = goal["name"], goal["metric"]
@@ -74,7 +75,7 @@ def _candidates(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             cells.append(EMPTY if gap is None else EMPTY | {"mean": format_difference(metric, gap)})
         link = "" if one["name"] == "recipe" else f"{one['name']}.yaml"
         rows.append(
-            {"name": one["name"], "link": link, "setting": one["said"] or "unchanged", "cells": cells}
+            {"name": one["name"], "link": link, "setting": one["description"] or "unchanged", "cells": cells}
         )
     return rows
 
@@ -87,7 +88,7 @@ def _candidates_note(result: Mapping[str, Any]) -> str:
         "Tuning: mean over the seeds by which a configuration was chosen, hence optimistic. Test: mean over"
         f" other seeds; {rows}. Gap: how much worse the second is."
     )
-    if any("interval" in one for one in result["found"]):
+    if any("interval" in one for one in result["chosen"]):
         note += " Of fronts: 95 % intervals of the mean over test seeds."
     return note
 
@@ -121,8 +122,8 @@ def _map(
         points.append(
             {
                 "text": _point_text(result["goals"], trial),
-                "colour": "edge" if trial["over"] > 0 else "wood",
-                "hollow": not chosen and trial["over"] <= 0,
+                "colour": "edge" if trial["violation"] > 0 else "wood",
+                "hollow": not chosen and trial["violation"] <= 0,
                 "shape": "square" if trial["kind"] == "recipe" else "circle",
                 "x": x,
                 "y": y,
@@ -136,7 +137,7 @@ def _map(
 
 
 def _point_text(goals: Sequence[Mapping[str, Any]], trial: Mapping[str, Any]) -> str:
-    lines = [trial["said"]]
+    lines = [trial["description"]]
     for goal in goals:
         if (value := trial["goals"][goal["name"]]) is not None:
             lines.append(f"{goal['name']} {format_metric(goal['metric'], value)}")
@@ -147,12 +148,12 @@ def _trial(result: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any
     """A row of the table of all trials."""
     return {
         "number": trial["number"],
-        "setting": trial["said"],
+        "setting": trial["description"],
         "chosen": trial["share"] >= 1 and trial["number"] in result["front"],
         "failed": trial["failed"] or "",
         "share": f"{trial['share']:.0%}",
         "goals": [format_metric(goal["metric"], trial["goals"][goal["name"]]) for goal in result["goals"]],
-        "seconds": f"{trial['took']:.0f}",
+        "seconds": f"{trial['seconds']:.0f}",
     }
 
 
@@ -174,7 +175,9 @@ def _dimension(dimension: Mapping[str, Any]) -> str:
 
 def _commands(result: Mapping[str, Any]) -> list[dict[str, str]]:
     commands = []
-    for one in result["found"]:
+    for one in result["chosen"]:
         path = shlex.quote(os.path.join(result["folder"], one["name"]))
-        commands.append({"name": one["name"], "setting": one["said"], "text": f"luthier tune {path}.yaml"})
+        commands.append(
+            {"name": one["name"], "setting": one["description"], "text": f"luthier tune {path}.yaml"}
+        )
     return commands

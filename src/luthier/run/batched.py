@@ -30,6 +30,7 @@ from luthier.run.report import Report
 from luthier.run.session import Session, open_session, step_count
 from luthier.run.training import Trained, recorded
 from luthier.storage import files
+from luthier.storage.failure import report_outcome
 from luthier.train import memory
 from luthier.train.batched_lora import BatchedTrainer, share_hidden_cache
 
@@ -106,9 +107,12 @@ def _train(runs: Sequence[Prepared], callback: Any) -> list[Trained]:
     need = sum(run.memory_need.total for run in runs if run.memory_need)
     available = memory.free(trainers[0].roles.device)
     if batched.why_not_joint is None and available and need > memory.SURE * available:
-        batched.why_not_joint = f"one pass would take {memory.gb(need)} and {memory.gb(available)} are free"
+        batched.why_not_joint = f"a joint pass needs {memory.gb(need)}, but {memory.gb(available)} are free"
     if batched.why_not_joint:
-        warn(f"{len(runs)} runs share one base and step one after the other: {batched.why_not_joint}")
+        warn(
+            f"{len(runs)} runs share one base model but are trained one after the other:"
+            f" {batched.why_not_joint}"
+        )
     clocks = [trainer.roles.clock for trainer in trainers]
     with ExitStack() as stack:
         for run in runs:
@@ -134,4 +138,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1])
     except RecipeError as error:
+        report_outcome(error)
         sys.exit(f"luthier: {error}")

@@ -46,13 +46,14 @@ def cache_hidden_states(session: Session, trainer: Trainer, row_tokens: int) -> 
         )
     if isinstance(cache, str):  # why there is none
         if setting is True:
-            session.warn(f"cache_frozen: nothing is cached, as {cache}")
+            session.warn(f"cache_frozen: hidden states are not cached: {cache}")
         return
     roles.policy.attached.hidden_cache = cache
     atexit.register(cache.close)
     session.warn(
-        f"the {cache.first} lowest of {len(cache.layers)} layers are frozen: their hidden states are computed"
-        f" once per row and cached ({cache.table.nbytes / 2**20:,.0f} MB on disk, until the run ends)"
+        f"the lowest {cache.first} of {len(cache.layers)} layers are frozen: their hidden"
+        f" states are computed once per row and cached ({cache.table.nbytes / 2**20:,.0f} MB"
+        " on disk until the run ends)"
     )
 
 
@@ -73,7 +74,7 @@ def cache_logprobs(
         return
     why_not = trainer.no_reuse()
     if why_not is None and not constant:
-        why_not = "no role that never changes is played by a network"
+        why_not = "every role's model changes during training"
     if why_not is None:
         room = 0
         for rows in (training, held_out):
@@ -83,7 +84,7 @@ def cache_logprobs(
         for name in constant:
             why_not = _cache_role(session, roles, name, room, shared) or why_not
     if why_not and setting is True:
-        session.warn(f"cache_reference: nothing is cached, as {why_not}")
+        session.warn(f"cache_reference: log-probabilities are not cached: {why_not}")
 
 
 def _cache_role(session: Session, roles: Any, name: str, room: int, shared: SharedBase | None) -> str | None:
@@ -101,8 +102,8 @@ def _cache_role(session: Session, roles: Any, name: str, room: int, shared: Shar
         caches[name] = cached.cache
     roles.players[name] = cached
     session.warn(
-        f"role '{name}' is constant: its log-probabilities are computed once per row and cached on disk,"
-        " until the run ends"
+        f"role '{name}' does not change: its log-probabilities are computed once per row and"
+        " cached on disk until the run ends"
     )
     return None
 

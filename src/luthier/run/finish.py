@@ -74,7 +74,7 @@ def _pause(prepared: Prepared) -> Report:
         moment = {"step": clock.step, "steps": clock.total, "metrics": metrics, "stats": stats}
         files.write_json(session.folder / PAUSED, moment)
     session.warn(
-        f"paused at step {clock.step} of {clock.total}; the same command without --stop-at resumes from here"
+        f"paused at step {clock.step} of {clock.total}; run the same command without --stop-at to resume"
     )
     stats = {"paused_at": clock.step, "steps": clock.total}
     return Report(str(session.folder), prepared.before, metrics, stats=stats)

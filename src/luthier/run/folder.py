@@ -16,10 +16,20 @@ from typing import Any
 
 import yaml
 
+from luthier.data.load import Data
 from luthier.data.sources import is_row
 from luthier.errors import RecipeError
-from luthier.recipe.recipe import Recipe
+from luthier.recipe.recipe import Recipe, plain
 from luthier.registry import KINDS, cards
+from luthier.run.upgrade import (
+    began_by_first_edition,
+    is_first_edition,
+    recipe_in_current_names,
+    rename_tasks,
+    renamed,
+    same_recipe,
+    upgrade_folder,
+)
 from luthier.storage import checkpoints, files
 from luthier.storage.layout import BEFORE, FAILED, LOG, PAUSED, QUARANTINE, REPORT, ROWS, STATE
 from luthier.version import __version__
@@ -46,23 +56,22 @@ class FolderState:
 
 @contextmanager
 def open_folder(
-    folder: Path, recipe: Recipe, data_mark: str, main: bool, overwrite: bool
+    folder: Path, recipe: Recipe, data: Data, main: bool, overwrite: bool
 ) -> Iterator[FolderState]:
     """A run's folder for oneself, as long as the run lasts.
 
-    data_mark: of the rows, as load_data made it. main: is this the main process? Others look at nothing.
-    overwrite: start over where the same run is finished. Raises RecipeError where the folder holds another
-    run, or another process is running in it.
+    main: is this the main process? Others look at nothing. overwrite: start over where the same run is
+    finished. Raises RecipeError where the folder holds another run, or another process is running in it.
     """
     if not main:
         yield FolderState()
         return
     with files.exclusive(folder):
-        state = _read_state(folder, recipe, data_mark, overwrite)
+        state = _read_state(folder, recipe, data, overwrite)
         if state is None:
             state = {
                 "fingerprint": recipe.fingerprint(),
-                "data": data_mark,
+                "data": data.fingerprint,
                 "finished": False,
                 "version": __version__,
             }
@@ -73,39 +82,42 @@ def open_folder(
         yield FolderState(finished, state.get("version", "(unknown)"))
 
 
-def _read_state(folder: Path, recipe: Recipe, data_mark: str, overwrite: bool) -> dict[str, Any] | None:
+def _read_state(folder: Path, recipe: Recipe, data: Data, overwrite: bool) -> dict[str, Any] | None:
     """run.json where it is this run's and the run goes on; else None, and the folder is cleared."""
     if not (folder / STATE).is_file():
         return None
     state = files.read_json(folder / STATE)
-    same = (state["fingerprint"], state["data"]) == (recipe.fingerprint(), data_mark)
+    same = (state["fingerprint"], state["data"]) == (recipe.fingerprint(), data.fingerprint)
+    if not same and began_by_first_edition(folder, state, recipe, data):
+        state = upgrade_folder(folder, state, recipe, data)
+        same = True
     if same and not (overwrite and state["finished"]):
         return state
     # a run that was refused before it computed anything is no loss
     if not same and not recipe.overwrite and (folder / BEFORE).is_file():
-        difference = _difference(folder, recipe, state, data_mark)
+        difference = _difference(folder, recipe, state, data)
         raise RecipeError(
-            f"{folder} holds another run ({difference}); give another output_dir, or overwrite=true to start"
-            " over there",
+            f"{folder} already holds another run ({difference}); set another output_dir, or"
+            " overwrite=true to delete it and start over",
             "another_run",
         )
     clear(folder)
     return None
 
 
-def _difference(folder: Path, recipe: Recipe, state: dict, data_mark: str) -> str:
+def _difference(folder: Path, recipe: Recipe, state: dict, data: Data) -> str:
     """In which keys two recipes differ, for a sentence."""
-    there = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    here = yaml.safe_load(recipe.yaml())
+    there = recipe_in_current_names(folder)
+    here = yaml.safe_load(renamed(recipe).yaml())
     differences = []
     for key, value in here.items():
         if there.get(key) != value and key not in ("data", "eval_data", "output_dir", "overwrite"):
             differences.append(f"{key}: {str(there.get(key))[:40]} there, {str(value)[:40]} here")
     if differences:
-        return "it differs in " + ", ".join(differences[:2])
-    if state["data"] != data_mark:
-        return "its rows were others"
-    return "made by another version"
+        return "different settings: " + ", ".join(differences[:2])
+    if state["data"] not in (data.fingerprint, data.former_fingerprint()):
+        return "different rows"
+    return "another luthier version"
 
 
 def clear(folder: Path) -> None:
@@ -145,12 +157,39 @@ def truncate_log(path: Path, step: int) -> None:
 
 
 def default_folder(recipe: Recipe) -> Path:
-    """runs/<model>-<tuner>-<objective>-<fingerprint>: the same recipe finds its run again."""
+    """runs/<model>-<tuner>-<objective>-<fingerprint>: the same recipe finds its run again, also one that
+    version 0.1 began under a name of its own.
+    """
     model = Path(recipe.model).name if "/" in recipe.model else recipe.model
     identity = f"{recipe.fingerprint()} {recipe.data} {recipe.eval_data}"
     words = [_slug(model), _slug(recipe.tuner), _slug(recipe.objective)]
     words.append(hashlib.sha256(identity.encode()).hexdigest()[:6])
-    return Path("runs") / "-".join(filter(None, words))
+    folder = Path("runs") / "-".join(filter(None, words))
+    if not folder.exists():
+        pattern = "-".join(["*", *filter(None, words[1:3]), "??????"])
+        for path in sorted(Path("runs").glob(pattern)):
+            if _began_before(path, recipe):
+                return path
+    return folder
+
+
+def _began_before(folder: Path, recipe: Recipe) -> bool:
+    """Whether a folder holds this run, begun by version 0.1."""
+    if not (folder / STATE).is_file():
+        return False
+    state = files.read_json(folder / STATE)
+    if state["fingerprint"] != recipe.fingerprint():
+        if not is_first_edition(folder) or not same_recipe(folder, state, recipe):
+            return False
+    there = recipe_in_current_names(folder)
+    for key in ("data", "eval_data"):
+        value = getattr(recipe, key)
+        if _are_rows(value):
+            if Path(str(there[key])).name != _rows_file(key, value)[0]:
+                return False
+        elif rename_tasks(plain(value)) != there[key]:
+            return False
+    return True
 
 
 def _slug(method: Any) -> str:
@@ -166,11 +205,20 @@ def write_inline_rows(recipe: Recipe, folder: Path) -> Recipe:
     """Rows given from Python are written beside the run, so that its recipe can be repeated from a shell."""
     for key in ("data", "eval_data"):
         rows = getattr(recipe, key)
-        if not isinstance(rows, (list, tuple)) or not rows or not all(map(is_row, rows)):
-            continue
-        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-        text = "".join(lines)
-        path = folder.resolve() / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
-        files.write_text(path, text)
-        recipe = replace(recipe, **{key: str(path)})
+        if _are_rows(rows):
+            name, text = _rows_file(key, rows)
+            files.write_text(folder.resolve() / name, text)
+            recipe = replace(recipe, **{key: str(folder.resolve() / name)})
     return recipe
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether a recipe's data are rows themselves, and not where they lie."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(is_row, value))
+
+
+def _rows_file(key: str, rows: Any) -> tuple[str, str]:
+    """Name and text of the file that rows are written to."""
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    text = "".join(lines)
+    return f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl", text

@@ -50,8 +50,8 @@ def _make_room(recipe: Recipe, folder: Path, overwrite: bool) -> None:
     if (folder / STATE).is_file():
         if not recipe.overwrite:
             raise RecipeError(
-                f"{folder} holds a single run; give this plan another output_dir, or overwrite=true to start"
-                " over there",
+                f"{folder} already holds a single run; set another output_dir for this plan, or"
+                " overwrite=true to delete it and start over",
                 "another_run",
             )
         clear(folder)

@@ -172,7 +172,8 @@ def _check_memory(session: Session, trainer: Trainer, training: EncodedRows) -> 
         if not checks.out_of_memory(error):
             raise
         session.warn(
-            "memory ran out while two short rows were measured: a training step will probably not fit"
+            "out of memory while measuring two short rows: a training step will probably not"
+            " fit; reduce per_device_train_batch_size or max_length"
         )
         return None
     for sentence in sentences:

@@ -41,7 +41,7 @@ def resume(session: Session, trainer: Trainer, checkpoint: Path | None) -> None:
         clock.step = clock.first = moment.step
         trainer.drawn_rows = moment.draw
         trainer.totals = Totals(**moment.totals)
-        session.warn(f"resuming from {checkpoint.name} of {clock.total} steps")
+        session.warn(f"resuming from {checkpoint.name} (of {clock.total} steps)")
     if session.main:
         truncate_log(session.folder / LOG, clock.step)
 

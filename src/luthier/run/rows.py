@@ -71,7 +71,7 @@ def _run_stages(session: Session, roles: Roles, path: Path) -> None:
         rows = list(stage(rows, roles))
     if not rows:
         names = [stage.name for stage in session.methods.stages]
-        raise RecipeError(f"the stages {names} left no row")
+        raise RecipeError(f"no rows are left after the stages {names}")
     if session.main:
         files.write_rows(path, rows)
     session.accelerator.wait_for_everyone()
@@ -94,15 +94,16 @@ def _encode(
             write_quarantine(bad, quarantine)
     if not usable:
         raise Refused(
-            f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}", "unusable_rows"
+            f"none of the {len(rows):,} rows can be used; reason for the first: {bad[0]['reason']}",
+            "unusable_rows",
         )
     if len(bad) > max_bad_rows * len(rows):
         reason = too_many(bad, len(rows), "the data", max_bad_rows, quarantine)
         raise Refused(reason, "unusable_rows")
     if bad:
         callback.warn(
-            f"{len(bad):,} of {len(rows):,} rows set aside, with reasons, in {QUARANTINE}; the first:"
-            f" {bad[0]['reason']}"
+            f"{len(bad):,} of {len(rows):,} rows cannot be used and are listed in {QUARANTINE};"
+            f" reason for the first: {bad[0]['reason']}"
         )
     if any(row.get("completions") for row in rows):
         checks.check_supervised(len(usable), stats["supervised"], stats["tokens"])
@@ -160,8 +161,10 @@ def _warn_fresh(session: Session, roles: Roles) -> None:
     fresh = roles.policy.model.fresh
     if not fresh:
         return
-    starts = "these start random and are" if len(fresh) > 1 else "it starts random and is"
-    session.warn(f"the checkpoint has no weights for {', '.join(fresh)}: {starts} trained along")
+    session.warn(
+        f"the checkpoint has no weights for {', '.join(fresh)}: initialized at random and trained with the"
+        " rest"
+    )
 
 
 def _warn_cut(session: Session, roles: Roles, visible: EncodedRows) -> None:
@@ -170,13 +173,14 @@ def _warn_cut(session: Session, roles: Roles, visible: EncodedRows) -> None:
     if visible.stats["cut"]:
         what = "texts" if renderer.encoder else "completions"
         session.warn(
-            f"the {what} of {visible.stats['cut']:,} of {len(rows):,} rows are cut at"
+            f"the {what} of {visible.stats['cut']:,} of {len(rows):,} rows are truncated at"
             f" {renderer.max_length:,} tokens (max_length)"
         )
     joined = glued_words(rows)
     if not renderer.encoder and 2 * len(joined) > len(rows):
         session.warn(
-            f"the completion follows the prompt's last word without a space or a line break: '{joined[0]}'"
+            "most completions follow the prompt without a space or line break, as in"
+            f" '{joined[0]}'; add one if that is not intended"
         )
 
 

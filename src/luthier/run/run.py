@@ -48,7 +48,10 @@ def perform(
     recipe = write_inline_rows(recipe, folder)
     if recipe.plan is not None:
         if stop_at is not None:
-            raise RecipeError("stop_at: a plan has several runs and no step of its own to pause at")
+            raise RecipeError(
+                "stop_at: a plan consists of several runs, so it has no single step to pause at;"
+                " leave stop_at out"
+            )
         play = partial(perform, of_plan=True)
         return perform_plan(recipe, folder, callback or Callback(), overwrite, play)
     with open_session(recipe, folder, callback, overwrite, stop_at) as session:
@@ -74,6 +77,8 @@ def tune(
     >>> luthier.tune(model="toy:lm", data="rows.jsonl", tuner="lora", objective="sft")
     """
     if watch is not None:
-        warnings.warn("luthier.tune: watch is now called callback", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            "luthier.tune: the argument watch is now called callback", DeprecationWarning, stacklevel=2
+        )
         callback = callback or watch
     return perform(Recipe.load(recipe, settings), folder, callback, stop_at=stop_at)

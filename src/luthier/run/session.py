@@ -108,15 +108,17 @@ def open_session(
     if sentence := unused_columns(data):
         callback.warn(sentence)
     methods = dry_run(recipe, data.rows[:100])
-    with open_folder(folder, recipe, data.fingerprint, main, overwrite) as state:
+    with open_folder(folder, recipe, data, main, overwrite) as state:
         if _broadcast(state.finished, accelerator):
-            callback.warn(f"{folder} holds this run, finished: nothing to do (overwrite=true starts over)")
+            callback.warn(
+                f"{folder} already holds this run, finished; nothing to do (overwrite=true starts over)"
+            )
             yield Report.read(folder)
             return
         if state.version != __version__:
             callback.warn(
-                f"this run was started by luthier {state.version} and resumes under {__version__}: its result"
-                " may be neither version's"
+                f"this run was started by luthier {state.version} and is resumed by"
+                f" {__version__}: its results may match neither version"
             )
         session = Session(recipe, methods, data, folder, callback, accelerator, stop_at)
         _quarantine(session)
@@ -169,7 +171,9 @@ def _quarantine(session: Session) -> None:
             write_quarantine(data.bad, path)
     if data.bad:
         total = len(data.bad) + len(data.rows) + len(data.held_out)
-        session.warn(f"{len(data.bad):,} unusable rows of {total:,} set aside, with reasons: {path}")
+        session.warn(
+            f"{len(data.bad):,} of {total:,} rows cannot be used and are listed with reasons in {path}"
+        )
 
 
 def _start_trackers(session: Session) -> None:

@@ -5,6 +5,7 @@ way.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from luthier.errors import RecipeError
-from luthier.storage.failure import read_failure
+from luthier.storage.failure import OUTCOME_FILE, read_failure, read_outcome
 from luthier.storage.layout import FAILED, LOG
 
 if TYPE_CHECKING:
@@ -67,14 +68,16 @@ def _wait_for(
     program: Sequence[str], folders: Sequence[Path], step: Callable[[int], None] | None = None
 ) -> None:
     """Run a program to its end. Raises what it left in one of the folders, where it failed."""
-    for folder in folders:
-        (folder / FAILED).unlink(missing_ok=True)  # of an earlier attempt
+    outcome = folders[0].with_name(f"{folders[0].name}-outcome.json")
+    for path in (outcome, *(folder / FAILED for folder in folders)):
+        path.unlink(missing_ok=True)  # of an earlier attempt
     # a shell stands between: a process begins with the peak of memory of the one that turned into it
     running = subprocess.Popen(
         ["sh", "-c", '"$@"; exit $?', "sh", *program],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, OUTCOME_FILE: str(outcome.resolve())},
     )
     try:
         while step is not None and running.poll() is None:
@@ -86,13 +89,17 @@ def _wait_for(
         if running.poll() is None:
             running.terminate()
             running.wait()
+    refusal = read_outcome(outcome)
+    outcome.unlink(missing_ok=True)
     if running.returncode:
         for folder in folders:
             if failure := read_failure(folder):
                 raise failure
-        # refused before it had a folder, or killed: what it said last is all that is known
-        lines = errors.strip().splitlines() or [f"it ended with {running.returncode}"]
-        raise RecipeError(lines[-1].removeprefix("luthier: "))
+        if refusal:  # before it had a folder
+            raise refusal
+        # killed, or it crashed before it had a folder: its last line is all that is known
+        lines = errors.strip().splitlines() or [f"the process ended with exit code {running.returncode}"]
+        raise RecipeError(lines[-1], "crash")
 
 
 def logged_steps(folder: Path) -> int:

@@ -257,7 +257,7 @@ def watch(folder: str) -> None:
             if changes and not inside(path):
                 raise PermissionError(1, "the sandbox allows writing only in its own folder", str(path))
             if not isinstance(path, int) and realpath(fsdecode(path)).startswith("/proc"):
-                raise PermissionError(1, "the sandbox keeps other processes out of sight", str(path))
+                raise PermissionError(1, "the sandbox hides other processes", str(path))
         elif event == "import":
             if args[0] in ("ctypes", "_ctypes", "_posixsubprocess"):
                 raise ImportError(f"the sandbox has no {args[0]}")

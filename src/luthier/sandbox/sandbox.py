@@ -97,13 +97,13 @@ def sandbox_report() -> dict[str, bool]:
     fence = run("open('/dev/full', 'w')", timeout=20, memory_mb=256)
     return {
         "runs programs": bool(walls),
-        "stops late programs": late.reason == "timeout",
+        "kills programs that run too long": late.reason == "timeout",
         "limits memory": hog.reason == "memory",
         "audit hook": fence.reason.startswith("PermissionError"),
         "no network (kernel)": walls.get("network", False),
-        "read-only files (kernel)": walls.get("read_only", False),
-        "own processes only (kernel)": walls.get("processes", False),
-        "limits processes (kernel)": walls.get("counted", False),
+        "read-only file system (kernel)": walls.get("read_only", False),
+        "other processes hidden (kernel)": walls.get("processes", False),
+        "limited number of processes (kernel)": walls.get("counted", False),
         "not root": walls.get("not_root", os.getuid() != 0),
     }
 

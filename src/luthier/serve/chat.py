@@ -28,7 +28,7 @@ def chat(
         return
     for note in loaded.notes:
         say(f"· {note}")
-    say(f"{name}: {greeting(loaded)}, /quit ends.")
+    say(f"{name}: {greeting(loaded)}; type /quit to exit")
     turns: list[dict] = []
     while True:
         try:
@@ -48,8 +48,8 @@ def chat(
 def greeting(loaded: Loaded) -> str:
     """How what is typed reaches the model."""
     if loaded.turns:
-        return "a conversation; /new begins another"
-    text = "each prompt is continued as it is written, \\n is a line break"
+        return "multi-turn chat; type /new to start over"
+    text = "plain text completion, not a chat; write \\n for a line break"
     if loaded.ends:
-        text += " (one is added at its end, as in training)"
+        text += " (one is appended to each prompt, as in training)"
     return text

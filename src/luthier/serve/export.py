@@ -37,13 +37,13 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
     sentence.
     """
     if kind not in WRITERS:
-        raise RecipeError(f"there is no export as '{kind}'{did_you_mean(kind, WRITERS)}")
+        raise RecipeError(f"there is no export format '{kind}'{did_you_mean(kind, WRITERS)}")
     to = Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise RecipeError(f"{to} is there already and not empty; give another folder")
+        raise RecipeError(f"{to} already exists and is not empty; use another folder")
     loaded = load(folder, dtype="float32")
     if isinstance(loaded.roles.tuner, Untuned):
-        raise RecipeError(f"{folder} is not a run's folder: it holds nothing that was tuned")
+        raise RecipeError(f"{folder} is not the folder of a run: it has no tuned weights")
     dtype = dtype_of_files(loaded.recipe.model)
     quantizer = loaded.recipe.methods()["quantization"]
     rows = _probe(loaded)
@@ -62,8 +62,8 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
             rounded.save_pretrained(beside)
             gap = _compare(beside, rows, want, kind, dtype)
         cost = _requantized(loaded, beside, rows) if quantizer is not None and kind == "merged" else ""
-    close = f"log-probabilities within {gap:.1e} on average"
-    return f"{to}: loaded back, it answers like the tuned model ({close}){cost}"
+    close = f"log-probabilities differ by {gap:.1e} on average"
+    return f"exported to {to}; loaded again, its outputs match the tuned model's ({close}){cost}"
 
 
 def _requantized(loaded: Loaded, folder: Path, rows: list[dict]) -> str:
@@ -73,13 +73,13 @@ def _requantized(loaded: Loaded, folder: Path, rows: list[dict]) -> str:
     quantizer = loaded.recipe.methods()["quantization"]
     name = quantizer.name
     if quantizer.reads:
-        return f"; {name} quantizes by calibration rows, so the cost of requantizing is not measured here"
+        return f"; quantizer {name} needs calibration rows, so the cost of requantizing was not measured"
     settings = {"quantization": loaded.recipe.quantization, "architecture": loaded.recipe.architecture}
     merged = _divergence(loaded, load(folder, dtype="float32"), rows)
     requantized = _divergence(loaded, load(folder, dtype="float32", **settings), rows)
     return (
-        f"; it is merged into the dequantized {name} weights (KL to the tuned model {merged:.1e} a token);"
-        f" requantized as {name}, the KL is {requantized:.1e}"
+        f"; merged into the dequantized {name} weights: KL to the tuned model is {merged:.1e}"
+        f" per token, and {requantized:.1e} if requantized to {name}"
     )
 
 
@@ -107,9 +107,9 @@ def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtyp
     limit = ROUNDING.get(dtype, EXACT)
     if not gap <= limit:
         raise Refused(
-            f"exported as {kind}, the model answers otherwise than it was tuned: the probe's"
-            f" log-probabilities differ by {gap:.1e} on average (at most {limit:g} is rounding); nothing was"
-            " written"
+            f"the model exported as {kind} does not match the tuned model: log-probabilities of"
+            f" the test texts differ by {gap:.1e} on average (rounding explains at most"
+            f" {limit:g}). Nothing was written"
         )
     return gap
 
@@ -132,13 +132,13 @@ def _lora(loaded: Loaded, to: Path) -> None:
     attached: Any = loaded.roles.tuner
     if not hasattr(attached, "export_lora"):
         tuner = build("tuner", loaded.recipe.tuner)
-        advice = "its run folder is what can be loaded"
+        advice = "load its run folder with luthier instead"
         if "merge" in tuner.provides:
             advice = "export it with --as merged"
-        raise RecipeError(f"tuner '{tuner.name}' makes no adapter; {advice}")
+        raise RecipeError(f"tuner '{tuner.name}' has no PEFT adapter form; {advice}")
     if loaded.roles.policy.architecture.name == "classifier":
         raise RecipeError(
-            "a LoRA adapter does not say which classes its head tells apart: export it with --as merged"
+            "a LoRA adapter does not store the class names of a classifier head; export it with --as merged"
         )
     attached.export_lora(to)
 
@@ -167,7 +167,8 @@ def _gap(again: Loaded, rows: list[dict], want: torch.Tensor) -> float:
     have = again.logprobs(rows)
     if have.shape != want.shape:
         raise Refused(
-            f"the exported tokenizer reads the probe as {len(have)} tokens, the tuned model's as {len(want)}"
+            f"the exported tokenizer splits the test texts into {len(have)} tokens, the tuned"
+            f" model's into {len(want)}"
         )
     return float((have - want).abs().mean())
 

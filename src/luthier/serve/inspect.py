@@ -45,7 +45,7 @@ def inspect(
     """
     if report is not None and Path(report).is_dir():
         page = Path(report) / "inspect.html"
-        raise RecipeError(f"--report: {report} is a folder; give the name of a page, such as {page}")
+        raise RecipeError(f"--report: {report} is a folder; give a file name, such as {page}")
     rows, measured_on, settings = rows_of(tuned, data)
     with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as folder:
         comparison = Comparison(rows, settings, Path(folder), preference, page=report is not None)
@@ -70,7 +70,9 @@ def rows_of(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, An
     if data is not None:
         return load_data(Recipe(data=data, eval_data=0)).rows, "rows", settings
     if not path.is_file():
-        raise RecipeError(f"{tuned} is not a run's folder, so it holds no rows to measure on: give --data")
+        raise RecipeError(
+            f"{tuned} is not the folder of a run, so it has no held-out rows; pass rows with --data"
+        )
     split = load_data(recipe)
     if split.held_out:
         return split.held_out, "held-out rows", settings
@@ -102,7 +104,9 @@ class Comparison:
         usable, bad, _ = architecture.encode_all(self.rows, loaded.roles.renderer)
         if not usable:
             first = bad[0]["reason"]
-            raise RecipeError(f"{name} can use none of the {len(self.rows)} rows; the first: {first}")
+            raise RecipeError(
+                f"{name} can use none of the {len(self.rows)} rows; reason for the first: {first}"
+            )
         checks.check_forward(loaded.roles.policy, loaded.roles.batch(usable[:2]), self.notes.append)
         self.vocabularies.append(loaded.tokenizer.get_vocab())
         names = (*EVALUATORS, *PAGE_EVALUATORS) if self.page else EVALUATORS
@@ -123,15 +127,15 @@ class Comparison:
         if self.architectures[0] != self.architectures[-1]:
             (base, tuned), (first, second) = self.models, self.architectures
             raise RecipeError(
-                f"{base} is read as {first} and {tuned} as {second}: their numbers do not compare"
+                f"{base} is loaded as architecture {first}, but {tuned} as {second}: their"
+                " numbers cannot be compared"
             )
 
     def add_preferences(self, result: dict[str, Any]) -> None:
         """How both models rank pairs, with the base as the reference."""
         if None in self.totals:
             raise RecipeError(
-                "--preference requires rows with a better and a worse completion (prompt/chosen/rejected):"
-                " give --data"
+                "--preference needs rows with a chosen and a rejected completion; pass them with --data"
             )
         evaluator = build("evaluator", "preference")
         base, tuned = self.totals
@@ -154,14 +158,12 @@ class Comparison:
                 elif path.is_file():
                     self.weights = weight_changes(load_file(str(path)), model)
         except RecipeError as error:  # what cannot be merged has no weights to compare
-            self.notes.append(f"the weights are not compared: {error}")
+            self.notes.append(f"weights are not compared: {error}")
 
     def finish(self) -> list[str]:
         """Every note, once."""
         if self.vocabularies[0] != self.vocabularies[1]:
-            self.notes.append(
-                "the two models read the rows with different tokenizers: compare accuracy, not loss"
-            )
+            self.notes.append("the two models use different tokenizers: compare accuracy, not loss")
         return list(dict.fromkeys(self.notes))
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from luthier.storage import files
 
+DRAW = "draw.jsonl"  # rows of the current draw
+FORMER_DRAW = "held.jsonl"  # as version 0.1 called it
 WINDOW = 2**28  # bytes of a file that are mapped at a time while it is read back
 
 
@@ -46,10 +48,10 @@ def save(folder: Path, moment: Checkpoint, limit: int) -> Path:
         save_tensors(moment.tensors, beside / "tensors.safetensors")
         save_tensors(state, beside / "optimizer.safetensors")
         if moment.draw is not None:
-            files.write_rows(beside / "held.jsonl", moment.draw)
+            files.write_rows(beside / DRAW, moment.draw)
         meta = {
             "step": moment.step,
-            "held": moment.draw is not None,
+            "draw": moment.draw is not None,
             "totals": moment.totals,
             "optimizer": leaves,
         }
@@ -65,13 +67,24 @@ def load(path: Path) -> Checkpoint:
     meta = read_meta(path)
     tensors = load_file(str(path / "tensors.safetensors"))
     state = unflatten(load_file(str(path / "optimizer.safetensors")), meta["optimizer"])
-    draw = files.read_rows(path / "held.jsonl") if meta["held"] else None
+    draw = None
+    if meta["draw"]:
+        draw = files.read_rows(draw_file(path))
     return Checkpoint(tensors, state, meta["step"], draw, meta["totals"])
 
 
 def read_meta(path: Path) -> dict:
     """All of a checkpoint but its tensors: step, totals, numbers of the optimizer's state."""
-    return files.read_json(path / "state.json")
+    meta = files.read_json(path / "state.json")
+    if "held" in meta:
+        meta["draw"] = meta.pop("held")  # as version 0.1 called it
+    return meta
+
+
+def draw_file(path: Path) -> Path:
+    """Where the rows of a checkpoint's draw are."""
+    former = path / FORMER_DRAW
+    return former if former.is_file() else path / DRAW
 
 
 def flatten(tree: Mapping, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -126,7 +139,7 @@ def verify(tensors: Mapping[str, Tensor], path: Path) -> None:
     with safe_open(str(path), framework="pt") as file:
         missing = sorted(tensors.keys() - set(file.keys()))
     if missing:
-        raise RuntimeError(f"{path} lacks {missing[0]} after saving")
+        raise RuntimeError(f"{path} is missing {missing[0]} after saving")
     left = list(tensors.items())
     while left:
         read = 0
@@ -135,7 +148,7 @@ def verify(tensors: Mapping[str, Tensor], path: Path) -> None:
             while left and read < WINDOW:
                 name, value = left.pop()
                 if not _same(file.get_tensor(name), value.detach().cpu()):
-                    raise RuntimeError(f"{path}: {name} was not saved as it is")
+                    raise RuntimeError(f"{path}: {name} differs from what was saved")
                 read += value.nbytes
 
 

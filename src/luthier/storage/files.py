@@ -28,7 +28,7 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a failing disk into a DiskError."""
-    intact = "what was saved before is intact: free some space and run the same command again"
+    intact = "everything saved so far is intact; free some space and run the same command again"
     try:
         yield
     except OSError as error:
@@ -58,7 +58,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RecipeError(f"another process is running in {folder}", "busy") from None
+            raise RecipeError(f"another process is using {folder}", "busy") from None
         with disk_errors(folder):
             lock.truncate(0)
             lock.write(str(os.getpid()))

@@ -46,8 +46,25 @@ def current_row(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or not str(row.get("id")).startswith(f"{name}/"):
         return row
     row = dict(row)
-    inner = row.pop("task", None)  # of a row of another task in a chat
-    if inner is not None:
+    del row["world"]
+    inner = row.get("task")
+    if inner is not None and "of" not in row:
+        return row  # a stage has written a `task` of its own
+    if inner is not None:  # of a row of another task in a chat
         row["of"] = {"task": inner, **row["of"]}
-    row["task"] = row.pop("world")
+    row["task"] = name
+    return row
+
+
+def former_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The way back: a row of a toy task as version 0.1 had it."""
+    name = row.get("task")
+    if not isinstance(name, str) or not str(row.get("id")).startswith(f"{name}/"):
+        return row
+    row = dict(row)
+    row["world"] = row.pop("task")
+    of = row.get("of")
+    if isinstance(of, dict) and "task" in of:
+        row["of"] = {key: value for key, value in of.items() if key != "task"}
+        row["task"] = of["task"]
     return row

@@ -30,12 +30,13 @@ def serve(home: Path, port: int | None = None, tell: Callable[[str], object] = p
     except ModuleNotFoundError as error:
         raise RecipeError(f"the studio needs {error.name}: pip install 'luthier[studio]'") from None
     if not home.is_dir():
-        raise RecipeError(f"there is no folder {home}")
+        raise RecipeError(f"folder {home} does not exist")
     with listening(port) as server_socket:
         token = secrets.token_urlsafe(24)
         tell(f"luthier studio: http://127.0.0.1:{server_socket.getsockname()[1]}/?token={token}")
         tell(
-            "Open this address; who has it can use this machine as you. Ctrl-C ends the studio, not the runs."
+            "Open this address in a browser. Anyone who has it can use this machine as you."
+            " Ctrl-C ends the studio, not its runs."
         )
         config = uvicorn.Config(studio(home, token), log_level="warning", server_header=False, ws="none")
         uvicorn.Server(config).run(sockets=[server_socket])
@@ -56,4 +57,4 @@ def listening(port: int | None) -> socket.socket:
             return server_socket
         except OSError:
             server_socket.close()
-    raise RecipeError(f"port {port} is taken; give another --port, or none")
+    raise RecipeError(f"port {port} is in use; choose another with --port, or leave --port out")

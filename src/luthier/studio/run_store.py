@@ -65,7 +65,7 @@ class RunStore:
         user pointed.
         """
         if not isinstance(name, str) or not re.fullmatch(NAME, name):
-            raise RecipeError(f"'{name}' is no name for a run: letters, digits and - _ . +")
+            raise RecipeError(f"'{name}' is not a valid run name: use letters, digits and - _ . +")
         return self.folders / name
 
     def folder(self, name: str) -> Path:
@@ -206,7 +206,9 @@ class RunStore:
         """Start a recipe as `luthier tune runs/NAME/submitted.yaml output_dir=runs/NAME`."""
         folder = self.place(name)
         if is_run(folder):
-            raise RecipeError(f"{folder.relative_to(self.home)} is there already; give this run another name")
+            raise RecipeError(
+                f"{folder.relative_to(self.home)} already exists; choose another name for this run"
+            )
         files.write_text(folder / "submitted.yaml", text)
         return self.resume(name)
 
@@ -214,10 +216,10 @@ class RunStore:
         """The same command again: a run that was stopped goes on from its last checkpoint."""
         folder = self.folder(name)
         if self.process(name):
-            raise RecipeError(f"another process is running in {folder}")
+            raise RecipeError(f"another process is using {folder}")
         command = self.command(name)
         if not command:
-            raise RecipeError(f"{folder} holds no recipe to resume from; run the command again that began it")
+            raise RecipeError(f"{folder} has no recipe to resume from; run the original command again")
         self.spawn(name, command)
         return self.summary(name)
 
@@ -236,14 +238,14 @@ class RunStore:
         folder = self.place(name)
         target = str(folder.relative_to(self.home))
         if folder.exists():
-            raise RecipeError(f"{target} is there already; give this comparison another name")
+            raise RecipeError(f"{target} already exists; choose another name for this comparison")
         if len(set(runs)) < 2:
             raise RecipeError("a comparison needs two recipes or more, or --tuners a,b,c")
         texts = {}
         for run in runs:
             source = recipe_in(self.folder(run))
             if source is None:
-                raise RecipeError(f"{run} holds no recipe to compare")
+                raise RecipeError(f"{run} has no recipe to compare")
             keys = yaml.safe_load(source.read_text(encoding="utf-8"))
             keys.pop("output_dir", None)
             texts[run] = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
@@ -280,7 +282,7 @@ class RunStore:
         """As Ctrl-C does; a process that ignores interrupts is terminated: the last checkpoint stays."""
         pid = self.process(name)
         if pid is None:
-            raise RecipeError(f"nothing is running in {self.folder(name)}")
+            raise RecipeError(f"no run is active in {self.folder(name)}")
         process = psutil.Process(pid)
         born, group = process.create_time(), [process]
         if name in self.children or read_json(self.place(name) / "studio.json"):
@@ -304,7 +306,7 @@ class RunStore:
         """Delete a run's folder, for good."""
         folder = self.folder(name)
         if self.process(name):
-            raise RecipeError(f"{name} is running; stop it first")
+            raise RecipeError(f"{name} is still running; stop it first")
         shutil.rmtree(folder)
 
 
@@ -405,7 +407,7 @@ def why_ended(folder: Path, output: str) -> str:
         if line.startswith("luthier: "):
             return line.removeprefix("luthier: ")
     if lines and lines[-1].strip() == "KeyboardInterrupt":
-        return "stopped before it began; the same command begins it"
+        return "stopped before training began; run the same command to start it"
     if lines and "Traceback (most recent call last)" in output:
         return lines[-1]
     return ""

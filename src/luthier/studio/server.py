@@ -68,7 +68,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-OTHER_PAGE = "this request comes from another page: the studio answers its own"
+OTHER_PAGE = "the request comes from another web page; the studio only answers its own"
 # of a run's own page: a report runs the script of reports and no other
 REPORT = f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -118,7 +118,9 @@ class Guard:
         headers, path = request.headers, request.url.path
         host, origin = headers.get("host", ""), headers.get("origin")
         if re.sub(r":\d+$", "", host) not in NAMES:
-            return refuse(403, f"the studio answers under {' or '.join(NAMES[:2])}, not under {host[:80]!r}")
+            return refuse(
+                403, f"the studio answers only under {' or '.join(NAMES[:2])}, not under {host[:80]!r}"
+            )
         if origin is not None and (urlsplit(origin).scheme != "http" or urlsplit(origin).netloc != host):
             return refuse(403, OTHER_PAGE)
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none") and path != "/":
@@ -126,12 +128,12 @@ class Guard:
         if request.method not in ("GET", "HEAD") and origin is None and "authorization" not in headers:
             return refuse(
                 403,
-                "a request that changes something needs the header Origin, or the token as Authorization:"
-                " Bearer",
+                "a request that changes something needs the header Origin, or the token as"
+                " Authorization: Bearer",
             )
         length = headers.get("content-length", "0")
         if path != "/api/upload" and (not length.isdigit() or int(length) > SMALL):
-            return refuse(413, f"a request has at most {SMALL >> 20} MB; files go through the upload")
+            return refuse(413, f"a request may have at most {SMALL >> 20} MB; use the upload for files")
         return None
 
     def authorize(self, request: Request) -> Response | None:
@@ -150,7 +152,7 @@ class Guard:
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
         if valid(request.cookies.get(cookie, "")) or valid(bearer):
             return None
-        sentence = "open the address that `luthier studio` printed: it holds the token of this studio"
+        sentence = "open the address that `luthier studio` printed; it contains this studio's token"
         if path.startswith("/api/"):
             return refuse(401, sentence)
         return HTMLResponse(
@@ -193,7 +195,7 @@ def studio(home: Path, token: str, worker: Callable[[Path], Any] = Worker) -> Fa
 
     @app.exception_handler(RuntimeError)
     async def worker_error(request: Request, error: Exception) -> Response:
-        return refuse(500, f"this should not happen: {error}")
+        return refuse(500, f"internal error: {error}")
 
     add_page_routes(app)
     add_recipe_routes(app, store, recipe_worker)
@@ -264,7 +266,7 @@ def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
     def settings(kind: str, name: str) -> Any:
         if kind != "recipe":
             if kind not in KINDS:
-                raise RecipeError(f"there is no kind '{kind}'")
+                raise RecipeError(f"there is no kind of method '{kind}'")
             module_of(kind, name)  # refuses an unknown name
         if (kind, name) not in settings_cache:
             settings_cache[kind, name] = worker.ask("settings", kind=kind, name=name)
@@ -292,7 +294,7 @@ def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
         safe = re.sub(r"[^\w.-]+", "-", name.replace("\\", "/").rpartition("/")[2])[-80:].lstrip(".-")
         if not safe.endswith((*READERS, ".gz")):
             raise RecipeError(
-                f"{safe or 'this file'} is of no kind that is read here (there is: {', '.join(READERS)})"
+                f"{safe or 'this file'}: this file type is not supported (supported: {', '.join(READERS)})"
             )
         folder, digest, size = store.home / "uploads", hashlib.sha256(), 0
         folder.mkdir(exist_ok=True)
@@ -302,7 +304,10 @@ def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
                 async for chunk in request.stream():
                     size += len(chunk)
                     if size > LARGEST:
-                        raise RecipeError(f"{safe} has more than {LARGEST >> 30} GB; give its path instead")
+                        raise RecipeError(
+                            f"{safe} is larger than {LARGEST >> 30} GB; enter its path instead of"
+                            " uploading it"
+                        )
                     digest.update(chunk)
                     await asyncio.to_thread(file.write, chunk)
             path = folder / f"{digest.hexdigest()[:8]}-{safe}"
@@ -382,7 +387,7 @@ def add_run_routes(app: FastAPI, store: RunStore, worker: Callable[[Path], Any])
             sentence = exporter.ask("export", folder=str(folder), kind=kind, to=target)
         finally:
             exporter.end()
-        return {"to": target, "said": sentence}
+        return {"to": target, "message": sentence}
 
     @app.get("/runs/{name}/report.html")
     def report(name: str) -> Response:

@@ -30,7 +30,7 @@ SAMPLE = 2000  # rows that are encoded to be counted: a large file is looked at,
 ROW_LENGTH = 4000  # characters of a row in an answer
 MAX_BAD_ROWS = 200  # unusable rows in an answer
 GO_ON, STOP = "on", "stop"  # what a part of an answer is answered with
-NO_DATA = "a recipe needs `data`: a file, a folder, a hub name, rows, or toy:TASK"
+NO_DATA = "the recipe has no `data`; set it to a file, a folder, a Hub name, rows, or toy:TASK"
 
 
 # --------------------------------------------------------------------------------------------------- recipes
@@ -86,7 +86,7 @@ def check(changes: Mapping[str, str], read_rows: bool = True) -> dict[str, Any]:
     from luthier.recipe.validate import validate
     from luthier.run.folder import default_folder
 
-    answer: dict[str, Any] = {"text": "", "whole": "", "told": [], "error": "", "name": ""}
+    answer: dict[str, Any] = {"text": "", "whole": "", "warnings": [], "error": "", "name": ""}
     try:
         keys = read_form(changes)
         keys.pop("output_dir", None)
@@ -94,7 +94,7 @@ def check(changes: Mapping[str, str], read_rows: bool = True) -> dict[str, Any]:
             answer["text"] = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=110)
         recipe = Recipe.load(keys)
         answer["whole"] = recipe.yaml()
-        answer["told"] = list(recipe.warnings)
+        answer["warnings"] = list(recipe.warnings)
         answer["name"] = default_folder(recipe).name
         if read_rows:
             if recipe.data is None:
@@ -291,7 +291,9 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
 
     recipe = Recipe.load(read_form(changes))
     if recipe.plan is not None:
-        raise RecipeError("a plan has several runs, which depend on each other: its cost is not known before")
+        raise RecipeError(
+            "a plan has several runs that depend on each other, so its cost cannot be estimated"
+        )
     data = load_data(recipe)
     methods = dry_run(recipe, data.rows[:100])
     roles = assemble(recipe, methods, methods.architecture.fit_to(data.rows), None, data.rows)
@@ -299,7 +301,9 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     sample = data.rows[:SAMPLE]
     usable, bad, stats = methods.architecture.encode_all(sample, roles.renderer)
     if not usable:
-        raise RecipeError(f"none of {len(data.rows):,} rows can be used; the first: {bad[0]['reason']}")
+        raise RecipeError(
+            f"none of the {len(data.rows):,} rows can be used; reason for the first: {bad[0]['reason']}"
+        )
     training = EncodedRows.of(usable, stats)
     parameters = checks.check_trainable(roles.tuner)
     rows = round(len(data.rows) * len(usable) / len(sample))
@@ -355,7 +359,9 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     if available := memory.free(roles.device):
         figures.append(["there is", format_size(available), f"of memory free on {roles.device}"])
     if bad:
-        notes.append(f"{len(bad):,} of {len(sample):,} rows cannot be used; the first: {bad[0]['reason']}")
+        notes.append(
+            f"{len(bad):,} of {len(sample):,} rows cannot be used; reason for the first: {bad[0]['reason']}"
+        )
     return {"figures": figures, "notes": notes}
 
 
@@ -511,8 +517,7 @@ class Worker:
                 line = ""
         if not line:
             raise RecipeError(
-                f"the process that was to {task} died, which is mostly a lack of memory; try again, or a"
-                " smaller model"
+                f"the process for {task!r} died, most likely out of memory; try again, or use a smaller model"
             )
         return result(json.loads(line))
 

@@ -39,7 +39,8 @@ def run_workers(
     try:
         if len(lib.nodes()) > 1 and storage is None:
             raise RecipeError(
-                "--workers on several machines need --storage: the URL of a database that all of them reach"
+                "--workers on several machines needs --storage: the URL of a database that all"
+                " of them can reach"
             )
         resources = lib.cluster_resources()
         options: dict[str, Any] = {"num_cpus": max(0.01, resources.get("CPU", 1) / number)}
@@ -73,7 +74,7 @@ def _work_in(folder: str, work: Callable[[int], None], number: int) -> None:
         os.chdir(folder)
     except OSError:
         raise RecipeError(
-            f"a worker's machine has no folder {folder}: workers need the command's folder, model and rows"
-            " on their machine"
+            f"folder {folder} does not exist on a worker's machine; every worker needs the"
+            " search folder, the model and the rows"
         ) from None
     work(number)

@@ -84,7 +84,7 @@ def higher_is_better(metric: str) -> bool:
     higher = metric_of(metric).higher_is_better
     if higher is None:
         hint = did_you_mean(metric, _names())
-        raise RecipeError(f"--goals: of '{metric}' neither more nor less is better{hint}")
+        raise RecipeError(f"--goals: '{metric}' has no better direction, neither higher nor lower{hint}")
     return higher
 
 
@@ -113,7 +113,7 @@ def parse_goals(
     # at commas outside of brackets
     words = list(filter(None, map(str.strip, re.split(r",(?![^(]*\))", ",".join(texts)))))
     if len(set(words)) < len(words):
-        raise RecipeError(f"--goals: {', '.join(words)} names a goal twice")
+        raise RecipeError(f"--goals: {', '.join(words)} lists a goal twice")
     goals = []
     for word in words or [QUALITY]:
         if "(" in word:
@@ -133,7 +133,7 @@ def _parse_front(word: str) -> Goal:
     name = word.replace(" ", "")
     match = FRONT.fullmatch(name)
     if not match:
-        raise RecipeError(f"--goals: '{word}' is not a front such as front(accuracy, retention_loss @ 0, 5)")
+        raise RecipeError(f"--goals: '{word}' must have the form front(accuracy, retention_loss @ 0, 5)")
     figure = "hypervolume" if match[1] == "front" else match[1]
     axes = tuple(map(_metric_name, match[2].split(",")))
     worst = _parse_point(match[3], axes) if match[3] else ()
@@ -142,15 +142,15 @@ def _parse_front(word: str) -> Goal:
     if figure != "hypervolume":
         if worst:
             raise RecipeError(
-                f"--goals: {word}: only a hypervolume is taken from a point; remove what is behind the @"
+                f"--goals: {word}: only a hypervolume has a reference point; remove the @ and what follows"
             )
         return Goal(name, name, FIGURES[figure], axes, figure=figure)
     if not worst and all(metric_of(axis).is_share for axis in axes):
         worst = tuple(ends)
     if len(worst) != len(axes):
         raise RecipeError(
-            f"--goals: {word} needs a number for each of {', '.join(axes)} that is worse than anything"
-            " measured, behind an @: the hypervolume is taken from there, the same for all configurations"
+            f"--goals: {word} needs a reference point behind an @: for each of"
+            f" {', '.join(axes)} a value that is worse than anything a trial reaches"
         )
     return Goal(name, name, True, axes, worst)
 
@@ -160,7 +160,7 @@ def _parse_point(text: str, axes: Sequence[str]) -> tuple[float, ...]:
         return tuple(map(float, text.split(",")))
     except ValueError:
         raise RecipeError(
-            f"--goals: '{text}' is no point; give a number for each of {', '.join(axes)}"
+            f"--goals: '{text}' is not a reference point; give a number for each of {', '.join(axes)}"
         ) from None
 
 
@@ -168,16 +168,17 @@ def _goal_of_plan(figure: str, plan: Mapping[str, float | None]) -> Goal:
     """`hypervolume`, `utility` or `sparsity` alone: of the front that the recipe's own plan makes."""
     if not plan:
         raise RecipeError(
-            f"--goals: '{figure}' is a figure of a front, and the recipe's plan makes none (see plan"
-            f" 'front'); or name its metrics: {figure}(...)"
+            f"--goals: '{figure}' describes a Pareto front, but this recipe has no plan"
+            f" 'front'; add it, or name the metrics: {figure}(...)"
         )
     worst: tuple[float, ...] = ()
     if figure == "hypervolume":
         lacking = [metric.removeprefix("goal/") for metric, value in plan.items() if value is None]
         if lacking:
             raise RecipeError(
-                "--goals: a hypervolume is taken from one point in all trials; give plan 'front' a `worst`"
-                f" for {', '.join(lacking)}, lower than anything a trial will reach"
+                "--goals: hypervolume needs the same reference point in all trials; set"
+                f" `worst` in plan 'front' for {', '.join(lacking)}, to a value lower than any"
+                " trial reaches"
             )
         worst = tuple(float(value or 0) for value in plan.values())
     return Goal(figure, f"{figure}({','.join(plan)})", FIGURES[figure], tuple(plan), worst, figure)
@@ -215,8 +216,8 @@ def beyond_worst(goal: Goal, points: Sequence[Mapping[str, float]]) -> str:
         least = min(values) if higher_is_better(metric) else max(values)
         if least != worst:
             return (
-                f"{metric} {least:.4g} lies beyond {worst:.4g}, from where the hypervolume of '{goal.name}'"
-                " is taken"
+                f"{metric} {least:.4g} is worse than the reference point {worst:.4g} of the"
+                f" hypervolume '{goal.name}'"
             )
     return ""
 
@@ -236,14 +237,14 @@ def parse_limits(texts: Sequence[str], quality: str) -> tuple[Limit, ...]:
 def _parse_limit(text: str, quality: str) -> Limit:
     match = LIMIT.fullmatch(text)
     if not match:
-        raise RecipeError(f"--constraint: '{text}' is not a limit such as memory <= 8GB or accuracy >= 90%")
+        raise RecipeError(f"--constraint: '{text}' must have the form memory <= 8GB or accuracy >= 90%")
     name, sign, number, unit = match.groups()
     metric = quality if name == QUALITY else _metric_name(name)
     units = UNITS.get(metric, {"": 1, "%": 0.01})
     if unit not in units:
         names = ", ".join(filter(None, units))
-        raise RecipeError(f"--constraint: {name} is not measured in '{unit}' but in {names}")
+        raise RecipeError(f"--constraint: {name} is not measured in '{unit}'; use {names}")
     if metric not in metrics() and "/" not in metric:
         hint = did_you_mean(name, _names())
-        raise RecipeError(f"--constraint: nothing measures '{name}'{hint}")
+        raise RecipeError(f"--constraint: no evaluator measures '{name}'{hint}")
     return Limit(" ".join(text.split()), metric, sign[0] == "<", float(number) * units[unit])

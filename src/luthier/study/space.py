@@ -18,6 +18,7 @@ from luthier.errors import RecipeError
 from luthier.methods.searchers._base import Dim, Space
 from luthier.recipe.aliases import METHOD_KEYS
 from luthier.recipe.model_names import model_config
+from luthier.recipe.read import name_of
 from luthier.recipe.recipe import Recipe, key_of, terms
 from luthier.registry import Choices, Range, build, did_you_mean, spec
 
@@ -67,11 +68,14 @@ class SearchSpace:
             elif dim.name in self.methods:
                 changes[dim.name] = self.methods[dim.name][value]
             elif setting:
-                owner = dim.when[0] if dim.when else key
-                changes[f"{owner}.{setting}"] = value
+                if dim.when:
+                    key = dim.when[0]
+                changes[f"{key}.{setting}"] = value
             else:
                 changes[key] = value
-        recipe = self.recipe.but(**changes) if changes else self.recipe
+        recipe = self.recipe
+        if changes:
+            recipe = recipe.but(**changes)
         layers = sum(dim.name.startswith(f"{LAYERS}.") for dim in self.space.dims)
         if len(tuned_layers) < layers:
             return only_layers(recipe, tuned_layers, layers)
@@ -96,7 +100,7 @@ def parse_space(recipe: Recipe, texts: Sequence[str] = ()) -> SearchSpace:
     for part in sorted(parts or _usual(recipe), key=lambda p: "." in p.partition("=")[0]):
         parser.add(part)
     if not parser.dims:
-        raise RecipeError("--space: nothing varies")
+        raise RecipeError("--space: nothing varies; name at least one key, such as tuner.r=4..64")
     return parser.result()
 
 
@@ -131,27 +135,32 @@ class _Parser:
 
     def add(self, part: str) -> None:
         """part: such as `tuner=lora|ssf` or `learning_rate`."""
-        name, equals, values = (x.strip() for x in part.partition("="))
+        name, equals, written = (x.strip() for x in part.partition("="))
+        values = None
+        if equals:
+            values = written
         first, *rest = name.split(".")
         first = key_of(first)
         key = ".".join([first, *rest])
         if first in FIXED:
             raise RecipeError(
-                f"--space {key}: what is measured, and on which rows, must stay the same in a search"
+                f"--space {key}: what is measured, and on which rows, must stay fixed during a search"
             )
         if key == LAYERS:
             self._extend(_layers(self.recipe))
         elif key in KINDS:
-            self._add_choices(key, values)
+            self._add_choices(key, written)
         elif first in self.methods:
-            self._narrow(first, ".".join(rest), values if equals else None)
+            self._narrow(first, ".".join(rest), values)
         else:
-            self.dims[key] = _setting(self.recipe, key, values if equals else None)
+            self.dims[key] = _setting(self.recipe, key, values)
 
     def result(self) -> SearchSpace:
         space = Space(tuple(sorted(self.dims.values(), key=lambda d: d.when is not None)))
-        inside = self.contains_recipe and all(d.default is not None for d in space.dims)
-        return SearchSpace(self.recipe, space, self.methods, space.start() if inside else None)
+        start = None
+        if self.contains_recipe and all(d.default is not None for d in space.dims):
+            start = space.start()
+        return SearchSpace(self.recipe, space, self.methods, start)
 
     def _extend(self, dims: Sequence[Dim]) -> None:
         for dim in dims:
@@ -160,18 +169,26 @@ class _Parser:
     def _add_choices(self, key: str, values: str) -> None:
         """A choice of methods, and the settings that each of them declares."""
         value = getattr(self.recipe, key)
-        own = value.get("name") if isinstance(value, Mapping) else value
+        own = name_of(value)
         if not values and key != "tuner":
-            raise RecipeError(f"--space {key}: name the choices, as {key}=a|b")
-        names = values.split("|") if values else [str(own), *(t for t in TUNERS if t != own)]
+            raise RecipeError(f"--space {key}: list the choices, as {key}=a|b")
+        names = [str(own), *(t for t in TUNERS if t != own)]
+        if values:
+            names = values.split("|")
         methods = {}
         for name in names:
             choice = yaml.safe_load(name)
-            label = choice if isinstance(choice, str) else re.sub(r"[{}'\" ]", "", name)
-            methods[label] = value if label == own else getattr(self.recipe.but(**{key: choice}), key)
+            label = choice
+            if not isinstance(choice, str):
+                label = re.sub(r"[{}'\" ]", "", name)
+            methods[label] = value
+            if label != own:
+                methods[label] = getattr(self.recipe.but(**{key: choice}), key)
         self.methods[key] = methods
-        self.contains_recipe &= own in methods
-        self._extend([Dim(key, choices=tuple(methods), default=own if own in methods else None)])
+        default = own
+        if own not in methods:
+            default, self.contains_recipe = None, False
+        self._extend([Dim(key, choices=tuple(methods), default=default)])
         for label, choice in methods.items():
             method = _build(key, choice)
             if hasattr(method, "kind"):
@@ -186,8 +203,8 @@ class _Parser:
         if values is None:
             if not declared:
                 raise RecipeError(
-                    f"--space {key}.{setting}: none of {', '.join(self.methods[key])} declares a range for"
-                    f" it; give one, as {key}.{setting}=4..64"
+                    f"--space {key}.{setting}: {', '.join(self.methods[key])} declare no range"
+                    f" for it; write one, as {key}.{setting}=4..64"
                 )
             return
         for dim in declared:
@@ -202,7 +219,9 @@ class _Parser:
 
 
 def _build(key: str, value: Any) -> Any:
-    return terms(value) if key == "objective" else build(KINDS[key], value)
+    if key == "objective":
+        return terms(value)
+    return build(KINDS[key], value)
 
 
 def _method(recipe: Recipe, key: str) -> Any:
@@ -211,7 +230,9 @@ def _method(recipe: Recipe, key: str) -> Any:
     if value in (None, "auto") or (key == "optim" and isinstance(recipe.optim, list)):
         return None
     method = _build(key, value)
-    return method if hasattr(method, "kind") else None
+    if not hasattr(method, "kind"):
+        return None
+    return method
 
 
 # ------------------------------------------------------------------------------- declared ranges
@@ -221,7 +242,9 @@ def ranges(method: Any) -> dict[str, Range | Choices]:
     """Setting -> the range, or the choices, that a method (or Recipe) declares for it."""
     if method is None:
         return {}
-    cls = method if isinstance(method, type) else type(method)
+    cls = method
+    if not isinstance(method, type):
+        cls = type(method)
     hints = get_type_hints(cls, include_extras=True)
     declared = {}
     for field in fields(cls):
@@ -288,7 +311,7 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
     else:
         keys = [f.name for f in fields(Recipe) if f.name not in INTERNAL]
         if key not in keys:
-            raise RecipeError(f"--space: a recipe has no '{key}'{did_you_mean(key, [*keys, LAYERS])}")
+            raise RecipeError(f"--space: a recipe has no key '{key}'{did_you_mean(key, [*keys, LAYERS])}")
         name, default, cls = key, getattr(recipe, key), Recipe
     declared, whole = ranges(cls).get(name), _is_whole(cls, name)
     if key == "learning_rate" and default and default != Recipe().learning_rate:
@@ -296,8 +319,8 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
     if values is None:
         if declared is None:
             raise RecipeError(
-                f"--space {key}: no range is declared for {name}; give one, as {key}=1..10, or choices, as"
-                f" {key}=1|2|4"
+                f"--space {key}: {name} declares no range; write one, as {key}=1..10, or"
+                f" choices, as {key}=1|2|4"
             )
         return _declared(key, declared, default, whole)
     template = None
@@ -311,10 +334,12 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
 def _owner(recipe: Recipe, key: str) -> Any:
     """The method of the recipe that has this setting."""
     first, _, setting = key.partition(".")
-    owner = _method(recipe, first) if first in KINDS else None
+    owner = None
+    if first in KINDS:
+        owner = _method(recipe, first)
     if owner is None:
         raise RecipeError(
-            f"--space {key}: '{first}' holds no single method in this recipe{did_you_mean(first, KINDS)}"
+            f"--space {key}: '{first}' is not a single method in this recipe{did_you_mean(first, KINDS)}"
         )
     settings = [f.name for f in fields(owner)]
     if setting not in settings:
@@ -333,17 +358,20 @@ def _dim(
     try:
         if match is None:
             choices = tuple(yaml.safe_load(value) for value in values.split("|"))
-            return Dim(name, choices=choices, default=default if default in choices else None, when=when)
+            if default not in choices:
+                default = None
+            return Dim(name, choices=choices, default=default, when=when)
         low, high, log = float(match[1]), float(match[2]), bool(match[3])
         if template is not None:
             whole, log = template.whole, log or template.log
         else:
             whole = whole or (isinstance(default, int) and not isinstance(default, bool))
-        inside = isinstance(default, (int, float)) and low <= default <= high
-        return Dim(name, low, high, log, whole, default=default if inside else None, when=when)
+        if not isinstance(default, (int, float)) or not low <= default <= high:
+            default = None
+        return Dim(name, low, high, log, whole, default=default, when=when)
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(
-            f"--space {name}={values}: not a range such as 4..64 or choices such as 4|8|16 ({error})"
+            f"--space {name}={values}: expected a range such as 4..64 or choices such as 4|8|16 ({error})"
         ) from None
 
 
@@ -351,8 +379,8 @@ def _layers(recipe: Recipe) -> list[Dim]:
     """Each layer, tuned or not."""
     tuner = build("tuner", recipe.tuner)
     if not hasattr(tuner, "only"):
-        raise RecipeError(f"--space layers: tuner '{tuner.name}' does not choose among layers")
+        raise RecipeError(f"--space layers: tuner '{tuner.name}' does not support a choice of layers")
     count = getattr(model_config(recipe.model).get_text_config(), "num_hidden_layers", None)
     if not count:
-        raise RecipeError(f"--space layers: the config of {recipe.model} does not say how many layers it has")
+        raise RecipeError(f"--space layers: the config of {recipe.model} does not give the number of layers")
     return [Dim(f"{LAYERS}.{i}", choices=(True, False), default=True) for i in range(count)]

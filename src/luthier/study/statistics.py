@@ -51,7 +51,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     """
     d = np.asarray(a, float) - np.asarray(b, float)
     if d.ndim != 2 or not d.size:
-        raise ValueError(f"a matrix [seeds, rows] is required, not {d.shape}")
+        raise ValueError(f"expected a matrix [seeds, rows], not {d.shape}")
     mean = float(d.mean())
     variance, freedom = _variance_of_mean(d)
     if variance <= 0:  # alike everywhere, or apart by the same everywhere: no spread to judge by
@@ -91,7 +91,7 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, fl
 
     x = np.asarray(values, float)
     if len(x) < 2:
-        raise ValueError(f"an interval needs two numbers or more, not {len(x)}")
+        raise ValueError(f"an interval needs two or more numbers, not {len(x)}")
     mean = float(x.mean())
     half = float(t.ppf((1 + level) / 2, len(x) - 1)) * float(sem(x))
     return mean - half, mean + half

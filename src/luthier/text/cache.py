@@ -49,8 +49,9 @@ class EncodingCache:
     def load(self, key: bytes) -> Encoded:
         """A stored encoding, as lists of its own."""
         prompt, completions, supervised, scales = self.entries[key]
+        ids = [completion.tolist() for completion in completions]
         marks = [list(map(bool, flags)) for flags in supervised]
-        return Encoded(prompt.tolist(), [completion.tolist() for completion in completions], marks, scales)
+        return Encoded(prompt.tolist(), ids, marks, scales)
 
 
 def token_count(entry: tuple) -> int:

@@ -21,8 +21,11 @@ from luthier.text.tokens import added_tokens, tokenize, tokenize_all, tokenize_w
 from luthier.text.turns import REWRITES, Rewrites, Span, is_supervised, supervised_spans
 
 BATCH = 1024  # texts in one call of the tokenizer
-NO_PREFIX = "an encoder-decoder reads the prompt apart from the reply, so it takes no prefix"
-NO_START = "the prompt is empty, and the tokenizer begins with no token of its own"
+NO_PREFIX = (
+    "encoder-decoder models have no generation prefix: the encoder reads the prompt, the decoder"
+    " only the reply"
+)
+NO_START = "the prompt is empty, and the tokenizer adds no BOS token"
 COUNTERS = ("cut", "pieces", "turns", "boundary_mismatches")
 
 
@@ -50,7 +53,9 @@ class Renderer:
         self.cache = EncodingCache(cache_tokens)
         self.prefix, self.suffix = added_tokens(tokenizer)
         self.special = set(tokenizer.all_special_ids)
-        self.special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        for i, token in tokenizer.added_tokens_decoder.items():
+            if token.special:
+                self.special.add(i)
         self.end = tokenizer.eos_token_id
         if self.end is None:
             self.end = tokenizer.sep_token_id
@@ -60,6 +65,9 @@ class Renderer:
 
     def encode(self, row: dict) -> Encoded:
         """A row's token ids. Raises BadRow where there is nothing to train on, or no room for it."""
+        key = row_key("row", row)
+        if key in self.cache:  # as in training, where `encode_all` has been over all rows
+            return self.cache.load(key)
         encoded = self.encode_batch([row])[0]
         if isinstance(encoded, BadRow):
             raise encoded
@@ -94,7 +102,9 @@ class Renderer:
                 # A difference of two decodings: some tokenizers drop the space that a part begins with.
                 before = self.text(encoded.prompt + ids[:start], special=True)
                 part = self.text(encoded.prompt + ids[:stop], special=True)[len(before) :]
-                parts.append(f"{marks[0]}{part}{marks[1]}" if supervised[start] else part)
+                if supervised[start]:
+                    part = f"{marks[0]}{part}{marks[1]}"
+                parts.append(part)
                 start = stop
             completions.append("".join(parts))
         return self.text(encoded.prompt, special=True) + "\n---\n".join(completions)
@@ -160,7 +170,10 @@ class Renderer:
             for i, ids in zip(batch, tokenize_all(self.tokenizer, texts, special=True), strict=True):
                 if not isinstance(ids, BadRow):  # a bad one is reported when it is encoded
                     pieces[i] = self.pieces_of(rows[i], ids, str(i))
-        return [piece for i, row in enumerate(rows) for piece in pieces.get(i, [row])]
+        split: list[dict] = []
+        for i, row in enumerate(rows):
+            split += pieces.get(i, [row])
+        return split
 
     def pieces_of(self, row: dict, ids: list[int], position: str) -> list[dict]:
         """A text in pieces of max_length tokens; the row itself where it is short enough."""
@@ -217,7 +230,12 @@ class Renderer:
                 outcomes[key] = self.check(encoded)
             except BadRow as why:
                 outcomes[key] = why
-        results = [outcomes[key] if key in outcomes else self.cache.load(key) for key in keys]
+        results = []
+        for key in keys:
+            if key in outcomes:
+                results.append(outcomes[key])
+            else:
+                results.append(self.cache.load(key))
         for key, encoded in outcomes.items():
             if isinstance(encoded, Encoded):
                 self.cache.store(key, encoded)
@@ -226,14 +244,18 @@ class Renderer:
     def texts_of(self, row: dict) -> list[str]:
         """The texts of a plain row that are encoded whole: the prompt, alone and with each completion."""
         start = prompt_text(row)
-        if self.encoder:
-            return [start]
-        return [start, *(start + completion for completion in row.get("completions", []))]
+        texts = [start]
+        if not self.encoder:
+            for completion in row.get("completions", []):
+                texts.append(start + completion)
+        return texts
 
     def without_suffix(self, ids: list[int]) -> list[int]:
         """Ids without what the tokenizer adds at the end: a prompt goes on. An encoder's prompt does not."""
         n = len(self.suffix)
-        return ids[:-n] if n and not self.encoder and ids[-n:] == self.suffix else ids
+        if n and not self.encoder and ids[-n:] == self.suffix:
+            return ids[:-n]
+        return ids
 
     def ended(self, ids: list[int]) -> list[int]:
         """Ids that end with the end-of-sequence token exactly once."""
@@ -259,6 +281,7 @@ class Renderer:
             raise BadRow(NO_PREFIX)
         prompt = self.without_suffix(encodings[0])
         completions = []
+        supervised = []
         for k, text in enumerate(row.get("completions", []), 1):
             joint = [] if self.encoder else self.without_suffix(encodings[k])
             if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
@@ -267,15 +290,19 @@ class Renderer:
                 completion = tokenize(self.tokenizer, text)
                 self.boundary_mismatches += not self.encoder
             if not completion:
-                raise BadRow("the tokenizer makes nothing of a completion")
-            completions.append(self.ended(completion))
-        return Encoded(prompt, completions, [[True] * len(completion) for completion in completions])
+                raise BadRow("a completion is empty after tokenization")
+            completion = self.ended(completion)
+            completions.append(completion)
+            supervised.append([True] * len(completion))
+        return Encoded(prompt, completions, supervised)
 
     def encode_structured(self, row: dict) -> Encoded:
         """A row with turns, or with completions that are token ids already (rollouts, pieces of a text)."""
         prompt, opening = self.encode_prompt(row)
         completions: list[list[int]] = []
+        supervised: list[list[bool]] = []
         scales: list[list[float]] = []
+        weighted = False
         for completion in row.get("completions", []):
             if is_ids(completion):
                 ids = list(completion)
@@ -287,13 +314,13 @@ class Renderer:
                 ids = self.encode_plain(single, encodings).completions[0]
                 scale = [1.0] * len(ids)
             elif isinstance(row["prompt"], str):
-                raise BadRow("the prompt is text but a completion is messages")
+                raise BadRow("the prompt is text, but a completion is a list of messages")
             else:
                 ids, scale = self.encode_reply(row, prompt, opening, as_turns(completion))
             completions.append(ids)
             scales.append(scale)
-        supervised = [[value > 0 for value in scale] for scale in scales]
-        weighted = any(value not in (0, 1) for scale in scales for value in scale)
+            supervised.append([value > 0 for value in scale])
+            weighted = weighted or any(value not in (0, 1) for value in scale)
         return Encoded(prompt, completions, supervised, scales if weighted else None)
 
     def encode_prompt(self, row: dict) -> tuple[list[int], str]:
@@ -329,12 +356,16 @@ class Renderer:
         if not whole.startswith(head):
             raise Rewrites(REWRITES)
         spans = [(max(start, len(head)), stop) for start, stop in spans]
-        bounds = {len(head), *(place for span in spans for place in span)}
+        bounds = {len(head)}
+        for span in spans:
+            bounds.update(span)
         ids, offsets = tokenize_with_offsets(self.tokenizer, whole, bounds)
         # Where a token reaches across the beginning of a reply, what comes before it is served otherwise: cut
         # there.
-        starts = {start for start, _ in spans}
-        cuts = {start for start in starts if any(a < start < b for a, b in offsets)}
+        cuts = set()
+        for start, _ in spans:
+            if any(a < start < b for a, b in offsets):
+                cuts.add(start)
         skip = len(prompt)
         if ids[:skip] != prompt:
             cuts.add(len(head))
@@ -358,7 +389,10 @@ class Renderer:
         token that closes the turn (a line break) is left out: it is never sampled.
         """
         start, stop = span
-        places = [i for i in range(skip, len(ids)) if start <= offsets[i][0] < stop]
+        places = []
+        for i in range(skip, len(ids)):
+            if start <= offsets[i][0] < stop:
+                places.append(i)
         last = -1
         for i in reversed(places):
             if not whole[slice(*offsets[i])].isspace():
@@ -367,14 +401,15 @@ class Renderer:
         if last >= 0 and ids[last] in self.special:
             return [i for i in places if i <= last]
         self.warn(
-            "the chat template closes no turn with a special token, so the model is not taught where to stop"
+            "the chat template ends no assistant turn with a special token, so the model does"
+            " not learn when to stop"
         )
         return places
 
     def encode_decoder_reply(self, whole: str, spans: list[Span]) -> tuple[list[int], list[float]]:
         """The one reply that a decoder gives to what the encoder read, ended."""
         if len(spans) != 1:
-            raise BadRow("an encoder-decoder learns one reply a row")
+            raise BadRow("an encoder-decoder trains on exactly one assistant turn per row")
         reply = whole[slice(*spans[0])].strip().removesuffix(self.tokenizer.eos_token or "").strip()
         ids = self.ended(tokenize(self.tokenizer, reply))
         return ids, [1.0] * len(ids)
@@ -391,7 +426,7 @@ class Renderer:
         if self.max_length:
             self.shorten(encoded, self.max_length)
         if not all(map(any, encoded.supervised)):
-            raise BadRow("there is nothing to learn in a completion")
+            raise BadRow("a completion has no supervised tokens")
         return encoded
 
     def shorten(self, encoded: Encoded, most: int) -> None:
@@ -406,7 +441,7 @@ class Renderer:
         room = most if self.encoder else most - size
         if room < 1:
             raise BadRow(
-                f"the prompt leaves no room for a completion within max_length={most} ({size} tokens)"
+                f"the prompt has {size} tokens, which leaves none for a completion (max_length={most})"
             )
         if any(len(completion) > room for completion in encoded.completions):
             encoded.keep(0, room)

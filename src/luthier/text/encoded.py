@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 
@@ -22,7 +23,7 @@ class Encoded:
             return None
         weights = []
         for scales, supervised in zip(self.scales, self.supervised, strict=True):
-            weights.append([scale for scale, counts in zip(scales, supervised, strict=True) if counts])
+            weights.append(list(compress(scales, supervised)))
         return weights
 
     def keep(self, start: int, stop: int | None) -> None:

@@ -60,26 +60,32 @@ def set_chat_template(tokenizer: Any, chat_template: str | None, starts_with_bos
         tokenizer.chat_template = Path(name).expanduser().read_text(encoding="utf-8")
     else:
         raise RecipeError(
-            f"chat_template '{name}' is no built-in one, no file and no template"
-            f"{did_you_mean(name, TEMPLATES)}"
+            f"chat_template '{name}' is not a built-in name, a file or a Jinja"
+            f" template{did_you_mean(name, TEMPLATES)}"
         )
     if chat_template is None:
         return (
-            "the tokenizer has no chat template: 'plain' (User: ... Assistant: ...) was set and is saved"
-            " with it"
+            "the tokenizer has no chat template; using 'plain' (User: ... Assistant: ...),"
+            " which is saved with it"
         )
-    return f"chat_template '{name[:60]}' was set on the tokenizer and is saved with it"
+    return f"using chat_template '{name[:60]}', which is saved with the tokenizer"
 
 
 def builtin_template(tokenizer: Any, name: str, starts_with_bos: bool) -> str:
     """The text of a built-in template for a tokenizer. Raises RecipeError where it lacks a special token."""
     template, required = TEMPLATES[name]
-    vocabulary = tokenizer.get_vocab() if required else {}
-    missing = [token for token in required if token not in vocabulary]
+    missing = []
+    if required:
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in required if token not in vocabulary]
     if missing:
         tokens = " and ".join(missing)
-        raise RecipeError(f"chat_template '{name}' needs {tokens}, which this tokenizer lacks: take 'plain'")
-    return "{{- bos_token }}" + template if starts_with_bos else template
+        raise RecipeError(
+            f"chat_template '{name}' needs {tokens}, which this tokenizer does not have; use 'plain'"
+        )
+    if starts_with_bos:
+        template = "{{- bos_token }}" + template
+    return template
 
 
 def render_turns(tokenizer: Any, row: dict, turns: list[dict], add_generation_prompt: bool = False) -> str:
@@ -96,12 +102,15 @@ def render_turns(tokenizer: Any, row: dict, turns: list[dict], add_generation_pr
             **options,
         )
     except Exception as why:  # a template is somebody's program: it may raise anything
-        raise BadRow(f"the chat template refuses it: {why}") from None
+        raise BadRow(f"the chat template raised an error: {why}") from None
 
 
 def without_weights(turns: list[dict]) -> list[dict]:
     """Turns as a template may see them: without how much each counts in the loss."""
-    return [{key: value for key, value in turn.items() if key not in TURN_WEIGHTS} for turn in turns]
+    visible = []
+    for turn in turns:
+        visible.append({key: value for key, value in turn.items() if key not in TURN_WEIGHTS})
+    return visible
 
 
 def marks_generation(tokenizer: Any) -> bool:

@@ -18,7 +18,7 @@ def tokenize_all(tokenizer: Any, texts: list[str], special: bool) -> list[list[i
         return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     except (TypeError, ValueError, OverflowError) as why:
         if len(texts) == 1:
-            return [BadRow(f"the tokenizer refuses it: {why}")]
+            return [BadRow(f"the tokenizer raised an error: {why}")]
         return [tokenize_all(tokenizer, [text], special)[0] for text in texts]
 
 

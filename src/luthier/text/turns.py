@@ -12,9 +12,9 @@ from luthier.methods.formats._base import BadRow
 from luthier.text.templates import marks_generation, render_turns, without_weights
 
 REWRITES = (
-    "the chat template rewrites earlier turns once later ones follow, so what is trained would never be"
-    " served: keep one assistant turn to learn in a row, or give a chat_template that leaves turns as"
-    " they are"
+    "the chat template changes earlier turns when later ones follow, so the trained text would"
+    " differ from the text at inference; keep one supervised assistant turn per row, or set"
+    " another chat_template"
 )
 Span = tuple[int, int]  # [start, end) in characters
 
@@ -43,16 +43,18 @@ def supervised_spans(
         supervised = is_supervised(turns[i])
         if not replies and not supervised:
             continue
+        before = ""
         if replies and i == first:
             before = opening
-        else:
-            before = render_turns(tokenizer, row, turns[:i], add_generation_prompt=replies) if i else ""
-        last = i + 1 == len(turns)
-        after = whole if last else render_turns(tokenizer, row, turns[: i + 1])
+        elif i:
+            before = render_turns(tokenizer, row, turns[:i], add_generation_prompt=replies)
+        after = whole
+        if i + 1 < len(turns):
+            after = render_turns(tokenizer, row, turns[: i + 1])
         if not after.startswith(before):
             raise BadRow(
-                "the chat template begins a reply in one way to ask for it and in another once it is there"
-                f" (it asks with {before[-40:]!r}): write that into the replies, or give a chat_template"
+                f"the chat template's generation prompt (ending in {before[-40:]!r}) is not how"
+                " it begins a reply; add this text to the replies, or set another chat_template"
             )
         if not whole.startswith(after):
             raise Rewrites(REWRITES)
@@ -88,6 +90,6 @@ def generation_spans(
             continue
         inner = [offset for offset in marked if start <= offset[0] < stop]
         if not inner:
-            raise BadRow("the chat template marks no {% generation %} in an assistant turn")
+            raise BadRow("the chat template has no {% generation %} block in an assistant turn")
         narrowed.append((inner[0][0], inner[-1][1]))
     return narrowed

@@ -206,7 +206,7 @@ def _share(name: str, meta: nn.Module) -> str:
         else:
             moving = _moving(build("tuner", name).attach(meta))
     except RecipeError:  # it wants biases, or codes
-        return "not on Llama"
+        return "not supported on Llama"
     return f"{100 * moving / every:.3g}"
 
 

@@ -8,25 +8,21 @@ keys in docs/recipes.md and the toy tasks in docs/toy.md. Everything else in doc
 
 from __future__ import annotations
 
-import inspect
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
-
-import yaml
 
 from luthier import compat, registry
 from luthier.recipe.catalogue import all_papers, papers
-from luthier.registry.describe import settings_table
 from luthier.study.reproduce.page import page as claims_page
+from luthier.tools.method_page import site_page
 
 BEGIN, END = "<!-- keys: written by luthier.tools.docs -->", "<!-- /keys -->"
 TASKS_BEGIN, TASKS_END = "<!-- tasks: written by luthier.tools.docs -->", "<!-- /tasks -->"
-RECIPES = Path("recipes")  # of a clone: whole recipes, by the name of their method
 
 
 def pages() -> dict[str, str]:
@@ -43,11 +39,43 @@ def pages() -> dict[str, str]:
 
 
 def site_pages() -> dict[str, str]:
-    """Path below the site's docs folder -> text, of a page for every method."""
+    """Path below the site's docs folder -> text: a page for every method, and its kinds' pages, which there
+    link to these.
+    """
     out = {}
+    for kind in registry.KINDS:
+        if registry.cards(kind):
+            out[f"methods/{kind}.md"] = tidy(site_index(kind))
     for card in registry.cards():
-        out[f"methods/{card.kind}/{card.name}.md"] = tidy(method_page(card))
+        out[f"methods/{card.kind}/{card.name}.md"] = tidy(site_page(card))
     return out
+
+
+def site_index(kind: str) -> str:
+    """The methods of a kind by family, with a link each and when to use it."""
+    lines = [f"# {registry.KINDS[kind].title}", ""]
+    for family, cards in families(kind).items():
+        if len(families(kind)) > 1:
+            lines += [f"## {family}", ""]
+        lines += ["| name | use it when | paper |", "| - | - | - |"]
+        for card in cards:
+            when = cell(card.use_when or card.summary)
+            anchor = f'<a id="{card.name}"></a>[`{card.name}`]({kind}/{card.name}.md)'
+            lines.append(f"| {anchor} | {when} | {link(card.paper)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def families(kind: str) -> dict[str, list[registry.Card]]:
+    """Family of a kind (a folder of methods/<kind>) -> its methods; those of other packages apart."""
+    out: dict[str, list[registry.Card]] = {}
+    for card in registry.cards(kind):
+        parts = card.module.split(".")
+        family = "other packages"
+        if parts[:2] == ["luthier", "methods"]:
+            family = parts[3].replace("_", " ").capitalize()
+        out.setdefault(family, []).append(card)
+    return dict(sorted(out.items()))
 
 
 def kinds() -> str:
@@ -70,59 +98,6 @@ def index(kind: str) -> str:
     for card in registry.cards(kind):
         lines.append(f'| <a id="{card.name}"></a>`{card.name}` | {cell(card.summary)} | {link(card.paper)} |')
     return "\n".join(lines)
-
-
-def method_page(card: registry.Card) -> str:
-    """A method's page: what it does, when to use it, what it needs, a whole recipe, its settings."""
-    cls = registry.find(card.kind, card.name)
-    about = inspect.getdoc(inspect.getmodule(cls)) or ""
-    lines = [f"# {card.name}", "", about, "", inspect.getdoc(cls) or "", ""]
-    if card.paper:
-        lines += [f"Paper: {link(card.paper)}.", ""]
-    for label, words in (("Requires", cls.requires), ("Provides", cls.provides), ("Removes", cls.removes)):
-        if words:
-            lines += [f"{label}: {', '.join(describe_word(w) for w in sorted(words))}.", ""]
-    lines += recipe_lines(card)
-    if fields(cls):
-        lines += ["## Settings", "", *settings_table(cls), ""]
-    return "\n".join(lines)
-
-
-def describe_word(word: str) -> str:
-    """A capability or column, with what it means."""
-    says = getattr(word, "says", "")
-    if says:
-        return f"`{word}` ({says})"
-    return f"`{word}`"
-
-
-def recipe_lines(card: registry.Card) -> list[str]:
-    """A whole recipe of the method where the repository has one, else how a recipe names it."""
-    path = recipes().get(card.name)
-    if path is None:
-        language = "yaml"
-        if card.kind == "compiler":
-            language = "python"
-        return [
-            "## In a recipe",
-            "",
-            f"```{language}",
-            registry.KINDS[card.kind].example.format(card.name),
-            "```",
-            "",
-        ]
-    text = path.read_text(encoding="utf-8").rstrip()
-    rate = yaml.safe_load(text).get("learning_rate")
-    lines = ["## A whole recipe", "", f"`{path.as_posix()}`", "", "```yaml", text, "```", ""]
-    if rate is not None:
-        lines += [f"Its learning rate, {rate:g}, suits the small toy model; larger models take less.", ""]
-    return lines
-
-
-@cache
-def recipes() -> dict[str, Path]:
-    """Name of a method -> the recipe of this name."""
-    return {path.stem: path for path in sorted(RECIPES.rglob("*.yaml"))}
 
 
 def compat_page() -> str:
@@ -274,11 +249,20 @@ def write(to: Path) -> int:
 def write_site(source: Path, to: Path) -> int:
     """Write a docs folder for the site: the repository's, and a page for every method; how many of these."""
     shutil.copytree(source, to, dirs_exist_ok=True)
+    for page in sorted(to.glob("*.md")):
+        page.write_text(without_outer_links(page.read_text(encoding="utf-8")), encoding="utf-8")
     generated = site_pages()
     for path, text in generated.items():
         (to / path).parent.mkdir(parents=True, exist_ok=True)
         (to / path).write_text(text, encoding="utf-8")
     return len(generated)
+
+
+def without_outer_links(text: str) -> str:
+    """A page whose links to files of the repository outside docs/ are their names: the site has no such
+    files.
+    """
+    return re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2` in the repository)", text)
 
 
 def docs(to: Path, check: bool) -> int:

@@ -91,7 +91,7 @@ def bf16() -> str:
     for name, query in queries.items():
         if getattr(torch.cpu, query, lambda: False)():
             features.append(name)
-    return ", ".join(features) or "slowly (no AMX, no AVX-512 BF16)"
+    return ", ".join(features) or "slow (no AMX, no AVX-512 BF16)"
 
 
 def card(i: int) -> dict[str, Any]:
@@ -156,12 +156,12 @@ def summary(facts: dict[str, Any]) -> str:
         lines += [f"  {'cuda':<14} {gpu['name']}, {gpu['memory_gb']} GB, bfloat16: {bfloat16}"]
     if not here["cuda"]:
         lines += [f"  {'cuda':<14} none"]
-    lines += [f"  {'mps':<14} {'there, not used yet' if here['mps'] else 'none'}"]
+    lines += [f"  {'mps':<14} {'available, not used by luthier' if here['mps'] else 'none'}"]
     lines += [f"  {'memory':<14} {here['memory_gb'] or '?'} GB, {here['free_disk_gb']} GB of disk free here"]
     lines += [
         f"  {'runs on':<14} {here['takes']} (dtype: auto)",
         "",
-        "sandbox for programs that a model wrote",
+        "sandbox for model-written programs",
     ]
     for what, holds in facts["sandbox"].items():
         lines += [f"  {yes_or_no(holds):<4} {what}"]

@@ -48,9 +48,9 @@ def why_not_joined(policies: Sequence[Policy]) -> str | None:
     base = _weight_addresses(policies[0])
     for policy in policies:
         if has_dropout(policy.model):
-            return "dropout would be drawn otherwise"
+            return "dropout would draw other random numbers"
         if _weight_addresses(policy) != base:
-            return "their networks do not share their weights"
+            return "their models do not share weights"
     return None
 
 

@@ -38,9 +38,9 @@ class BatchedTrainer:
     def __post_init__(self):
         for trainer in self.trainers:
             if not trainer.estimator.single_backward:
-                self.why_not_joint = "the estimator is not one backward pass"
+                self.why_not_joint = "the estimator needs more than one backward pass"
             elif trainer.accelerator.num_processes > 1:
-                self.why_not_joint = "there are several processes"
+                self.why_not_joint = "more than one process is running"
         if self.why_not_joint is None:
             self.why_not_joint = why_not_joined([t.roles.policy for t in self.trainers])
 
@@ -90,10 +90,10 @@ class BatchedTrainer:
         if any(len(seconds) != MEASURED for seconds in self.seconds.values()):
             return
         joint, separate = 1e6 * self._median(joint=True), 1e6 * self._median(joint=False)
-        way = "in one pass" if joint < separate else "one after the other"
+        way = "in one joint pass" if joint < separate else "one after the other"
         self.warn(
-            f"{len(self.trainers)} runs step {way}: {joint:.0f} µs a token in one pass, {separate:.0f} one"
-            " after the other"
+            f"{len(self.trainers)} runs train {way}: {joint:.0f} µs per token in one joint"
+            f" pass, {separate:.0f} one after the other"
         )
 
     def _try_joint_step(self, trainers: Sequence[Trainer]) -> list[dict]:
@@ -103,10 +103,10 @@ class BatchedTrainer:
         except (RuntimeError, MemoryError) as error:
             if not checks.out_of_memory(error):
                 raise
-        self.why_not_joint = "memory ran out"
+        self.why_not_joint = "out of memory"
         for trainer in trainers:
             trainer.release_memory()
-        self.warn("out of memory: steps are made one after the other from here on; results do not change")
+        self.warn("out of memory: the runs train one after the other from now on; results do not change")
         return [t.step() for t in trainers]
 
     def joint_step(self, trainers: Sequence[Trainer]) -> list[dict]:

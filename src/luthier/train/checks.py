@@ -17,9 +17,9 @@ from luthier.model.policy import eval_mode
 from luthier.model.quantized_linear import numbers
 
 TOO_BIG = (
-    "out of memory: what was saved before is intact. Lower per_device_train_batch_size (raise"
-    " gradient_accumulation_steps for the same result) or max_length, set gradient_checkpointing, or choose a"
-    " tuner with fewer trainable parameters"
+    "out of memory; everything saved so far is intact. Lower per_device_train_batch_size"
+    " (raise gradient_accumulation_steps for the same result) or max_length, set"
+    " gradient_checkpointing: true, or use a tuner with fewer trainable parameters"
 )
 # what a network that cannot be read in some way may raise; errors of memory and interrupts are none of these
 UNREADABLE = (
@@ -43,18 +43,21 @@ def check_trainable(attached: Any) -> dict[str, int]:
     every = {id(p): p.numel() for p in (*attached.model.parameters(), *attached.parameters().values())}
     total = sum(every.values()) + numbers(attached.model)
     if not moving:
-        raise NothingMoves(f"tuner '{attached.settings.name}' has no trainable parameters: 0 of {total}")
+        raise NothingMoves(
+            f"tuner '{attached.settings.name}' has no trainable parameters (0 of {total}); check"
+            " target_modules and similar settings"
+        )
     return {"moving": moving, "all": total}
 
 
 def check_supervised(rows: int, supervised: float, tokens: float) -> None:
     """Raises Refused for data in which no token is supervised."""
     if not rows:
-        raise Refused("there are no rows left to train on", "no_rows")
+        raise Refused("no rows are left to train on", "no_rows")
     if not supervised:
         raise Refused(
-            f"no token of {tokens:.0f} is supervised: nothing would be learned (are all completions masked or"
-            " cut off?)",
+            f"none of the {tokens:.0f} tokens is supervised, so nothing would be learned; check"
+            " whether all completions are masked or truncated by max_length",
             "nothing_supervised",
         )
 
@@ -65,8 +68,8 @@ def check_finite(values: torch.Tensor, name: str, step: int, batch: Batch) -> No
         return
     rows = ", ".join(str(r["id"]) for r in batch.rows[:8])
     raise NotFinite(
-        f"the loss of '{name}' is not finite at step {step}, on rows {rows}; nothing of this step was"
-        " applied. Look at these rows, or lower learning_rate"
+        f"the loss of '{name}' is not finite at step {step}, on rows {rows}; this step was not"
+        " applied. Check these rows, or lower learning_rate"
     )
 
 
@@ -75,7 +78,8 @@ def check_unit_count(values: torch.Tensor, objective: Any, batch: Batch) -> None
     count = objective.count(batch)
     if values.shape != (count,):
         raise RuntimeError(
-            f"objective '{objective.name}' gave {tuple(values.shape)} for {count} {objective.unit}s"
+            f"objective '{objective.name}' returned a tensor of shape {tuple(values.shape)} for"
+            f" {count} {objective.unit}s"
         )
 
 
@@ -90,8 +94,8 @@ def check_gradient(attached: Any, may_be_zero: bool) -> None:
             if p.grad is not None and (may_be_zero or bool(p.grad.any())):
                 return
     raise Refused(
-        f"no gradient reaches any of the {tensors} trainable tensors of tuner '{attached.settings.name}':"
-        " nothing would be learned",
+        f"none of the {tensors} trainable tensors of tuner '{attached.settings.name}' receives"
+        " a gradient, so nothing would be learned",
         "no_gradient",
     )
 
@@ -113,7 +117,7 @@ def check_forward(policy: Any, batch: Batch, warn: Callable[[str], None]) -> Non
             simpler = arch.simpler()
             if simpler is None:
                 raise Refused(
-                    f"architecture '{arch.name}' cannot read this model: reading {arch.reading} {reason}",
+                    f"architecture '{arch.name}' cannot run this model: the layout '{arch.reading}' {reason}",
                     "unreadable",
                 )
             if failed and failed[-1][1] == reason:
@@ -122,7 +126,7 @@ def check_forward(policy: Any, batch: Batch, warn: Callable[[str], None]) -> Non
             policy.architecture = simpler
     for i, (reading, reason) in enumerate(failed):
         instead = failed[i + 1][0] if i + 1 < len(failed) else policy.architecture.reading
-        warn(f"reading {reading} {reason}: rows are read {instead} instead, which is slower and right")
+        warn(f"the layout '{reading}' {reason}; using '{instead}' instead (slower, results are correct)")
 
 
 def _difference(policy: Any, batch: Batch, expected: torch.Tensor, usual: float) -> str | None:
@@ -134,10 +138,10 @@ def _difference(policy: Any, batch: Batch, expected: torch.Tensor, usual: float)
         mean, largest = float(gaps.mean()), float(gaps.max())
     except UNREADABLE as error:
         message = (str(error).splitlines() or [""])[0]
-        return f"does not work ({type(error).__name__}: {message[:120]})"
+        return f"fails ({type(error).__name__}: {message[:120]})"
     if mean <= usual and largest <= 20 * usual:  # a number that is not finite fails too
         return None
-    return f"differs from the model's own forward by {mean:.1e} on average, {largest:.1e} at most"
+    return f"differs from the model's own forward by {mean:.1e} on average (maximum {largest:.1e})"
 
 
 def _check_elementwise(
@@ -155,8 +159,9 @@ def _check_elementwise(
     if not (mean <= usual and largest <= 20 * usual):
         elementwise.uninstall(policy.model)
         warn(
-            f"fused norms and rotary embeddings differ from the model's own by {mean:.1e} on average,"
-            f" {largest:.1e} at most: its own are used instead, which are slower and right"
+            f"fused norms and rotary embeddings differ from the model's own by {mean:.1e} on"
+            f" average (maximum {largest:.1e}); using the model's own (slower, results are"
+            " correct)"
         )
 
 
@@ -178,4 +183,7 @@ def check_stop_token(rows: Sequence[Any], stop: set[int], warn: Callable[[str], 
             if any(s and t in stop for t, s in zip(ids, supervised, strict=True)):
                 return
     if completions and stop:
-        warn("no completion teaches the model to stop: the end of a turn is not among the supervised tokens")
+        warn(
+            "no completion teaches the model to stop: the end-of-turn token is not supervised; end"
+            " completions with it, or set another chat_template"
+        )

@@ -134,30 +134,30 @@ def open_cache(policy: Any, batch: Batch, path: Path, tokens: int) -> HiddenStat
     """
     model, attached, arch = policy.model, policy.attached, policy.architecture
     if not hasattr(arch, "laid_out"):
-        return f"architecture '{arch.name}' knows no frozen layers"
+        return f"architecture '{arch.name}' does not support it"
     if attached.virtual or getattr(arch, "neftune_noise_alpha", 0):
-        return "what is read changes from step to step"
+        return "the model's input changes at every step"
     config = model.config.get_text_config()
     lists = [
         m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
     ]
     if len(lists) != 1:
-        return "its layers are not one list"
+        return "the model's layers are not in one list"
     first, width, dtype = _lowest_trained(policy, lists[0], batch)
     if first < 1:
-        return "the tuner reaches down to the lowest layer"
+        return "the tuner trains the lowest layer"
     if has_dropout(model, outside=lists[0][first:]):
-        return "dropout changes what its lower layers say from step to step"
+        return "the lower layers use dropout"
     available = min(LIMIT, shutil.disk_usage(path.parent).free // 2)
     room = min(tokens, available // (width * dtype.itemsize))
     if room < 1:
-        return "there is no room on the disk"
+        return "there is not enough free disk space"
     path.unlink(missing_ok=True)
     table = torch.from_file(str(path), shared=True, size=room * width, dtype=dtype).view(room, width)
     cache = HiddenStateCache(path, lists[0], first, table)
     if not _agrees(policy, batch, cache):
         cache.close()
-        return "what is kept is not what the network computes"
+        return "the cached values differ from the model's own"
     return cache
 
 

@@ -132,6 +132,6 @@ def open_cache(role: Policy, path: Path, room: int, about: str) -> CachedPolicy 
     role.
     """
     if 4 * room > min(LIMIT, shutil.disk_usage(path.parent).free // 2):
-        return f"its numbers would take {4 * room / 2**30:.1f} GB of disk"
+        return f"they would take {4 * room / 2**30:.1f} GB of disk"
     dtype = next(role.model.parameters()).dtype
     return CachedPolicy(role, LogprobCache(path, room, f"{about} {dtype} {role.architecture}"))

@@ -164,9 +164,9 @@ def choose(
         less = need(True, tokens)
         if less.total < step.total:
             warnings.append(
-                f"a step would take {gb(step.total)} and {gb(have)} are free: activations are computed again"
-                f" in backward (gradient_checkpointing), which takes {gb(less.total)}, more time, and changes"
-                " no result"
+                f"a step is predicted to take {gb(step.total)}, and {gb(have)} are free:"
+                f" gradient_checkpointing is on, which takes {gb(less.total)} and more time and"
+                " does not change results"
             )
             model.gradient_checkpointing_enable({"use_reentrant": False})
             step, recompute = less, True
@@ -176,14 +176,16 @@ def choose(
     if row.total > have / SURE + swap(roles.device):
         advice = "" if recompute or not can else ", or gradient_checkpointing: true"
         raise OutOfMemory(
-            f"memory: one row alone is predicted to take {gb(row.total)} ({row.describe()}) beside the model,"
-            f" and {gb(have)} are free. Choose a tuner with fewer trainable parameters, an optimizer with"
-            f" less state, a lower max_length or a smaller or quantized model{advice}"
+            f"memory: a single row is predicted to take {gb(row.total)} ({row.describe()}) in"
+            f" addition to the model, and {gb(have)} are free. Use a tuner with fewer trainable"
+            " parameters, an optimizer with less state, a lower max_length or a smaller or"
+            f" quantized model{advice}"
         )
     warnings.append(
-        f"a step is predicted to take {gb(step.total)} ({step.describe()}) and {gb(have)} are free: expect"
-        " micro-batches to be split, which changes no result; a lower per_device_train_batch_size with more"
-        " gradient_accumulation_steps spares the attempt"
+        f"a step is predicted to take {gb(step.total)} ({step.describe()}), and {gb(have)} are"
+        " free: micro-batches will probably be split, which does not change results. A lower"
+        " per_device_train_batch_size with more gradient_accumulation_steps avoids the failed"
+        " attempt"
     )
     return step, warnings
 

@@ -95,10 +95,10 @@ class Trainer:
         once.
         """
         if self.batches.live:
-            return "rows are made anew at each step"
+            return "rows are generated anew at every step"
         draws = -(-self.roles.clock.total // self.batches.num_iterations)
         if draws * self.batches.per_step <= len(self.rows):
-            return "each row is read once"
+            return "each row is read only once"
         return None
 
     def step(self) -> dict:
@@ -125,7 +125,7 @@ class Trainer:
             if "accumulation" in objective.contract:
                 effect = f"this changes results: {objective.contract['accumulation']}"
                 break
-        self.warn(f"out of memory: micro-batches of {self.batches.micro} rows from here on; {effect}")
+        self.warn(f"out of memory: using micro-batches of {self.batches.micro} rows from now on; {effect}")
 
     def prepare_step(self) -> None:
         """Before a step: what moves in it, and its rows."""

@@ -1,4 +1,6 @@
-"""How a kind of network reads batches and writes completions. Objectives know nothing of it."""
+"""The kind's protocol: how a kind of model reads batches and generates completions. Objectives do not depend
+on it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ VALUES = Capability("values", says="a network that gives numbers, not text (arch
 
 @family
 class Architecture:
-    """Family: one file says how such a network is loaded, reads a batch and writes."""
+    """Family: one file defines how such a model is loaded, reads a batch and generates."""
 
     def suits(self, config: Any) -> bool:
         """Is a checkpoint with this transformers config of this kind? Asked when the recipe says `auto`."""
@@ -105,7 +107,7 @@ class Architecture:
         """Why batches of several runs on one base cannot be read in one pass (train/batched_forward.py); None
         where they can, by `laid_out_jointly` and `answer`.
         """
-        return "only causal networks that are read alike can be"
+        return "only causal language models with the same layout can be"
 
     def ask(self, batch: Batch, renderer: Renderer, clock: Clock) -> Batch:
         """The batch as it is asked at this step: networks that fill gaps hide tokens here."""
@@ -115,4 +117,4 @@ class Architecture:
         self, model: Network, attached: TunedModel, prompts: list[list[int]], **how: Any
     ) -> list[list[list[int]]]:
         """Completions of each prompt (see architectures/_generate.py)."""
-        raise NotImplementedError(f"'{type(self).__name__}' does not write text")
+        raise NotImplementedError(f"architecture '{type(self).__name__}' cannot generate text")

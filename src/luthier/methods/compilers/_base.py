@@ -1,5 +1,5 @@
-"""Tunes a program: from rows and a metric to the same program with other demonstrations, instructions or
-models.
+"""The kind's protocol: tunes a program. From rows and a metric to the same program with other demonstrations,
+instructions or models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 @family
 class Compiler:
-    """Family: `compile` gives a tuned copy; what it was given stays as it is."""
+    """Family: `compile` returns a tuned copy; the given program is not changed."""
 
     def compile(
         self, program: Program, rows: Sequence[Row], metric: Metric, teacher: Program | None = None
@@ -48,11 +48,13 @@ def ready(program: Program, rows: Sequence[Row]) -> None:
     """Refuses what cannot be compiled: nothing to ask, nobody to ask, nothing to ask about."""
     predictors = program.predictors()
     if not predictors:
-        raise RecipeError(f"{type(program).__name__} has no predictor: nothing in it can be tuned")
+        raise RecipeError(f"{type(program).__name__} has no predictors, so there is nothing to tune")
     if silent := [n for n, p in predictors.items() if p.lm is None]:
-        raise RecipeError(f"predictor '{silent[0]}' has no model yet: `program = program.using('toy:lm')`")
+        raise RecipeError(
+            f"predictor '{silent[0]}' has no model; set one: `program = program.using('toy:lm')`"
+        )
     if not rows:
-        raise RecipeError("there are no rows to compile with")
+        raise RecipeError("compiling needs at least one row")
     program.reads(rows[0])
 
 
@@ -83,6 +85,6 @@ def matching(program: Program, teacher: Program) -> None:
     fields = [(n, p.signature.inputs, p.signature.outputs) for n, p in mine.items()]
     if fields != [(n, p.signature.inputs, p.signature.outputs) for n, p in theirs.items()]:
         raise RecipeError(
-            f"the teacher is another program: its predictors are {', '.join(theirs)}, and these are"
+            f"the teacher is a different program: its predictors are {', '.join(theirs)}, not"
             f" {', '.join(mine)}"
         )

@@ -1,4 +1,6 @@
-"""Where a gradient comes from. An estimator calls `closure` as often as it likes and steps the chain once."""
+"""The kind's protocol: how the gradient is computed. An estimator calls `closure` as often as it needs and
+steps the optimizer chain once.
+"""
 
 from __future__ import annotations
 
@@ -87,9 +89,9 @@ def perturbed(
                         p.data = was + d
         if achieved < intended / 10:
             raise Refused(
-                f"{originals[0][1].dtype} rounds {1 - achieved / intended:.0%} of this estimator's step aside"
-                " away, so it would measure next to nothing: give it a longer one (eps, rho), dtype:"
-                " float32, or a tuner with few weights of its own"
+                f"{originals[0][1].dtype} rounds off {1 - achieved / intended:.0%} of this"
+                " estimator's perturbation, so its measurement would be meaningless; use a"
+                " larger eps or rho, dtype: float32, or a tuner with few parameters"
             )
         yield flip
     finally:

@@ -1,5 +1,5 @@
-"""LoRA modules that are trained under a perturbation of their weight: where they are, and how their output is
-modified.
+"""LoRA modules that are trained under a perturbation of their weights: finding them, and modifying their
+output.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def lora_groups(chain: Any):
 def scale_of(layer: Any) -> float:
     """s of s B A."""
     if not hasattr(layer, "scaling"):
-        raise RecipeError("estimators 'ggpo' and 'mgpo' are for LoRA")
+        raise RecipeError("estimators 'ggpo' and 'mgpo' work only with LoRA tuners")
     return next(iter(layer.scaling.values()))
 
 

@@ -1,4 +1,6 @@
-"""Several objectives, combined as gradients: a method says how the gradients of the terms become one."""
+"""Several objective terms, combined at the level of gradients: a method defines how the gradients of the
+terms become one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from luthier.registry import family
 
 @family
 class Terms(Estimator):
-    """Family: one backward pass for each term of the objective, its weight included. With one term it is
+    """Family: one backward pass per term of the objective, its weight included. With one term it equals
     backprop.
     """
 

@@ -1,4 +1,6 @@
-"""What is measured before, during and after training. An evaluator returns numbers by name."""
+"""The kind's protocol: what is measured before, during and after training. An evaluator returns
+numbers by name.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ class Evaluator:
 
 
 class TokenStats(NamedTuple):
-    """Of a completion; nan where it was not asked."""
+    """Of a completion; nan where a statistic was not requested."""
 
     tokens: int  # supervised ones
     loss: float  # their -log p together
@@ -36,8 +38,8 @@ class TokenStats(NamedTuple):
 
 @family
 class PerExample(Evaluator):
-    """Family: numbers that follow from what is said of each row's best completion, which is read once for all
-    of them.
+    """Family: numbers computed from the token statistics of each row's best completion, which is read once
+    for all of them.
     """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short

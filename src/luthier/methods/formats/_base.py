@@ -1,12 +1,12 @@
 """What the row formats share: how a file's columns are recognised, and how text, turns and tools are read.
 
-A format turns one raw row (a dict as the file has it) into the one row shape of the house:
+A format converts one raw row (a dict as in the file) into luthier's row shape:
 
     {"id", "prompt": str | [message], "completions": [str | [message]], "scores": [float], "tools", "label",
     ...}
 
-Preference pairs score [1.0, 0.0], unpaired rows [1.0] or [-1.0], ranked lists what was given. Columns that
-the format does not read are kept under their own names. A row that cannot be read raises BadRow with the
+Preference pairs have scores [1.0, 0.0], unpaired rows [1.0] or [-1.0], ranked lists the given ones. Columns
+that the format does not read are kept under their own names. A row that cannot be read raises BadRow with the
 reason.
 """
 
@@ -24,7 +24,7 @@ COMPLETIONS = Column("completions", per="completion", says="rows with completion
 PAIRS = Capability(
     "pairs",
     says="rows with at least two completions of different score (prompt/chosen/rejected)",
-    advice="give prompt/chosen/rejected rows, or make pairs with the stages rollout, score, pairs",
+    advice="use prompt/chosen/rejected rows, or create pairs with the stages rollout, score, pairs",
     of_rows=True,
 )
 SCORES = Column(
@@ -38,10 +38,10 @@ TESTS = Column("tests", says="rows with `tests`", example=("assert True",))
 TOOLS = Column("tools", says="rows with `tools`", example=([],))
 SOURCE = Column("source", says="rows with a `source`", example=("train", "validation"))
 RATIONALE = Column("rationale", says="rows with a `rationale`", example=("because",))
-PROMPTS = Capability("prompts", says="rows with a prompt alone", of_rows=True)
+PROMPTS = Capability("prompts", says="rows with only a prompt", of_rows=True)
 RANKED = Capability("ranked", says="rows with ranked completions", of_rows=True)
-UNPAIRED = Capability("unpaired", says="rows with one completion, good or bad", of_rows=True)
-LABELLED = Capability("labelled", says="rows with the name of a class", of_rows=True)
+UNPAIRED = Capability("unpaired", says="rows with one completion labelled good or bad", of_rows=True)
+LABELLED = Capability("labelled", says="rows with a class name", of_rows=True)
 
 ROLES = {
     "system": "system",
@@ -82,7 +82,7 @@ class BadRow(ValueError):
 
 @family
 class Format:
-    """One public row shape. `columns` lists the sets of columns that make it out, each as words."""
+    """One public row shape. `columns` lists the sets of columns by which it is recognised, each as words."""
 
     columns: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[str] = ""  # columns read where they are there
@@ -108,6 +108,13 @@ class Format:
         """Whether rows with these columns can be read."""
         return cls.fit(columns) > 0
 
+    @property
+    def prompt_end(self) -> str:
+        """What ends a prompt of plain text, so that the completion begins on its own line."""
+        if self.chat:
+            return ""
+        return "\n"
+
     def reads(self, raw: dict) -> bool:
         """Whether a row is a good one of this format."""
         try:
@@ -126,8 +133,11 @@ class Format:
         # A column that the house means otherwise must not pass for ours.
         unread = {}
         for name, value in raw.items():
-            if name not in used:
-                unread[f"raw_{name}" if name in ("completions", "scores") else name] = value
+            if name in used:
+                continue
+            if name in ("completions", "scores"):
+                name = f"raw_{name}"
+            unread[name] = value
         return {**unread, **read}
 
     def read(self, raw: dict) -> dict:
@@ -145,7 +155,38 @@ def kind_of(value: Any) -> str:
         list: "a list",
         dict: "an object",
     }
-    return "missing" if value is None else kinds.get(type(value), type(value).__name__)
+    if value is None:
+        return "missing"
+    return kinds.get(type(value), type(value).__name__)
+
+
+def unusable(value: Any, name: str, problem: str) -> BadRow:
+    """Why a column cannot be used: it is missing, or has this problem."""
+    if value is None:
+        problem = "is missing"
+    return BadRow(f"{name} {problem}")
+
+
+def blank(value: str) -> str:
+    """What a text without a word is."""
+    if value:
+        return "is only white space"
+    return "is empty"
+
+
+def first_of(raw: dict, names: Iterable[str], default: str = "") -> str:
+    """The first of these columns that is there."""
+    for name in names:
+        if raw.get(name) is not None:
+            return name
+    return default
+
+
+def as_list(value: Any) -> list:
+    """A list as it is, and anything else as the only one of its kind."""
+    if isinstance(value, list):
+        return value
+    return [value]
 
 
 def text(raw: dict, name: str, empty: bool = False) -> str:
@@ -156,9 +197,9 @@ def text(raw: dict, name: str, empty: bool = False) -> str:
     if value is None and empty:
         return ""
     if not isinstance(value, str):
-        raise BadRow(f"{name} is missing" if value is None else f"{name} is {kind_of(value)}, not text")
+        raise unusable(value, name, f"is {kind_of(value)}, not text")
     if not value.strip() and not (empty and not value):
-        raise BadRow(f"{name} is {'only white space' if value else 'empty'}")
+        raise BadRow(f"{name} {blank(value)}")
     return value
 
 
@@ -168,26 +209,32 @@ def opened(value: Any, name: str) -> Any:
         try:
             return json.loads(value)
         except ValueError:
-            raise BadRow(f"{name} looks like JSON but cannot be read") from None
+            raise BadRow(f"{name} looks like JSON but cannot be parsed") from None
     return value
 
 
 def truth(raw: dict, name: str) -> bool:
     """A good/bad mark: true/false, 1/0, or those as text."""
     value = raw.get(name)
-    if value is None or str(value).lower().removesuffix(".0") not in TRUTH:
-        raise BadRow(f"{name} is missing" if value is None else f"{name} is {value!r}, not true or false")
-    return TRUTH[str(value).lower().removesuffix(".0")]
+    word = str(value).lower().removesuffix(".0")
+    if value is None or word not in TRUTH:
+        raise unusable(value, name, f"is {value!r}, not true or false")
+    return TRUTH[word]
 
 
 def plain(value: Any, name: str, words: tuple[str, str] = ("true", "false")) -> str:
     """A label or short answer as text: 51.0 -> '51', true -> words[0]."""
     if isinstance(value, bool):
-        return words[0] if value else words[1]
+        true, false = words
+        if value:
+            return true
+        return false
     if isinstance(value, (int, float)):
         if value != value or value in (float("inf"), float("-inf")):
             raise BadRow(f"{name} is not a finite number")
-        return str(int(value)) if value == int(value) else str(value)
+        if value == int(value):
+            value = int(value)
+        return str(value)
     return text({name: value}, name)
 
 
@@ -199,7 +246,7 @@ def numbers(value: Any, name: str) -> list[float]:
     ):
         raise BadRow(f"{name} is not a list of numbers")
     if not all(abs(v) <= sys.float_info.max for v in value):
-        raise BadRow(f"{name} holds a number that is not finite")
+        raise BadRow(f"{name} contains a number that is not finite")
     return [float(v) for v in value]
 
 
@@ -212,11 +259,13 @@ def calls(value: Any, name: str) -> list[dict]:
     """
     value = opened(value, name)
     read = []
-    for call in value if isinstance(value, list) else [value]:
+    for call in as_list(value):
         call = opened(call, name)
-        inner = call.get("function", call) if isinstance(call, dict) else None
+        inner = None
+        if isinstance(call, dict):
+            inner = call.get("function", call)
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise BadRow(f"{name} holds a tool call without a name")
+            raise BadRow(f"{name} contains a tool call without a name")
         arguments = opened(inner.get("arguments", {}), name)
         identity = {k: call[k] for k in ("id",) if call.get(k) is not None}
         function = {"name": inner["name"], "arguments": arguments}
@@ -229,20 +278,24 @@ def tools(raw: dict) -> list[dict] | None:
     value = opened(raw.get("tools"), "tools")
     if value in (None, "", []):
         return None
-    value = [opened(t, "tools") for t in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(t, dict) for t in value):
-        raise BadRow("tools is not a list of declarations")
-    return [t if "function" in t else {"type": "function", "function": t} for t in value]
+    declarations = []
+    for item in as_list(value):
+        declaration = opened(item, "tools")
+        if not isinstance(declaration, dict):
+            raise BadRow("tools is not a list of tool declarations")
+        if "function" not in declaration:
+            declaration = {"type": "function", "function": declaration}
+        declarations.append(declaration)
+    return declarations
 
 
 def messages(value: Any, name: str) -> list[dict]:
     """Turns as [{"role", "content", ...}], from role/content or from/value. Raises BadRow naming the turn."""
     value = opened(value, name)
-    value = [value] if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list) or not value:
-        raise BadRow(
-            f"{name} is missing" if value is None else f"{name} is not a list of messages with a turn in it"
-        )
+        raise unusable(value, name, "is not a list with at least one message")
     return [message(turn, f"turn {i} of {name}") for i, turn in enumerate(value, 1)]
 
 
@@ -250,26 +303,39 @@ def message(turn: Any, where: str) -> dict:
     """One turn, checked."""
     if not isinstance(turn, dict):
         raise BadRow(f"{where} is {kind_of(turn)}, not a message")
-    name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    role = ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise BadRow(f"{where} has no role" if name is None else f"{where} has the unknown role {name!r}")
+    role, content = role_of(turn, where), turn.get("content", turn.get("value"))
     read = {k: turn[k] for k in TURN if turn.get(k) is not None} | learning(turn, where)
-    tool_calls = turn.get("tool_calls") or (content if role == "function_call" else None)
+    tool_calls = turn.get("tool_calls")
+    if role == "function_call":  # ShareGPT's turn that is nothing but a call
+        tool_calls = tool_calls or content
     if tool_calls:
-        content = "" if role == "function_call" else content or ""
         read["tool_calls"] = calls(tool_calls, where)
+        content = content or ""
+        if role == "function_call":
+            content = ""
     elif isinstance(content, (dict, list)) and role == "tool":
         content = json.dumps(content, ensure_ascii=False)
     elif isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
         pass  # parts (text, image, audio): the template and the architecture read them
     elif not isinstance(content, str):
-        raise BadRow(
-            f"{where} has no content" if content is None else f"{where} is {kind_of(content)}, not text"
-        )
+        if content is None:
+            raise BadRow(f"{where} has no content")
+        raise BadRow(f"{where} is {kind_of(content)}, not text")
     elif not content.strip() and role != "tool" and not read.get("reasoning_content"):
-        raise BadRow(f"{where} ({role}) is {'only white space' if content else 'empty'}")
-    return {"role": "assistant" if role == "function_call" else role, "content": content, **read}
+        raise BadRow(f"{where} ({role}) {blank(content)}")
+    if role == "function_call":
+        role = "assistant"
+    return {"role": role, "content": content, **read}
+
+
+def role_of(turn: dict, where: str) -> str:
+    """Whose turn it is, in the house's words."""
+    name = turn.get("role", turn.get("from"))
+    if name is None:
+        raise BadRow(f"{where} has no role")
+    if not isinstance(name, str) or name not in ROLES:
+        raise BadRow(f"{where} has the unknown role {name!r}")
+    return ROLES[name]
 
 
 def learning(turn: dict, where: str) -> dict:
@@ -284,7 +350,7 @@ def learning(turn: dict, where: str) -> dict:
         if turn.get(name) is not None:
             weights["loss_scale"] = numbers([turn[name]], f"{name} of {where}")[0]
             if weights["loss_scale"] < 0:
-                raise BadRow(f"{name} of {where} is below 0")
+                raise BadRow(f"{name} of {where} is negative")
     return weights
 
 
@@ -295,9 +361,11 @@ def conversation(turns: list[dict], name: str, assistant_only: bool) -> tuple[li
     if not assistant_only:
         turns = [{**t, "loss": t.get("loss", True)} for t in turns]
     prompt, rest = first_reply(turns, name)
-    if any(turn.get("loss") for turn in prompt):
-        return [], prompt + rest if assistant_only else turns
-    return prompt, rest
+    if not any(turn.get("loss") for turn in prompt):
+        return prompt, rest
+    if assistant_only:
+        turns = prompt + rest
+    return [], turns
 
 
 def first_reply(turns: list[dict], name: str) -> tuple[list[dict], list[dict]]:
@@ -314,14 +382,17 @@ def replies(turns: list[dict], name: str) -> list[int]:
     """Where the assistant speaks."""
     places = [i for i, t in enumerate(turns) if t["role"] == "assistant"]
     if not places:
-        raise BadRow(f"{name} has no assistant turn to learn (to sample answers, call the column prompt)")
+        raise BadRow(
+            f"{name} has no assistant turn to train on (for prompts to sample answers to, name the"
+            " column prompt)"
+        )
     return places
 
 
 def cut(turns: list[dict], place: int, name: str) -> tuple[list[dict], list[dict]]:
     """Turns cut at a place; what follows the last assistant turn teaches nothing and is dropped."""
     if place == 0:
-        raise BadRow(f"{name} begins with the assistant: nothing comes before it")
+        raise BadRow(f"{name} begins with an assistant turn, without a prompt before it")
     return turns[:place], turns[place : max(replies(turns, name)) + 1]
 
 
@@ -329,12 +400,23 @@ def side(value: Any, name: str) -> str | list[dict]:
     """A prompt or a completion: text, or turns where the column holds a list or an object."""
     if isinstance(value, str) and re.match(r'\s*\[\s*\{\s*"(role|from|content|value)"', value):
         value = opened(value, name)
-    return messages(value, name) if isinstance(value, (list, dict)) else text({name: value}, name)
+    if isinstance(value, (list, dict)):
+        return messages(value, name)
+    return text({name: value}, name)
 
 
-def as_turns(value: str | list[dict]) -> list[dict]:
-    """A completion as turns: text is what the assistant says."""
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+def prompt_of(raw: dict) -> str | list[dict]:
+    """The `prompt` column, which may be empty."""
+    if raw.get("prompt") == "":
+        return ""
+    return side(raw.get("prompt"), "prompt")
+
+
+def as_turns(value: str | list[dict], role: str = "assistant") -> list[dict]:
+    """A prompt or a completion as turns: text is what `role` says."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return value
 
 
 def alike(prompt: str | list[dict], *completions: str | list[dict]) -> tuple[Any, list]:
@@ -343,14 +425,14 @@ def alike(prompt: str | list[dict], *completions: str | list[dict]) -> tuple[Any
     """
     if isinstance(prompt, str) and all(isinstance(c, str) for c in completions):
         return prompt, list(completions)
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    prompt = as_turns(prompt, "user")
     replies = []
     for completion in completions:
         turns = as_turns(completion)
         if turns[: len(prompt)] == prompt:
             turns = turns[len(prompt) :]
         if not any(turn["role"] == "assistant" for turn in turns):
-            raise BadRow("a completion has no assistant turn to learn")
+            raise BadRow("a completion has no assistant turn to train on")
         replies.append(turns)
     return prompt, replies
 
@@ -366,7 +448,9 @@ def instruction(raw: dict) -> list[dict]:
         isinstance(h, (list, tuple)) and len(h) == 2 for h in history
     ):
         raise BadRow("history is not a list of [question, answer] pairs")
-    turns = [{"role": "system", "content": text(raw, "system")}] if system else []
+    turns = []
+    if system:
+        turns.append({"role": "system", "content": text(raw, "system")})
     for question, answer in history:
         turns += [{"role": "user", "content": text({"history": question}, "history")}]
         turns += [{"role": "assistant", "content": text({"history": answer}, "history")}]

@@ -1,4 +1,6 @@
-"""Several finished runs as one set of tensors. Used by `init_from: {merge: average, of: [run, run]}`."""
+"""The kind's protocol: several finished runs as one set of tensors. Used by `init_from: {merge: average, of:
+[run, run]}`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ BASE = Capability("base", says="the base model's weights")
 
 @family
 class Merger:
-    """Family: tensors of several runs in, one set of tensors out. The runs must have moved the same
-    tensors.
+    """Family: tensors of several runs in, one set of tensors out. The runs must have trained
+    the same tensors.
     """
 
     def merge(
@@ -29,7 +31,7 @@ class Merger:
     def alike(self, several: Sequence[Mapping[str, Tensor]]) -> list[str]:
         """The names that all of them have, in one order. Raises RecipeError where names or shapes differ."""
         if not several:
-            raise RecipeError(f"merger '{self.name}' wants at least one run")
+            raise RecipeError(f"merger '{self.name}' needs at least one run")
         first = several[0]
         for k, other in enumerate(several[1:], 1):
             odd = sorted(first.keys() ^ other.keys())
@@ -37,8 +39,8 @@ class Merger:
                 have, lack = (k, 0) if odd[0] in other else (0, k)
                 more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
                 raise RecipeError(
-                    f"merger '{self.name}': run {have} has {odd[0]}{more}, run {lack} has not: they moved"
-                    " different tensors"
+                    f"merger '{self.name}': run {have} has {odd[0]}{more}, which run {lack}"
+                    " does not have: they trained different tensors"
                 )
             for name in first:
                 was, now = list(first[name].shape), list(other[name].shape)
@@ -46,7 +48,7 @@ class Merger:
                     raise RecipeError(f"merger '{self.name}': {name} is {was} in run 0 and {now} in run {k}")
                 if not first[name].is_floating_point() and not first[name].equal(other[name]):
                     raise RecipeError(
-                        f"merger '{self.name}': {name}, which says what moves, differs between run 0 and"
-                        f" run {k}"
+                        f"merger '{self.name}': {name}, which defines what is trained, differs"
+                        f" between run 0 and run {k}"
                     )
         return list(first)

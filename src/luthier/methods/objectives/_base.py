@@ -1,6 +1,6 @@
-"""What is optimised. An objective returns one number per unit (token, sequence, row or batch), and the
-trainer averages over the units of the whole global batch, so accumulation, packing and data parallelism
-cannot change a result. Objectives add up: `dpo + 0.1*sft`.
+"""The kind's protocol. An objective returns one loss value per unit (token, sequence, row or batch), and the
+trainer averages over the units of the whole global batch, so gradient accumulation, packing and data
+parallelism do not change the result. Objectives can be summed: `dpo + 0.1*sft`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 @family
 class Objective:
-    """Family: `loss` gives one number per unit, never a mean."""
+    """Family: `loss` returns one value per unit, never a mean."""
 
+    costs: ClassVar[str] = "one forward and backward pass over each row."
     unit: ClassVar[str] = "token"  # token, sequence, group (row) or batch
     # on rows without `old`, is its value the same wherever the policy goes, and only its gradient tells?
     flat: ClassVar[bool] = False
@@ -46,7 +47,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Sum(Objective):
-    """Several objectives on one reading of the batch; each term keeps its own average."""
+    """A weighted sum of objectives on one forward pass; each term keeps its own average."""
 
     parts: tuple[tuple[float, Objective], ...] = ()
 

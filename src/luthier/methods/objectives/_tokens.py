@@ -1,7 +1,7 @@
-"""Likelihoods token by token: what each supervised token costs, and how much it counts.
+"""Token-level likelihoods: the loss of each supervised token, and its weight.
 
-Weights are a column of the rows, `token_weights`, a number for each learned token: stages write it
-(key_tokens, ...), and turns of a conversation that say a `loss_scale`.
+Weights come from the column `token_weights`, one number per supervised token. Stages write it (key_tokens,
+...), and so do conversation turns with a `loss_scale`.
 """
 
 from __future__ import annotations

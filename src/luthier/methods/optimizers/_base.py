@@ -1,4 +1,6 @@
-"""Optimizers by their usual names: a chain of transforms with the settings that Hugging Face users know."""
+"""The kind's protocol: optimizers by their usual names, each a chain of transforms with the settings that
+Hugging Face users know.
+"""
 
 from __future__ import annotations
 

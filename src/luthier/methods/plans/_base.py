@@ -1,8 +1,8 @@
-"""Several runs as one: a generator that yields recipes and receives reports.
+"""The kind's protocol: several runs as one. A plan is a generator that yields recipes and receives reports.
 
-Its only state is the reports of runs that have finished, so a plan that was stopped is replayed: finished
-runs answer at once. Before anything is computed it is played with blank reports, whose metrics are all empty;
-it must survive them.
+Its only state is the reports of finished runs, so a stopped plan is replayed: finished runs return at once.
+Before anything is computed it is executed with empty reports, whose metrics are all missing; it must handle
+them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def measured(report: Any, metric: str) -> float:
     except KeyError:
         has = ", ".join(sorted(report.after)) or "nothing"
         raise RecipeError(
-            f"this plan decides by '{metric}', and the run in {report.folder} measured {has}: see `evaluate`"
+            f"this plan selects by '{metric}', but the run in {report.folder} measured {has};"
+            " add its evaluator under `evaluate`"
         ) from None
 
 

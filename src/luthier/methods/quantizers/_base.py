@@ -1,5 +1,5 @@
-"""What the frozen weights of a base are kept in. A quantizer turns a weight into codes and codes into the
-weight again.
+"""The kind's protocol: how the frozen weights of a base are stored. A quantizer turns a weight into codes and
+codes into the weight again.
 
 The modules that hold codes are in model/quantized_linear.py.
 """
@@ -55,7 +55,7 @@ class Quantizer:
 
     def nearest(self, W: Tensor, codes: Codes) -> Codes:
         """Codes anew for W [out, in], the continuous ones as they are."""
-        raise NotImplementedError(f"'{type(self).__name__}' has nothing continuous")
+        raise NotImplementedError(f"quantizer '{type(self).__name__}' has no continuous parameters")
 
     def dequantize(self, codes: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The way back: [out, in] in dtype."""

@@ -1,4 +1,4 @@
-"""What a reward promises: a number for each text written for a row, the higher the better."""
+"""The kind's protocol: a number for each text that was written for a row, the higher the better."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from luthier.registry import family
 
 @family
 class Reward:
-    """Family: a judge of texts. It keeps nothing between calls, and the same texts get the same scores."""
+    """Family: a judge of texts. It has no state between calls, and the same texts get the same scores."""
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """One score per text, in the order of the texts. `row` is where the prompt came from, with all its
@@ -26,6 +26,6 @@ class Reward:
         if value is None or (isinstance(value, (str, list, tuple)) and not value):
             has = ", ".join(map(str, row)) or "nothing"
             raise RecipeError(
-                f"reward '{self.name}' reads the column '{name}', and a row has none (it has: {has})"
+                f"reward '{self.name}' needs the column '{name}', but a row does not have it (it has: {has})"
             )
         return value

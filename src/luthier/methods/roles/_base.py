@@ -1,4 +1,6 @@
-"""Who an objective may ask besides the policy. A role may bring parts of its own (a head, a memory)."""
+"""The kind's protocol: models beside the policy that an objective can query. A role may bring trainable parts
+(a head, a memory).
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,24 @@ from luthier.methods.tuners._base import Component, ParamGroup
 from luthier.registry import Capability, family
 
 REFERENCE = Capability(
-    "reference", says="a reference model", advice="name one under roles, e.g. `roles: {reference: initial}`"
+    "reference",
+    says="a reference model",
+    advice="set it under roles, e.g. `roles: {reference: initial}`",
+    costs="a forward pass of the reference over the same rows, without gradient. With a tuner that can be"
+    " switched off the reference is the base model itself and takes no memory; stage `cache_logprobs` stores"
+    " its log-probabilities beforehand.",
 )
 SAMPLER = Capability(
     "sampler",
-    says="a model that samples in the policy's place",
+    says="a model that generates the samples instead of the policy",
     advice="e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model: MODEL}}`",
 )
 TEACHER = Capability(
     "teacher",
     says="a teacher model",
-    advice="name one under roles, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
+    advice="set it under roles, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
+    costs="the teacher in memory, unless it is the policy's own base or average, and its forward pass over"
+    " the same rows, without gradient.",
 )
 
 PREFIX = "role:"  # what the names of tensors begin with that a role brought
@@ -29,7 +38,7 @@ PREFIX = "role:"  # what the names of tensors begin with that a role brought
 
 @family
 class Role:
-    """Family: `play` answers with whatever `roles.<name>` shall be."""
+    """Family: `play` returns the model for `roles.<name>`."""
 
     constant: ClassVar[bool] = False  # does it say the same of a row at every step of a run?
     per_run: ClassVar[bool] = False  # does what it says depend on what the run began with?
@@ -49,9 +58,10 @@ class Role:
 
 
 class Part(nn.Module, Component):
-    """What a role brings: its parameters are trained along with the tuner, its buffers are in checkpoints.
+    """A component that a role brings: its parameters are trained along with the tuner, its buffers are in
+    checkpoints.
 
-    Components' hooks apply to it. It is not saved with what a user takes away.
+    The hooks of components apply to it. It is not part of the saved adapter.
     """
 
     name = ""  # of its tensors in checkpoints: role:ROLE.PART

@@ -1,7 +1,7 @@
-"""A space of settings, observations in it, and what a searcher is: a function from all observations so far to
-the configuration that is measured next.
+"""A search space, observations in it, and the kind's protocol: a searcher is a function from all observations
+so far to the next configuration to measure.
 
-A searcher keeps no state between two suggestions. So a search that was killed goes on as if it had not been,
+A searcher has no state between two suggestions. So a search that was killed continues as if it had not been,
 and the same history and seed always lead to the same suggestion.
 """
 
@@ -141,7 +141,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Observation:
-    """A configuration that was measured after a share of its steps."""
+    """A configuration that was measured after a fraction of its steps."""
 
     number: int  # of the configuration: the same one further on keeps its number
     point: Mapping[str, Any]
@@ -163,8 +163,8 @@ class Suggestion:
 
 @family
 class Searcher:
-    """Family: `ask` returns the next configuration. Searchers that measure after part of the steps say so by
-    `shares`.
+    """Family: `ask` returns the next configuration. Searchers that measure after part of the steps declare it
+    by `shares`.
     """
 
     @property
@@ -258,7 +258,7 @@ def load_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise RecipeError("a search needs optuna: pip install 'luthier[search]'") from None
+        raise RecipeError("searching needs optuna: pip install 'luthier[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -1,4 +1,6 @@
-"""Optuna's samplers as searchers: each suggestion comes from a study of the history and nothing else."""
+"""Optuna's samplers as searchers: each suggestion is computed from a study of the history and
+nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Rows in, rows out. The same stage serves a whole data set before training (`stages`) or the rows of one
-step (`live`).
+"""The kind's protocol: rows in, rows out. A stage processes a whole data set before training (`stages`) or
+the rows of one step (`online_stages`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ SAMPLES = Capability(
     says="completions that the policy itself has just sampled",
     advice="e.g. `online_stages: [{name: rollout, n: 8}, {name: score, reward: exact_match}]`",
     of_rows=True,
+    costs="sampling several completions of each prompt at each step; usually most of the time of a run.",
 )
 OLD_LOGPROBS = Column(
-    "old_logprobs", per="token", says="the sampler's own log-probabilities", example=(-3.5, -3.4, -3.6)
+    "old_logprobs",
+    per="token",
+    says="the sampler's own log-probabilities",
+    example=(-3.5, -3.4, -3.6),
+    former="old",
 )
 TRUNCATED = Column("truncated", per="completion", says="whether a sample ended without a stop token")
-CACHED_LOGPROBS = Column("cached_logprobs", per="token", says="log-probabilities cached with the rows")
+CACHED_LOGPROBS = Column(
+    "cached_logprobs", per="token", says="log-probabilities cached with the rows", former="remembered"
+)
 REWARDS = Column(
     "rewards",
     says="several rewards of each completion, by name (column `rewards`)",
@@ -38,7 +45,7 @@ def completion_columns() -> frozenset[str]:
 
 @family
 class Stage:
-    """Family: rows that may lose and gain columns, or leave. A row is never changed in place."""
+    """Family: may add and remove columns, and drop rows. A row is never changed in place."""
 
     # False: works on the rows alone, and can be tried before a model is loaded
     asks_model: ClassVar[bool] = True
@@ -50,7 +57,7 @@ class Stage:
     def left(self, roles: Any, count: int, total: int, why: str) -> None:
         """Tell how many rows leave and why: what is thrown away is never thrown away in silence."""
         if count:
-            self.warn(roles, f"{count} of {total} rows leave: {why}")
+            self.warn(roles, f"{count} of {total} rows are dropped: {why}")
 
     def warn(self, roles: Any, sentence: str) -> None:
         """Say something about the rows; of a live stage, which meets rows at every step, only the

@@ -1,5 +1,5 @@
-"""What becomes of a gradient. A transform turns the gradients of a parameter group into its update; a chain
-of transforms does so in turn.
+"""The kind's protocol: steps from a gradient to an update. A transform turns the gradients of a parameter
+group into its update; a chain applies several in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Params = dict[str, Tensor]  # parameter of a group -> tensor
 
 @family
 class Transform:
-    """Family: sees all tensors of a group at once. Most transforms are per tensor (`Each`)."""
+    """Family: gets all tensors of a group at once. Most transforms are per tensor (`Each`)."""
 
     # does `apply` treat each number by itself, its state changed in place? Then tensors may go in pieces
     pointwise: ClassVar[bool] = False
@@ -62,8 +62,8 @@ class Each(Transform):
 
 
 class LazyGradients(Mapping):
-    """Group -> its gradients, made each time they are read: all gradients of a model never exist side by
-    side.
+    """Group -> its gradients, computed each time they are read: the gradients of a whole model never exist at
+    the same time.
     """
 
     def __init__(self, groups: Iterable[str], make: Callable[[str], Params]):

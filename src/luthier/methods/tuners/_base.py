@@ -1,5 +1,5 @@
-"""What is trained. A tuner attaches to a model; the tuned model lists what trains, can be switched off,
-exchanged, merged and saved.
+"""The kind's protocol: which parameters are trained. A tuner attaches to a model; the tuned model lists its
+trainable parameters and can be disabled, exchanged, merged and saved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DISABLE_ADAPTER = Capability(
     "disable_adapter",
-    says="a tuner that can be switched off",
+    says="a tuner that can be disabled to give the base model",
     advice="or use `roles: {reference: initial}`, which keeps a copy of the trainable parameters",
 )
 MERGE = Capability("merge", says="a tuner that can be merged into the weights")
@@ -52,10 +52,10 @@ class Tuner:
 
 
 class Component:
-    """Something that lives on the network while it trains: what a tuner attached, or a part that a role
-    brings. It says what belongs to its own state, and is called at fixed moments of a run.
+    """Something that is part of the network while it trains: what a tuner attached, or a part that a role
+    brings. It declares its own state, and its hooks are called at fixed points of a run.
 
-    Every hook has an answer that fits whoever has nothing to say.
+    Every hook has a default that does nothing.
     """
 
     role: str | None = None  # the role that brought it; None: it is the tuner's
@@ -125,8 +125,8 @@ class TunedModel(Component):
     """A tuner on a model, and the other components of a run. Subclasses define `all_param_groups`; most also
     `off` and `merged`.
 
-    `components` are this one first, then what it is made of beside itself, then parts that roles bring.
-    Hooks are for one component; what the run sees is gathered from all of them below.
+    `components` are this object first, then its inner components, then parts that roles bring. A hook
+    concerns one component; the run calls the methods below, which collect over all of them.
     """
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
@@ -255,7 +255,7 @@ class TunedModel(Component):
 
     def off(self) -> AbstractContextManager:
         """The untuned model, for a while."""
-        raise RecipeError(f"tuner '{self.settings.name}' cannot be switched off")
+        raise RecipeError(f"tuner '{self.settings.name}' cannot be disabled")
 
     def merged(self) -> AbstractContextManager:
         """The tuned model as one plain network, for a while: yields it, and undoes the merge afterwards."""
@@ -265,7 +265,7 @@ class TunedModel(Component):
         """Why runs with this tuner cannot share one pass over their base (train/batched_forward.py); None
         where they can: each of `layers` then has a `batched_forward`.
         """
-        return f"tuner '{self.settings.name}' is more than LoRA on linear layers"
+        return f"tuner '{self.settings.name}' changes more than LoRA on linear layers does"
 
     # --- files
 
@@ -273,7 +273,7 @@ class TunedModel(Component):
         """The tensors that a run in `folder` ended with, for `load`."""
         paths = checkpoints.paths(folder)
         if not paths:
-            raise RecipeError(f"{folder} holds no checkpoint to start from")
+            raise RecipeError(f"{folder} has no checkpoint to start from")
         return checkpoints.load(paths[-1]).tensors
 
     def save(self, folder: Path) -> None:
@@ -282,7 +282,7 @@ class TunedModel(Component):
 
 
 class Untuned(TunedModel):
-    """A model on which nothing trains: a teacher, a frozen reference."""
+    """A model without trainable parameters: a teacher, a frozen reference."""
 
     def __init__(self, model: Network):
         super().__init__(None, model)

@@ -1,8 +1,8 @@
-"""What a per-module tuner is: its settings, `init` and `weight`; a cheaper `forward` where there is one.
+"""A per-module tuner: its settings, `init`, `weight`, and optionally a cheaper `forward`.
 
-The bridge (tuners/_peft/, reached by name: it stands on this file) makes every Delta a real PEFT type: a
-config, a layer and a model that plain PEFT saves, loads and merges. Weights are always seen as [out, in],
-however the module keeps them: Linear, GPT-2's Conv1D, or an Embedding (out = width, in = vocabulary).
+The bridge (tuners/_peft/, reached by name because it imports this file) makes every Delta a PEFT type: a
+config, a layer and a model that plain PEFT saves, loads and merges. Weights always have the shape [out, in],
+however the module stores them: Linear, GPT-2's Conv1D, or an Embedding (out = width, in = vocabulary).
 """
 
 from __future__ import annotations

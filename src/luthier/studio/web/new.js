@@ -227,7 +227,7 @@ function recipe(draft, asides, signal) {
       latest = result;
       fill(text, result.text || "# empty: every value is its default");
       fill(whole, result.whole);
-      fill(notes, result.told.map((t) => h("li", {}, t)));
+      fill(notes, result.warnings.map((t) => h("li", {}, t)));
       if (!named) name.value = result.name.slice(0, 100);
       tell();
       problems.say(result.error);

@@ -167,8 +167,8 @@ function exporting(at, name, whole) {
       b.textContent = "Exporting …";
       try {
         const exported = await ask(`${at}/export`, { kind: kind.value, to: to.value });
-        done.append(h("li", { class: "good" }, exported.said));
-        announce(`exported: ${exported.said}`);
+        done.append(h("li", { class: "good" }, exported.message));
+        announce(`exported: ${exported.message}`);
       } finally { b.textContent = "Export"; }
     }, problems)), problems.box, done, h("p", { class: "note" }, "From a shell: ", command));
 }

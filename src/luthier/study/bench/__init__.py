@@ -64,7 +64,8 @@ def table(result: dict[str, Any]) -> str:
     if result["ratio"]:
         what = "memory" if result["scenario"] == "memory" else "time"
         lines.append(
-            f"luthier against the best rival: {result['ratio']:.2f}x less {what} ({result['about']})"
+            f"luthier compared with the best other tool: {result['ratio']:.2f}x less {what}"
+            f" ({result['about']})"
         )
     return "\n".join(lines)
 

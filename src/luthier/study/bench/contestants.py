@@ -149,9 +149,7 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
     try:
         import trl as library
     except ImportError:
-        raise SystemExit(
-            "TRL is not installed, and the benchmark compares with it: pip install trl"
-        ) from None
+        raise SystemExit("the benchmark compares with TRL, which is not installed: pip install trl") from None
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

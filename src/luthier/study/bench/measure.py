@@ -56,7 +56,7 @@ class Turn:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
         errors = self.process.stderr.read().strip().splitlines() or ["(nothing)"]
-        raise RuntimeError(f"{self.name} ended: {errors[-1]}")
+        raise RuntimeError(f"{self.name} stopped early: {errors[-1]}")
 
     def __enter__(self) -> Turn:
         return self
@@ -105,7 +105,7 @@ def from_the_shell(name: str, job: Job) -> dict[str, float]:
         assert process.stderr
         while not (done.is_file() and done.stat().st_size):
             if process.poll() is not None and not done.is_file():
-                raise RuntimeError(f"{name} ended: {process.stderr.read()[-300:]}")
+                raise RuntimeError(f"{name} stopped early: {process.stderr.read()[-300:]}")
             time.sleep(0.002)
         seconds = time.perf_counter() - began
         process.kill()
@@ -173,7 +173,7 @@ def measure(
         job = make_job(scenario, shape, Path(folder), parameters["vocabulary"], device, n_rows)
         measured = _take_turns(job, contestants, repeats, tell)
     for name, why in measured.failed.items():
-        tell(f"  {name} took no part: {why}")
+        tell(f"  {name} could not be measured: {why}")
     return summarize(shape, job, parameters, measured)
 
 

@@ -56,9 +56,9 @@ RECOMPUTING = Contestant(
     "TRL + PEFT, bf16, checkpointing", _recomputing, settings="bfloat16 base, gradient_checkpointing=True"
 )
 PRECOMPUTED = Contestant(
-    "TRL + PEFT, bf16, reference beforehand",
+    "TRL + PEFT, bf16, precomputed reference",
     _bf16(precompute_ref_log_probs=True),
-    settings="as bf16; the reference's time is not counted",
+    settings="as bf16; the time of the reference is not counted",
 )
 PLAIN = Contestant("transformers + PEFT loop", who.plain, settings="bfloat16 base, padded, all logits")
 
@@ -68,20 +68,20 @@ SCENARIOS: dict[str, dict[str, Contestant]] = {
     "frozen": {"luthier": OURS, "trl_bf16": BF16, "plain": PLAIN},
     "fleet": {
         "luthier": Contestant(
-            "luthier, 8 runs side by side", lambda job: who.luthier_members(job, together=True), rival=False
+            "luthier, 8 runs in one process", lambda job: who.luthier_members(job, together=True), rival=False
         ),
         "luthier_apart": Contestant(
-            "luthier, one after the other", lambda job: who.luthier_members(job, together=False)
+            "luthier, one run after the other", lambda job: who.luthier_members(job, together=False)
         ),
         "plain": Contestant(
-            "transformers + PEFT loop, one after the other", who.plain, settings=PLAIN.settings
+            "transformers + PEFT loop, one run after the other", who.plain, settings=PLAIN.settings
         ),
     },
     "subset": {
         "luthier": Contestant("luthier, s2ft", lambda job: who.luthier(job, tuner="s2ft"), rival=False),
         "spiel": Contestant("luthier, spiel", lambda job: who.luthier(job, tuner="spiel")),
         "lora": Contestant("luthier, LoRA", who.luthier),
-        "full": Contestant("luthier, all weights", lambda job: who.luthier(job, tuner="full")),
+        "full": Contestant("luthier, full fine-tuning", lambda job: who.luthier(job, tuner="full")),
     },
     "mezo": {
         "luthier": Contestant(

@@ -90,7 +90,7 @@ def judge(spec: ComparisonSpec, results: Mapping[str, ArmResult]) -> dict[str, A
 
 
 def no_metric(name: str, measured: Mapping[str, Any]) -> RecipeError:
-    return RecipeError(f"--metric: the arms measured no '{name}'{did_you_mean(name, measured)}")
+    return RecipeError(f"--metric: no arm measured '{name}'{did_you_mean(name, measured)}")
 
 
 def _tabulate(
@@ -270,10 +270,10 @@ def arms_behind(spec: ComparisonSpec, results: Mapping[str, ArmResult], share: f
     for name, test, p in zip(others, tests, holm([test.p for test in tests])):
         if name in worse_half and p < ALPHA and test.low > 0:
             reasons[name] = (
-                f"after {share:.0%} of its steps its {spec.metric} is"
+                f"after {share:.0%} of the steps its {spec.metric} is"
                 f" {format_number(float(active[name].mean()))}, that of {best}"
-                f" {format_number(float(active[best].mean()))} (they differ by {format_number(test.low)} to"
-                f" {format_number(test.high)})"
+                f" {format_number(float(active[best].mean()))} (difference"
+                f" {format_number(test.low)} to {format_number(test.high)})"
             )
     return reasons
 
@@ -299,9 +299,9 @@ def sentence(
     if behind:
         text += f", better than {join_names(behind)}"
     if level:
-        text += f"; no difference seen between it and {join_names(level)}"
+        text += f"; no significant difference from {join_names(level)}"
     if level and not behind:
-        text += ", so no winner"
+        text += ", so there is no winner"
     if stopped:
         text += f"; stopped early: {join_names(list(stopped))}"
     return text[0].upper() + text[1:] + "."

@@ -71,7 +71,9 @@ def _exclusive(folder: Path, spec: ComparisonSpec) -> Iterator[None]:
         path = folder / "study.json"
         if path.is_file():
             if files.read_json(path)["fingerprint"] != spec.fingerprint():
-                raise RecipeError(f"{folder} holds another comparison; choose another folder")
+                raise RecipeError(
+                    f"{folder} holds another comparison; choose another folder with --output-dir"
+                )
         else:
             arms = {name: recipe.yaml() for name, recipe in spec.arms.items()}
             files.write_json(path, {"fingerprint": spec.fingerprint(), "arms": arms, "seeds": spec.seeds})
@@ -110,7 +112,7 @@ class Runner:
     def _pilot(self, name: str, recipe: Recipe, unit: str) -> float:
         """Seconds (median) or tokens (mean) of a step, by a short run."""
         run = self.folder / "pilot" / name
-        self.callback.stage(f"{name}: {PILOT_STEPS} steps, to see how many fit into {self.spec.budget}")
+        self.callback.stage(f"{name}: {PILOT_STEPS} steps to measure how many fit into {self.spec.budget}")
         self.perform(recipe.but(max_steps=PILOT_STEPS, evaluate=[], lr_scheduler_type="constant"), run)
         logs = files.read_rows(run / "metrics.jsonl")[1:]  # the first step also warms up
         average = {"seconds": np.median, "tokens": np.mean}[unit]
@@ -125,8 +127,8 @@ class Runner:
         rates = sorted(set(self.spec.learning_rates))
         measured = self._measure_learning_rates(arms, rates)
         notes = [
-            f"each arm at its best of {len(rates)} learning rates, picked on the same held-out rows with a"
-            " seed that is not reported"
+            f"each arm uses the best of {len(rates)} learning rates, chosen on the same"
+            " held-out rows with a separate seed"
         ]
         better = max if metric_of(self.spec.metric).higher_is_better else min
         edges = {rates[0]: "smallest", rates[-1]: "largest"}
@@ -139,13 +141,13 @@ class Runner:
                     finite[rate] = value
             if not finite:
                 raise RecipeError(
-                    f"arm {name}: it diverged at every learning rate of {', '.join(measured[name])}; give"
-                    " smaller ones"
+                    f"arm {name} diverged at every learning rate ({', '.join(measured[name])});"
+                    " add smaller ones"
                 )
             best = better(finite, key=finite.__getitem__)
             note = f"{name}: learning rate {best:g}"
             if best in edges:
-                note += f", the {edges[best]} of them: a better one may lie beyond"
+                note += f", the {edges[best]} of them: a better one may lie outside the range"
             notes.append(note)
             picked[name] = recipe.but(learning_rate=best)
         return picked, notes
@@ -220,7 +222,7 @@ class Runner:
             self.perform(arm.recipe.but(seed=seed), run, until)
         except NotFinite as error:
             arm.stopped = f"it diverged with seed {seed}: {error}"
-            self.callback.warn(f"{name} is stopped: {arm.stopped}")
+            self.callback.warn(f"{name} was stopped: {arm.stopped}")
         except RecipeError as error:
             raise from_code(error.code, f"arm {name}, seed {seed}: {error}") from None
 
@@ -228,7 +230,7 @@ class Runner:
         """Stop the arms that cannot win any more."""
         for name, why in arms_behind(self.spec, results, share).items():
             results[name].stopped = why
-            self.callback.warn(f"{name} is stopped: {why}")
+            self.callback.warn(f"{name} was stopped: {why}")
 
     def perform(self, recipe: Recipe, run: Path, until: float | None = None) -> None:
         """One run, in a process of its own unless the spec says otherwise. Raises what it ends with."""
@@ -269,7 +271,10 @@ class Runner:
         from luthier.run import batched, subprocess
 
         names = join_names([run.name for run in batch])
-        self.callback.stage(f"{names}: side by side on one base model; peak memory is that of all of them")
+        self.callback.stage(
+            f"{names}: trained in one process on a shared base model; peak memory is that of all of"
+            " them together"
+        )
         runs = [(recipe, run) for run, recipe in batch.items()]
         try:
             if self.spec.subprocesses:
@@ -277,7 +282,7 @@ class Runner:
             else:
                 batched.perform(runs, stop_at=until)
         except RecipeError as error:
-            self.callback.warn(f"side by side: {error}; each is run alone")
+            self.callback.warn(f"{error}; the runs are trained one after the other instead")
             return False
         return True
 
@@ -285,7 +290,7 @@ class Runner:
 
     def _report(self, step: int, began: float, line: str) -> None:
         """A line of progress for a run."""
-        self.callback.step({"step": step, "seconds": time.perf_counter() - began, "said": line})
+        self.callback.step({"step": step, "seconds": time.perf_counter() - began, "message": line})
 
     def _format(self, value: Any) -> str:
         return f"{metric_of(self.spec.metric).label} {format_metric(self.spec.metric, value)}"

@@ -77,7 +77,7 @@ def arms_of(
     recipes: files. changes: "key=value" for all of them. tuners, objectives: comma-separated names.
     """
     if len(recipes) > 1 and (tuners or objectives):
-        raise RecipeError("--tuners and --objectives vary one recipe; give one at most")
+        raise RecipeError("--tuners and --objectives vary a single recipe; pass only one")
     if tuners or objectives:
         source = Path(recipes[0]) if recipes else None
         return _grid(Recipe.load(source, changes), _split(tuners), _split(objectives))
@@ -123,7 +123,7 @@ def parse_learning_rates(text: str) -> tuple[float, ...]:
     try:
         return tuple(map(float, _split(text)))
     except ValueError:
-        raise RecipeError(f"--learning-rates: '{text}' is not numbers such as 1e-4,1e-3") from None
+        raise RecipeError(f"--learning-rates: '{text}' must be numbers such as 1e-4,1e-3") from None
 
 
 def parse_budget(budget: str) -> tuple[str, float]:
@@ -131,7 +131,7 @@ def parse_budget(budget: str) -> tuple[str, float]:
     match = BUDGET.fullmatch(budget.strip())
     if not match or (match[2] and match[3] in SECONDS):
         raise RecipeError(
-            f"--budget: '{budget}' is not a time (30m, 90s, 2h), steps (500 steps) or tokens (200k tokens)"
+            f"--budget: '{budget}' must be a time (30m, 90s, 2h), steps (500 steps) or tokens (200k tokens)"
         )
     size = float(match[1]) * MULTIPLES[match[2]]
     if match[3] in SECONDS:
@@ -154,17 +154,17 @@ def resolve_arms(spec: ComparisonSpec) -> tuple[dict[str, Recipe], list[str]]:
     arms = {name: _resolve_arm(name, recipe, data.rows[:SAMPLE]) for name, recipe in spec.arms.items()}
     arms, shared = _share_evaluators(arms)
     if shared is not None:
-        notes.append(f"measured by the evaluators that every arm allows: {', '.join(shared)}")
+        notes.append(f"evaluated with the evaluators that every arm supports: {', '.join(shared)}")
     plans = _plans(spec.arms)
     if plans:
         notes.append(
-            f"{join_names(plans)}: time is that of all its runs together, memory that of the largest; no arm"
-            " is stopped early"
+            f"{join_names(plans)}: time is the sum over the plan's runs, memory the maximum; no"
+            " arm is stopped early"
         )
     if not data.held_out:
-        notes.append("no rows are held out: arms are compared on the rows they were trained on")
+        notes.append("there are no held-out rows: arms are compared on their training rows")
     if spec.seeds == 1:
-        notes.append("one seed: differences are those of these runs, and another seed may show others")
+        notes.append("only one seed: the differences may not hold for other seeds (use --seeds)")
     return arms, notes
 
 
@@ -173,17 +173,17 @@ def _check_settings(spec: ComparisonSpec) -> None:
     if len(spec.arms) < 2:
         raise RecipeError("a comparison needs two arms or more")
     if not 1 <= spec.seeds <= TUNING_SEED:
-        raise RecipeError(f"--seeds: {spec.seeds} is not a number of runs between 1 and {TUNING_SEED}")
+        raise RecipeError(f"--seeds: {spec.seeds} must be a number from 1 to {TUNING_SEED}")
     rates = spec.learning_rates
     if rates and (len(set(rates)) < 2 or min(rates) <= 0):
         raise RecipeError(
-            f"--learning-rates: two or more above 0 to choose from, not {', '.join(map(str, rates))}"
+            f"--learning-rates: give two or more values above 0, not {', '.join(map(str, rates))}"
         )
     plans = _plans(spec.arms)
     if plans and spec.budget:
         raise RecipeError(
-            f"--budget: {plans[0]} is a plan of several runs, which no budget divides; set max_steps in the"
-            " recipes"
+            f"--budget: {plans[0]} is a plan of several runs, which --budget cannot divide; set"
+            " max_steps in the recipes"
         )
 
 
@@ -200,13 +200,15 @@ def _check_keys(arms: Mapping[str, Recipe]) -> list[str]:
             ours, theirs = getattr(reference, key), getattr(recipe, key)
             if ours != theirs:
                 raise RecipeError(
-                    f"arms {first} and {name} differ in {key} ({_short(ours)} and {_short(theirs)}): they"
-                    " would not be measured alike"
+                    f"arms {first} and {name} differ in {key} ({_short(ours)} and"
+                    f" {_short(theirs)}), so their results could not be compared"
                 )
         for key in MAY_DIFFER:
             ours, theirs = getattr(reference, key), getattr(recipe, key)
             if ours != theirs:
-                notes.append(f"{name} differs from {first} in {key}: {_short(theirs)}, not {_short(ours)}")
+                notes.append(
+                    f"{name} differs from {first} in {key}: {_short(theirs)} instead of {_short(ours)}"
+                )
     return notes
 
 

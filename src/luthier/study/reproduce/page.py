@@ -43,7 +43,8 @@ def status(claim: Claim, folder: Path | None = None) -> str:
     result = read_result(claim.name, folder)
     if result is None:
         return "not run yet"
-    if result["mark"] != claim.fingerprint():
+    former = result.get("mark")  # as version 0.1 called it
+    if result.get("fingerprint", former) != claim.fingerprint():
         return "not run since it was changed"
     return result["verdict"]
 

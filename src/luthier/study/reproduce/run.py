@@ -40,11 +40,11 @@ def reproduce(
     if seeds is None:
         seeds = claim.seeds
     if not 2 <= seeds <= MAX_SEEDS:
-        raise RecipeError(f"seeds: an interval needs 2 to {MAX_SEEDS}, not {seeds}")
-    result = {"claim": claim.claim, "paper": claim.paper, "mark": claim.fingerprint()}
+        raise RecipeError(f"--seeds: an interval needs 2 to {MAX_SEEDS} seeds, not {seeds}")
+    result = {"claim": claim.claim, "paper": claim.paper, "fingerprint": claim.fingerprint()}
     if claim.untestable:
         tell(f"{name}: {UNTESTABLE}: {claim.untestable}")
-        result |= {"verdict": UNTESTABLE, "why": claim.untestable, "date": str(date.today())}
+        result |= {"verdict": UNTESTABLE, "reason": claim.untestable, "date": str(date.today())}
     else:
         result |= _run(claim, seeds, runs, tell)
         tell(f"{name}: {result['verdict']}")
@@ -94,7 +94,9 @@ def _select(claim: Claim, swept: dict[str, dict[str, float | None]]) -> dict[str
             if metric is not None and metric == metric:
                 finite[value] = metric
         if not finite:
-            raise claim.error(f"arm {arm}: it diverged at every {sweep_label(claim.sweep)} of its sweep")
+            raise claim.error(
+                f"arm {arm}: diverged at every {sweep_label(claim.sweep)} of its sweep; add smaller ones"
+            )
         selected[arm] = float(better(finite, key=finite.__getitem__))
     return selected
 

@@ -99,8 +99,8 @@ class Claim(BaseModel):
         match = EXPECTED.fullmatch(" ".join(text.split()))
         if not match:
             raise self.error(
-                f"expect: '{text}' is not `A > B by 0.02`, `A < B by 0.02` or `A = B within 0.02` (and `in"
-                " METRIC`)"
+                f"expect: '{text}' must have the form `A > B by 0.02`, `A < B by 0.02` or `A ="
+                " B within 0.02` (optionally with `in METRIC`)"
             )
         left, sign, right, equal, effect, metric = match.groups()
         arms = [*self.arms, BEFORE]
@@ -108,11 +108,11 @@ class Claim(BaseModel):
             if arm not in arms:
                 raise self.error(f"expect: there is no arm '{arm}'{did_you_mean(arm, arms)}")
         if equal and float(effect) < 0:
-            raise self.error(f"expect: '{text}': nothing lies within less than 0")
+            raise self.error(f"expect: '{text}': the tolerance must not be negative")
         if left == (right or equal):
             raise self.error(f"expect: '{text}' compares an arm with itself")
         if not (metric or self.metric):
-            raise self.error(f"expect: '{text}' names no metric, and neither does the file")
+            raise self.error(f"expect: '{text}' has no metric, and the file sets none either")
         return Expectation(text, left, sign or "=", right or equal, float(effect), metric or self.metric)
 
     @property
@@ -120,7 +120,7 @@ class Claim(BaseModel):
         """`select` as (lowest or highest, METRIC)."""
         match = SELECTED.fullmatch(self.select)
         if not match:
-            raise self.error(f"select: '{self.select}' is not `lowest METRIC` or `highest METRIC`")
+            raise self.error(f"select: '{self.select}' must be `lowest METRIC` or `highest METRIC`")
         return match[1], match[2]
 
     def sweep_values(self, arm: str) -> list[float]:
@@ -204,8 +204,8 @@ def all_claims() -> list[str]:
     names = claim_names()
     if not names:
         raise RecipeError(
-            f"there are no claims in {claims_folder()}: they come with a clone of luthier; run this inside"
-            " one"
+            f"{claims_folder()} does not exist: claims are part of the luthier repository; run"
+            " this command in a clone"
         )
     return names
 
@@ -217,7 +217,7 @@ def read_claim(name: str, folder: Path | None = None) -> Claim:
     if not path.is_file():
         names = claim_names(folder)
         if not names:
-            raise RecipeError(f"there is no claim '{name}': {folder} holds none")
+            raise RecipeError(f"there is no claim '{name}' in {folder}")
         raise RecipeError(f"there is no claim '{name}'{did_you_mean(name, names)}")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -226,13 +226,15 @@ def read_claim(name: str, folder: Path | None = None) -> Claim:
         place = name
         if mark:
             place += f", line {mark.line + 1}"
-        raise RecipeError(f"claim {place}: this is not YAML") from None
+        raise RecipeError(f"claim {place}: invalid YAML") from None
     if not isinstance(fields, dict):
-        raise RecipeError(f"claim {name}: a claim is `key: value` lines, not {type(fields).__name__}")
+        raise RecipeError(
+            f"claim {name}: a claim must be a mapping of `key: value`, not {type(fields).__name__}"
+        )
     allowed = [key for key in Claim.model_fields if key != "name"]
     for key in fields:
         if key not in allowed:
-            raise RecipeError(f"claim {name}: a claim has no '{key}'{did_you_mean(key, allowed)}")
+            raise RecipeError(f"claim {name}: a claim has no key '{key}'{did_you_mean(key, allowed)}")
     if isinstance(fields.get("expect"), str):
         fields["expect"] = [fields["expect"]]
     try:
@@ -250,13 +252,13 @@ def check(claim: Claim) -> None:
     papers = [paper["name"] for paper in all_papers()]
     for row in claim.row.split():
         if row not in papers:
-            raise claim.error(f"row: the catalogue has no '{row}'{did_you_mean(row, papers)}")
+            raise claim.error(f"row: the paper catalogue has no '{row}'{did_you_mean(row, papers)}")
     if claim.untestable:
         return
     if not claim.arms or not claim.expect:
-        raise claim.error("it needs `arms` and `expect`, or `untestable` with the reason")
+        raise claim.error("a claim needs `arms` and `expect`, or `untestable` with the reason")
     if BEFORE in claim.arms:
-        raise claim.error(f"no arm may be called '{BEFORE}': that is the other arm before training")
+        raise claim.error(f"the arm name '{BEFORE}' is reserved for the other arm before training")
     assert claim.selection and claim.expectations  # both raise where they are not understood
     for arm in claim.arms:
         _check_arm(claim, arm)
@@ -266,13 +268,11 @@ def _check_arm(claim: Claim, arm: str) -> None:
     from luthier.recipe.recipe import Recipe
 
     if not re.fullmatch(r"\w+", arm):
-        raise claim.error(f"an arm's name is letters, digits and underscores, not '{arm}'")
+        raise claim.error(f"arm name '{arm}': use only letters, digits and underscores")
     try:
         value = next(iter(claim.sweep_values(arm)), None)
     except (TypeError, ValueError):
-        raise claim.error(
-            f"arm {arm}: the list under {claim.sweep} holds something that is no number"
-        ) from None
+        raise claim.error(f"arm {arm}: the list under {claim.sweep} must contain only numbers") from None
     try:
         Recipe.load(claim.recipe(arm, 0, value))
     except RecipeError as error:

@@ -139,7 +139,7 @@ def _take_former(arguments: dict[str, Any], settings: dict[str, Any]) -> list[st
         if former not in settings:
             continue
         if arguments[name] not in ((), None, True):
-            raise RecipeError(f"{former} is now called {name}; give one of them")
+            raise RecipeError(f"{former} is now called {name}; keep one of them")
         arguments[name] = settings.pop(former)
         notes.append(f"{former} is now called {name}")
     return notes

@@ -35,7 +35,7 @@ def measure(spec: SearchSpec, folder: Path, t: Any, number: int) -> Measurement:
     began = time.perf_counter()
     for seed in spec.seeds:
         run = folder / "trials" / f"{number}-{seed}"
-        label = f"configuration {number} ({describe(point) or 'the recipe as it is'}), seed {seed}"
+        label = f"configuration {number} ({describe(point) or 'the unchanged recipe'}), seed {seed}"
         try:
             if not (run / "report.json").is_file():
                 perform(spec, recipe.but(seed=seed), run, share)
@@ -48,8 +48,8 @@ def measure(spec: SearchSpec, folder: Path, t: Any, number: int) -> Measurement:
             beyond = beyond_worst(goal, read_points(run))
             if beyond:
                 raise RecipeError(
-                    f"{label}: {beyond}, the same point for all configurations; start the search again from"
-                    " a point that none of them reaches"
+                    f"{label}: {beyond}, which all configurations share; start the search again"
+                    " with a reference point that is worse than any of them"
                 )
         if is_recipe:
             _check_goals(spec, by_seed[seed])
@@ -78,7 +78,10 @@ def _check_goals(spec: SearchSpec, metrics: Mapping[str, float]) -> None:
         if aim.metric not in metrics:
             name = aim.name if isinstance(aim, Goal) else aim.text
             hint = did_you_mean(aim.metric, metrics)
-            raise RecipeError(f"'{name}': the recipe measured no '{aim.metric}'{hint}; see `evaluate`")
+            raise RecipeError(
+                f"'{name}': the recipe does not measure '{aim.metric}'{hint}; add its evaluator"
+                " under `evaluate`"
+            )
 
 
 def remove_weights(spec: SearchSpec, folder: Path, number: int) -> None:

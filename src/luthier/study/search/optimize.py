@@ -56,7 +56,7 @@ def _next(
     if interrupted:
         return interrupted[0]
     finished = store.finished()
-    begun = sum(trial.kind != "asked" for trial in finished)
+    begun = sum(trial.kind != "suggested" for trial in finished)
     if begun < len(first):
         return store.begin(*first[begun])
     # the recipe itself may lie outside of the space; then the searcher does not learn of it

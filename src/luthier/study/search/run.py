@@ -18,6 +18,7 @@ from luthier.report.search import page
 from luthier.storage import files
 from luthier.study.search.measure import describe, measure, remove_weights
 from luthier.study.search.optimize import optimize
+from luthier.study.search.result import RESULT
 from luthier.study.search.spec import SearchSpec
 from luthier.study.search.trials import Trial, TrialStore, full_runs
 from luthier.study.search.verdict import choose, judge
@@ -52,7 +53,7 @@ def run_search(
                 {
                     "step": int(full_runs(store.finished()) + 1e-9),
                     "seconds": trial.measurement.seconds,
-                    "said": progress_line(spec, trial),
+                    "message": progress_line(spec, trial),
                     **trial.goals,
                 }
             )
@@ -74,7 +75,7 @@ def run_search(
         for trial in trials:
             remove_weights(spec, folder, trial.observation.number)
         result = judge(spec, folder, trials, choose(trials), callback)
-        files.write_json(folder / "search.json", result)
+        files.write_json(folder / RESULT, result)
         files.write_text(folder / "report.html", page(result))
     return result
 
@@ -105,7 +106,7 @@ def _claim(folder: Path, spec: SearchSpec) -> None:
         path = folder / name
         if path.is_file():
             if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-                raise RecipeError(f"{folder} holds another search; choose another folder (--output-dir)")
+                raise RecipeError(f"{folder} holds another search; choose another folder with --output-dir")
             return
     files.write_json(folder / SPEC, {"fingerprint": fingerprint, "recipe": spec.space.recipe.yaml()})
 
@@ -117,8 +118,8 @@ def _opening_notes(spec: SearchSpec) -> list[str]:
     notes = [f"search over {names}; goals: {goals}"]
     if len(spec.seeds) == 1:
         notes.append(
-            "one tuning seed: what is found may be chance; --seeds 3 separates chance from merit, at three"
-            " times the cost"
+            "only one tuning seed: differences may be chance; --seeds 3 makes them reliable at"
+            " three times the cost"
         )
     return notes
 
@@ -137,7 +138,10 @@ def progress_line(spec: SearchSpec, trial: Trial) -> str:
     """Which configuration was measured, and what came of it."""
     observation, measurement = trial.observation, trial.measurement
     text = f"{observation.number}. "
-    text += "the recipe as it is" if trial.kind == "recipe" else describe(observation.point)
+    if trial.kind == "recipe":
+        text += "the unchanged recipe"
+    else:
+        text += describe(observation.point)
     if observation.share < 1:
         text += f" ({format_number(observation.share, True)} of the steps)"
     if measurement.failed:

@@ -21,6 +21,7 @@ from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, evaluator_of, provides_of, spec
 from luthier.study.compare import DEFAULT_EVALUATORS, TUNING_SEED, parse_budget
 from luthier.study.goals import Goal, Limit, parse_goals, parse_limits
+from luthier.study.search.result import RESULT, read_result
 from luthier.study.space import SearchSpace, parse_space
 
 DEFAULT_SEARCHER = "gp"
@@ -87,14 +88,14 @@ def search_spec(
     both = sorted(set(tuning) & set(test))
     if both:
         raise RecipeError(
-            f"seeds {', '.join(map(str, both))} stand under --seeds and under --test-seeds: a configuration"
-            " chosen by a seed looks too good on it; keep them apart"
+            f"seeds {', '.join(map(str, both))} are in both --seeds and --test-seeds; use other"
+            " test seeds, as a configuration looks too good on the seeds that selected it"
         )
     most_trials, most_seconds = _parse_trials_and_budget(trials, budget)
     if base.plan is not None and len(searcher.shares) > 1:
         raise RecipeError(
-            f"--sampler {searcher.name} pauses runs, and a plan has several and no step of its own to pause"
-            " at; choose tpe, gp, nsga or random"
+            f"--sampler {searcher.name} pauses runs, but a plan of several runs cannot be"
+            " paused; use tpe, gp, nsga or random"
         )
     data = load_data(base)
     if test_data is not None:
@@ -139,7 +140,7 @@ def parse_seeds(value: Any, first: int, option: str) -> tuple[int, ...]:
     else:
         seeds = _parse_seed_text(str(value), first, option)
     if not seeds or len(set(seeds)) < len(seeds):
-        raise RecipeError(f"{option}: '{value}' is not one or more different seeds")
+        raise RecipeError(f"{option}: '{value}' must be one or more different seeds")
     return seeds
 
 
@@ -147,7 +148,7 @@ def _parse_seed_text(text: str, first: int, option: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError:
-        raise RecipeError(f"{option}: '{text}' is not a number of seeds, nor seeds such as 5,6,7") from None
+        raise RecipeError(f"{option}: '{text}' must be a number of seeds, or seeds such as 5,6,7") from None
     if "," in text:
         return numbers
     count = numbers[0] if numbers else 0
@@ -157,16 +158,16 @@ def _parse_seed_text(text: str, first: int, option: str) -> tuple[int, ...]:
 def _parse_trials_and_budget(trials: float | None, budget: str | None) -> tuple[float, float]:
     """Full runs and seconds at most."""
     if trials is not None and budget is not None:
-        raise RecipeError("give --trials (full runs) or --budget (a time), not both")
+        raise RecipeError("pass either --trials (full runs) or --budget (time), not both")
     if trials is not None and trials < 1:
-        raise RecipeError(f"--trials: {trials} is less than one run")
+        raise RecipeError(f"--trials: {trials} must be at least 1")
     if budget is None:
         return float(trials or DEFAULT_TRIALS), math.inf
     unit, seconds = parse_budget(budget)
     if unit != "seconds":
         raise RecipeError(
-            f"--budget: '{budget}' is not a time such as 30m or 2h; set max_steps=... for the length of each"
-            " run, --trials for their number"
+            f"--budget: '{budget}' must be a time such as 30m or 2h; set max_steps=... for the"
+            " length of each run, and --trials for their number"
         )
     return math.inf, seconds
 
@@ -181,11 +182,11 @@ def _check_test_data(recipe: Recipe, data: Data, test_data: Any) -> None:
     twice = sum(_content(row) in used for row in test)
     if twice:
         raise RecipeError(
-            f"--test-data: {twice} of {len(test)} rows also stand in data or eval_data; rows by which a"
-            " configuration was chosen cannot test it"
+            f"--test-data: {twice} of {len(test)} rows are also in data or eval_data; test on"
+            " rows that did not select the configuration"
         )
     if not test:
-        raise RecipeError(f"--test-data: {test_data} holds no rows")
+        raise RecipeError(f"--test-data: {test_data} has no rows")
 
 
 def _content(row: Mapping[str, Any]) -> str:
@@ -228,7 +229,7 @@ def _choose_evaluators(
         if lacking:
             raise RecipeError(
                 f"--goals: '{metric}' is measured by evaluator '{name}', which requires"
-                f" {', '.join(sorted(lacking))}: not here"
+                f" {', '.join(sorted(lacking))}; this recipe does not provide it"
             )
         chosen.append(name)
     recipe = recipe.but(evaluate=chosen)
@@ -274,16 +275,18 @@ def _check_space(search_space: SearchSpace, rows: Sequence[dict]) -> None:
 
 def _earlier_points(folder: str | Path, search_space: SearchSpace) -> tuple[dict[str, Any], ...]:
     """Points that an earlier search chose, as far as this space has their settings."""
-    path = Path(folder) / "search.json"
+    path = Path(folder) / RESULT
     if not path.is_file():
-        raise RecipeError(f"--from: {folder} holds no finished search (search.json)")
+        raise RecipeError(f"--from: {folder} has no finished search ({RESULT})")
     points: list[dict[str, Any]] = []
-    for candidate in json.loads(path.read_text(encoding="utf-8"))["found"]:
+    for candidate in read_result(path)["chosen"]:
         earlier = candidate["point"]
         point = search_space.space.active(earlier)
         shared = [name for name in point if name in earlier and earlier[name] == point[name]]
         if shared and point not in points:
             points.append(point)
     if not points:
-        raise RecipeError(f"--from: the configurations of {folder} share no setting with this search")
+        raise RecipeError(
+            f"--from: the configurations in {folder} have no setting in common with this search"
+        )
     return tuple(points)

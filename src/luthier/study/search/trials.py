@@ -23,8 +23,11 @@ from luthier.methods.searchers._base import (
 )
 from luthier.study.goals import Goal, Limit
 
-# in the message of a trial that a version of this library without codes wrote down
-MOVES_NOTHING = "moves nothing"
+# attributes of Optuna's trials as version 0.1 wrote them -> as they are called now
+FORMER_ATTRIBUTES = {"took": "seconds", "of": "configuration"}
+FORMER_KINDS = {"asked": "suggested"}
+# it had no codes: in its message of a run in which nothing was left to be trained
+FORMER_IDLE_MESSAGE = "moves nothing"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Measurement:
     @property
     def idle(self) -> bool:
         """Did it fail because no parameter was left to be trained?"""
-        return self.code == NothingMoves.code or MOVES_NOTHING in self.failed
+        return self.code == NothingMoves.code
 
     def mean(self) -> dict[str, float]:
         """The mean over seeds of the metrics that every seed has."""
@@ -60,7 +63,7 @@ class Trial:
     observation: Observation
     measurement: Measurement
     goals: dict[str, float]  # by name, in their own direction
-    kind: str  # where it is from: "recipe", "earlier" (another search) or "asked" (the searcher)
+    kind: str  # where it is from: "recipe", "earlier" (another search) or "suggested" (by the searcher)
 
     @property
     def complete(self) -> bool:
@@ -119,13 +122,13 @@ class TrialStore:
         others = []
         for t in self._in_state("RUNNING"):
             if t.user_attrs["worker"] != self.worker and t.number < before:
-                attrs = t.user_attrs
+                attrs = attributes(t)
                 others.append(
                     Observation(number_of(t), attrs["point"], median, attrs["share"], 0.0, attrs["marks"])
                 )
         return others
 
-    def begin(self, suggestion: Suggestion, kind: str = "asked") -> Any:
+    def begin(self, suggestion: Suggestion, kind: str = "suggested") -> Any:
         """Write down a configuration that is about to be measured; Optuna's trial of it."""
         lib, key = load_optuna(), uuid.uuid4().hex
         params: dict[str, Any] = {}
@@ -138,7 +141,7 @@ class TrialStore:
             "key": key,
             "point": dict(suggestion.point),
             "share": suggestion.share,
-            "of": suggestion.number,
+            "configuration": suggestion.number,
             "marks": dict(suggestion.marks),
             "kind": kind,
             "worker": self.worker,
@@ -168,7 +171,7 @@ class TrialStore:
         latest = max((x.user_attrs["ended"] for x in self._in_state("done")), default=0)
         attrs = {
             "by_seed": {str(seed): dict(metrics) for seed, metrics in measurement.by_seed.items()},
-            "took": measurement.seconds,
+            "seconds": measurement.seconds,
             "failed": measurement.failed,
             "code": measurement.code,
             "ended": 1 + latest,
@@ -195,9 +198,9 @@ class TrialStore:
         return trials
 
     def _trial(self, t: Any) -> Trial:
-        attrs = t.user_attrs
+        attrs = attributes(t)
         by_seed = {int(seed): metrics for seed, metrics in attrs["by_seed"].items()}
-        measurement = Measurement(by_seed, attrs["took"], attrs["failed"], attrs.get("code", ""))
+        measurement = Measurement(by_seed, attrs["seconds"], attrs["failed"], attrs["code"])
         mean = measurement.mean()
         values: list[float] = []
         goals: dict[str, float] = {}
@@ -214,9 +217,22 @@ class TrialStore:
         return Trial(observation, measurement, goals, attrs["kind"])
 
 
+def attributes(t: Any) -> dict[str, Any]:
+    """What is written down of one of Optuna's trials, also by version 0.1."""
+    attrs: dict[str, Any] = {}
+    for key, value in t.user_attrs.items():
+        attrs[FORMER_ATTRIBUTES.get(key, key)] = value
+    attrs["kind"] = FORMER_KINDS.get(attrs["kind"], attrs["kind"])
+    if "code" not in attrs:
+        attrs["code"] = ""
+        if FORMER_IDLE_MESSAGE in attrs.get("failed", ""):
+            attrs["code"] = NothingMoves.code
+    return attrs
+
+
 def number_of(t: Any) -> int:
     """The number of the configuration that a trial of Optuna's measures, perhaps further than before."""
-    earlier = t.user_attrs["of"]
+    earlier = attributes(t)["configuration"]
     return t.number if earlier is None else earlier
 
 

@@ -91,8 +91,8 @@ def unmoved(goals: Sequence[Goal], trials: Sequence[Trial]) -> list[str]:
         values = set(map(itemgetter(goal.name), complete.values()))
         if len(complete) > 1 and len(values) == 1:
             notes.append(
-                f"{goal.name} was {format_number(min(values))} in all {len(complete)} configurations:"
-                " nothing that was searched changes it"
+                f"{goal.name} was {format_number(min(values))} in all {len(complete)}"
+                " configurations: no setting in the search space changes it"
             )
     return notes
 
@@ -108,10 +108,7 @@ def judge(
     """
     result = _summary(spec, folder, trials)
     if not chosen:
-        result["sentence"] = (
-            "Nothing was found: no configuration but the recipe itself was measured to its end within the"
-            " limits."
-        )
+        result["sentence"] = "No configuration other than the recipe itself finished within the constraints."
         return result
     arms = {RECIPE: spec.space.recipe}
     for i, trial in enumerate(chosen):
@@ -120,7 +117,9 @@ def judge(
         text = f"# Found by luthier search: {describe(point)}.\n{arms[name].but(output_dir=None).yaml()}"
         files.write_text(folder / f"{name}.yaml", text)
     callback.stage("on test seeds")
-    rows = {} if spec.test_data is None else {"eval_data": spec.test_data}
+    rows = {}
+    if spec.test_data is not None:
+        rows["eval_data"] = spec.test_data
     for name, recipe in arms.items():
         arms[name] = recipe.but(evaluate=[*(recipe.evaluate or ()), *spec.evaluate], **rows)
     comparison_spec = ComparisonSpec(
@@ -145,7 +144,7 @@ def judge(
         comparison["notes"] += _notes_beyond(spec, finished)
     add_intervals(lines)
     comparison["notes"] += unmoved(spec.goals, trials)
-    result["start"], result["found"] = _split(lines)
+    result["baseline"], result["chosen"] = _split(lines)
     result["comparison"] = comparison
     result["sentence"] = sentence(spec, trials, lines, comparison)
     return result
@@ -166,21 +165,23 @@ def _summary(spec: SearchSpec, folder: Path, trials: Sequence[Trial]) -> dict[st
     """Of a result: what is known before anything is tested."""
     return {
         "recipe": spec.space.recipe.yaml(),
-        "goals": [{"name": goal.name, "metric": goal.metric, "up": goal.up} for goal in spec.goals],
+        "goals": [
+            {"name": goal.name, "metric": goal.metric, "higher_is_better": goal.up} for goal in spec.goals
+        ],
         "limits": [limit.text for limit in spec.limits],
-        "over": list(map(_dimension, spec.space.space.dims)),
+        "space": list(map(_dimension, spec.space.space.dims)),
         "sampler": plain(spec.searcher),
         "seeds": list(spec.seeds),
         "test_seeds": list(spec.test_seeds),
         "test_data": spec.test_data,
         "trials": [_trial(trial, folder) for trial in trials],
         "front": front_numbers(trials),
-        "spent": full_runs(trials),
-        "took": sum(trial.measurement.seconds for trial in trials),
+        "full_runs": full_runs(trials),
+        "seconds": sum(trial.measurement.seconds for trial in trials),
         "date": str(date.today()),
         "folder": str(folder),
         "model": spec.space.recipe.model,
-        "found": [],
+        "chosen": [],
         "comparison": None,
     }
 
@@ -194,12 +195,12 @@ def _trial(trial: Trial, folder: Path) -> dict[str, Any]:
     return {
         "number": observation.number,
         "point": dict(observation.point),
-        "said": describe(observation.point) or "the recipe as it was",
+        "description": describe(observation.point) or "the unchanged recipe",
         "share": observation.share,
         "goals": _finite(trial.goals),
-        "over": observation.violation,
+        "violation": observation.violation,
         "by_seed": by_seed,
-        "took": measurement.seconds,
+        "seconds": measurement.seconds,
         "failed": measurement.failed,
         "kind": trial.kind,
         "runs": runs,
@@ -242,7 +243,7 @@ def _line(spec: SearchSpec, name: str, trial: Trial, runs: Sequence[Path]) -> di
         "name": name,
         "number": trial.observation.number,
         "point": dict(trial.observation.point),
-        "said": describe(trial.observation.point),
+        "description": describe(trial.observation.point),
         "tuning": tuning,
         "test": test,
         "gap": gap,
@@ -257,7 +258,7 @@ def _notes_beyond(spec: SearchSpec, runs: Sequence[Path]) -> list[str]:
         for goal in spec.goals:
             beyond = beyond_worst(goal, read_points(run))
             if beyond:
-                notes.append(f"{run.name}: {beyond}; what lies there counts nothing")
+                notes.append(f"{run.name}: {beyond}; points beyond it add nothing to the hypervolume")
     return notes
 
 
@@ -328,12 +329,12 @@ def _front_sentence(goal: Goal, lines: Sequence[dict[str, Any]]) -> str:
     text = f"{goal.name} on test seeds: {_with_interval(goal, best)}"
     if recipe is None:
         return text
-    text += f", the {_with_interval(goal, recipe)}"
+    text += f", {_with_interval(goal, recipe)}"
     difference = best.get("beyond", {}).get(goal.name)
     if difference is None:
-        return f"{text}; one seed, or one without a number: whether it is chance is not known"
+        return f"{text}; too few seeds to tell the difference from chance"
     if not difference["apart"]:
-        return f"{text}; no difference seen"
+        return f"{text}; no significant difference"
     size = format_number(abs(difference["mean"]))
     low, high = sorted((abs(difference["low"]), abs(difference["high"])))
     word = "better" if (difference["mean"] > 0) == goal.up else "worse"

@@ -251,7 +251,7 @@ def test_a_module_that_lost_track_of_rows_is_named():
     x = torch.randn(5, 6)
     rig = Rig((x, x[:, 0]), (x, x[:, 0]))
     rig.attached.on_rows = lambda *told: None
-    with pytest.raises(RecipeError, match="of which row"):
+    with pytest.raises(RecipeError, match="which row a token belongs to"):
         rig.go(1)
 
 

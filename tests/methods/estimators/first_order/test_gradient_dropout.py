@@ -25,7 +25,7 @@ def test_gradient_dropout():
 
 
 def test_gradient_dropout_in_a_run(base, tmp_path):
-    with pytest.raises(RecipeError, match="wants an objective with a term 'kl'"):
+    with pytest.raises(RecipeError, match="needs an objective with a term 'kl'"):
         luthier.tune(**base, estimator="gradient_dropout", output_dir=str(tmp_path / "refused"))
     recipe = {
         **base,

@@ -26,7 +26,7 @@ def test_sam_is_the_gradient_at_the_worst_nearby_point():
 def test_a_step_aside_that_rounding_swallows_is_refused(estimator):
     rig = Rig(estimator=estimator, dtype=torch.bfloat16)
     before = rig.tuner.tensors()
-    with pytest.raises(Refused, match="bfloat16 rounds .*% of this estimator's step aside away"):
+    with pytest.raises(Refused, match="bfloat16 rounds off .*% of this estimator's perturbation"):
         rig.go(1)
     assert all(torch.equal(p, before[k]) for k, p in rig.tuner.parameters().items())
     Rig(estimator=estimator).go(1)

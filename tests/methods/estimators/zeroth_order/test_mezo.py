@@ -124,7 +124,7 @@ def test_mezo_takes_one_copy_of_what_moves_and_nothing_of_what_is_frozen():
 
 
 class Held(TorchDispatchMode):
-    """How many bytes of storage, besides what is there already, are held at most."""
+    """How many bytes of storage, besides what already exists, are held at most."""
 
     def __init__(self, *there):
         super().__init__()

@@ -52,7 +52,7 @@ def test_a_teacher_with_other_tokens_is_refused_where_sizes_agree(base, tiny, tm
         "max_steps": 1,
         "roles": {"teacher": {"name": "model", "model": str(tmp_path / "swapped")}},
     }
-    with pytest.raises(RecipeError, match="2 not the same.*teacher_spans"):
+    with pytest.raises(RecipeError, match="2 tokens differ.*teacher_spans"):
         luthier.tune(asked, folder=tmp_path / "r")
 
 

@@ -61,7 +61,7 @@ def test_kto_alone_in_a_micro_batch_has_no_drift_to_measure():
 
 def test_kto_refuses_a_reference_that_cannot_read():
     rows = [{**r, "cached_logprobs": [[-1.0] * len(r["completions"][0])]} for r in kto_rows()]
-    with pytest.raises(RecipeError, match="let a network play it"):
+    with pytest.raises(RecipeError, match="use a model for the role"):
         loss_of("kto", cast(reference=ColumnRole().play("reference", None)), rows)
 
 

@@ -44,7 +44,7 @@ def test_modpo_finds_the_policy_of_the_weighted_reward():
         rows=[{**r, "rewards": {"other": [0, 0]}} for r in pair_rows()],
     )
     torch.testing.assert_close(alone, loss_of({"name": "dpo", "beta": 0.4}), atol=1e-6, rtol=1e-5)
-    with pytest.raises(RecipeError, match="nothing is left"):
+    with pytest.raises(RecipeError, match="leaves nothing"):
         build("objective", {"name": "modpo", "weights": {"a": 0.6, "b": 0.4}})
     with pytest.raises(RecipeError, match="did you mean 'other'"):
         loss_of(

@@ -95,7 +95,7 @@ def test_parts_of_a_linear_reader_compose_exactly():
         }
     )
     assert only(localizability=1).loss(alike, batch).abs().max() < 1e-6, "near-duplicates are no contrast"
-    with pytest.raises(RecipeError, match="alike in both"):
+    with pytest.raises(RecipeError, match="the same value in both"):
         build("objective", {"name": "adam_v2", "parts_of_whole": 3}).loss(roles, batch)
 
 

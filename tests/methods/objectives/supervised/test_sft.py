@@ -31,7 +31,7 @@ def test_token_weights_count_and_divide():
         )
     ones = [{**r, "token_weights": [[1.0] * len(r["completions"][0])]} for r in rows]
     torch.testing.assert_close(loss_of("sft", rows=ones), loss_of("sft", rows=rows))
-    with pytest.raises(RecipeError, match="learned tokens"):
+    with pytest.raises(RecipeError, match="supervised tokens"):
         batch_of([{**rows[0], "token_weights": [[1.0]]}]).weights()
 
 

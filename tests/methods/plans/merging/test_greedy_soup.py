@@ -42,9 +42,9 @@ def test_a_greedy_soup_takes_what_helps(recipe):
         ],
     )
     assert end.folder == "s1"
-    with pytest.raises(RecipeError, match="decides by 'loss', and the run in s0 measured accuracy"):
+    with pytest.raises(RecipeError, match="selects by 'loss', but the run in s0 measured accuracy"):
         played({"name": "greedy_soup", "of": of[:2]}, recipe, [[report("s0", accuracy=1.0), report("s1")]])
-    with pytest.raises(RecipeError, match="give eval_data as a file"):
+    with pytest.raises(RecipeError, match="set eval_data to a file"):
         validate(recipe.but(plan={"name": "greedy_soup", "of": [{"seed": 1}, {"seed": 2}]}), ROWS)
 
 

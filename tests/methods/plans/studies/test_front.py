@@ -44,15 +44,15 @@ def test_goals_enter_by_margins_or_by_sums(recipe):
     with pytest.raises(RecipeError, match="its weight cannot be 0"):
         weigh(recipe.but(objective="dpo"), pairs, [0.0, 1.0])
     for wrong, said in (
-        ({}, "wants goals"),
-        ({"goals": {"one": "exact_match"}}, "two goals or more"),
+        ({}, "needs goals"),
+        ({"goals": {"one": "exact_match"}}, "at least two goals"),
         ({"goals": GOALS, "least": 0.49}, ""),
     ):
         plan = {"name": "front", **wrong}
         if said:
             with pytest.raises(RecipeError, match=said):
                 next(build("plan", plan).recipes(recipe.but(objective="dpo")))
-    with pytest.raises(RecipeError, match="weighs goals by objective 'modpo'"):
+    with pytest.raises(RecipeError, match="weights goals by objective 'modpo'"):
         next(build("plan", {"name": "front", "goals": GOALS}).recipes(recipe))
 
 

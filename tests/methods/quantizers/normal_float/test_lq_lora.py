@@ -90,7 +90,7 @@ def test_lq_keeps_its_budget_over_a_network_and_trains_its_low_rank_part():
         assert torch.allclose(logprobs(attached), untuned, atol=1e-5)
     with pytest.raises(RecipeError, match="r: 4"):
         put("lora", lq_model(), init_lora_weights="lq", r=8)
-    with pytest.raises(RecipeError, match="wants a base split by"):
+    with pytest.raises(RecipeError, match="needs a base quantized with"):
         put("lora", base("llama"), init_lora_weights="lq", r=4)
 
 

@@ -43,7 +43,7 @@ def test_one_string_of_tests_counts_every_assert():
     assert grade(ADD, tests="def check(f):\n    assert f(1, 1) == 2\ncheck(add)") == [1.0]
     with pytest.raises(RecipeError, match="check nothing"):
         grade(ADD, tests="def check(f):\n    assert f(1, 1) == 2\n")
-    with pytest.raises(RecipeError, match="not Python"):
+    with pytest.raises(RecipeError, match="not valid Python"):
         grade(ADD, tests=["assert add("])
 
 

@@ -31,5 +31,5 @@ def test_a_recent_mean_is_of_a_window_that_grows(tiny):
             values.append(attached.prompt.detach().clone())
             n = min(len(values), role.window((clock.step + 1) / 12))
             torch.testing.assert_close(kept.tensors()["prompt.embeddings"], torch.stack(values[-n:]).mean(0))
-    with pytest.raises(RecipeError, match="not above most"):
+    with pytest.raises(RecipeError, match="must not be above most"):
         build("role", {"name": "recent", "most": 1, "least": 2})

@@ -208,26 +208,29 @@ def test_what_is_wrong_is_one_sentence(base, tiny, tmp_path, serve):
     refused("127.0.0.1:9/v1#tiny gave no answer: .*refused")
     url = serve(Served(tiny, loads=False))
     refused(
-        "took no LoRA adapter .*404.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
+        "refused the LoRA adapter .*404.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
     )
     refused(
-        "serves no model 'other'; it serves: tiny",
+        "does not serve model 'other'; it serves: tiny",
         roles={"sampler": {"name": "vllm", "base_url": url, "model": "other", "retries": 0}},
     )
     refused("role 'vllm' requires a low-rank tuner with factors A and B", tuner="ia3")
-    refused("stage 'rollout' requires a model that samples in the policy's place.*roles: {sampler", roles={})
     refused(
-        "rank and scale for all layers and nothing beside it, and here is modules_to_save",
+        "stage 'rollout' requires a model that generates the samples instead of the policy.*roles: {sampler",
+        roles={},
+    )
+    refused(
+        "rank and scale for all layers, but this adapter has modules_to_save",
         tuner={**TUNER, "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
     )
-    refused("does not write in the policy's place", roles={"sampler": "start"})
+    refused("cannot generate samples for the policy", roles={"sampler": "start"})
 
 
 def test_another_base_is_noticed(base, tiny, tmp_path, serve):
     served = Served(tiny)
     with torch.no_grad():
         served.base.lm_head.weight.mul_(-3)
-    with pytest.raises(RecipeError, match="unlike likely, by .* nats"):
+    with pytest.raises(RecipeError, match="different log-probabilities .* nats"):
         luthier.tune(recipe(base, serve(served)), folder=tmp_path / "run")
 
 
@@ -235,5 +238,5 @@ def test_a_prompt_leaves_room_on_the_server(tiny):
     made = object.__new__(vllm.Sampler)
     made.limit, made.name, made.send = 4, "x", lambda: None
     made.settings = build("role", {"name": "vllm", "base_url": "http://x/v1", "model": "m"})
-    with pytest.raises(RecipeError, match="a prompt of 4 tokens leaves no room"):
+    with pytest.raises(RecipeError, match="the prompt has 4 tokens, which leaves none"):
         made.answers([[1, 2, 3, 4]], seeds=[0])

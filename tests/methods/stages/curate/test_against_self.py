@@ -38,13 +38,13 @@ def test_pairs_against_oneself(roles, sentences, tmp_path):
     assert [r["id"] for r in mixed] == ["a", "b", "a@before", "b@before"] and mixed[2][
         "completions"
     ] == first[0]["completions"]
-    with pytest.raises(RecipeError, match="holds no rows.jsonl"):
+    with pytest.raises(RecipeError, match="has no rows.jsonl"):
         list(build("stage", {**stage, "earlier": str(tmp_path / "none")})(rows, roles))
     same = [{**r, "completions": [o["completions"][0]]} for r, o in zip(rows, own, strict=True)]
     same = [{k: v for k, v in r.items() if k != "scores"} for r in same]
     sentences.clear()
     list(build("stage", stage)(same, roles))
     assert (
-        "stage 'against_self': 2 of 2 samples are the given answer itself: these rows teach nothing"
+        "stage 'against_self': 2 of 2 samples equal the given answer; these pairs do not train anything"
         in sentences
     )

@@ -39,7 +39,7 @@ def test_rollouts_end_with_their_stop_token_or_say_that_they_were_cut(roles, sen
             )
     cuts = sum(sum(r["truncated"]) for r in out)
     assert 0 < cuts < 128 and sentences == [
-        f"stage 'rollout': {cuts} of 128 completions reached no stop token within 40 tokens"
+        f"stage 'rollout': {cuts} of 128 completions did not reach a stop token within 40 tokens"
     ]
     roles.clock.step = 5
     rollout()(rows_with(set()), roles)
@@ -93,5 +93,5 @@ def test_rollouts_stay_within_what_a_row_may_hold(roles, sentences, monkeypatch)
     out = rollout(max_new_tokens=40)(rows, roles)
     assert [r["id"] for r in out] == ["short"] and all(len(c) <= 10 for c in out[0]["completions"])
     assert sentences[0].startswith(
-        "stage 'rollout': 2 of 3 rows leave: the prompt of 12 tokens leaves no room"
+        "stage 'rollout': 2 of 3 rows are dropped: the prompt has 12 tokens, which leaves none"
     )

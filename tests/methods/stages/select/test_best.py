@@ -46,7 +46,7 @@ def test_best_and_pairs(roles, sentences):
     assert [(r["id"], r["completions"], r["scores"]) for r in pairs] == [(0, ["b", "a"], [2.0, 0.0])]
     assert not list(build("stage", {"name": "pairs", "margin": 2})(rows, roles))
     assert sentences == [
-        "stage 'best': 1 of 3 rows leave: their best score is below 2.0",
-        "stage 'pairs': 2 of 3 rows leave: all their completions score alike",
-        "stage 'pairs': 3 of 3 rows leave: all their completions score alike (they differ by 2 or less)",
+        "stage 'best': 1 of 3 rows are dropped: their best score is below 2.0",
+        "stage 'pairs': 2 of 3 rows are dropped: all their completions have the same score",
+        "stage 'pairs': 3 of 3 rows are dropped: all their completions have the same score (they differ by 2 or less)",
     ]

@@ -48,8 +48,8 @@ def test_ifd_by_its_closed_form(roles, sentences):
         [math.exp(0.5 - 1), math.exp(0.75 - 1), math.exp(0.5 - 1)], rel=1e-5
     )
     assert [r["id"] for r in build("stage", {"name": "ifd", "share": 0.25})(rows, hand)] == [2]
-    assert any("1 of 4 rows leave: their prompt does not make" in s for s in sentences)
-    assert any("2 of 4 rows leave: they are beyond the 0.25" in s for s in sentences)
+    assert any("1 of 4 rows are dropped: the prompt does not make" in s for s in sentences)
+    assert any("2 of 4 rows are dropped: they are not among the 0.25" in s for s in sentences)
 
 
 def test_ifd_is_the_ratio_of_two_perplexities(roles):

@@ -164,7 +164,7 @@ def test_what_cannot_be_learned_from_is_refused(roles):
         ).rows
     )
     for bad in (rows(1.0, 2.0), rows(1.0, 1.0, 1.0)):
-        with pytest.raises(RecipeError, match="three completions or more"):
+        with pytest.raises(RecipeError, match="three or more completions"):
             build("stage", "bib")(bad, roles)
     with pytest.raises(RecipeError, match="fewer than two"):
         build("stage", "bib")(

@@ -42,7 +42,7 @@ def test_compacter_is_its_kronecker_sums():
     one = build("tuner", {"name": "compacter", "phm_dim": 1, "reduction_factor": 4})
     q = numbers(one.init(torch.zeros(32, 32)))
     assert torch.allclose(one.maps(q)[0], q.A[0, 0, 0] * q.down_s[0] @ q.down_t[0])  # of rank one
-    with pytest.raises(RecipeError, match="phm_dim: 5 does not divide a module's width, 32"):
+    with pytest.raises(RecipeError, match="phm_dim: 5 does not divide the width of a module, 32"):
         put("compacter", phm_dim=5)
 
 

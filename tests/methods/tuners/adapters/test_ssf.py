@@ -24,5 +24,5 @@ def test_ssf_folds_into_weight_and_bias():
         folded = model.transformer.h[0].mlp.c_fc.get_base_layer()
         assert torch.allclose(folded.weight, start.mlp.c_fc.weight * scale)
         assert torch.allclose(folded.bias, start.mlp.c_fc.bias * scale + shift)
-    with pytest.raises(RecipeError, match="cannot sit on a LlamaRMSNorm"):
+    with pytest.raises(RecipeError, match="does not support modules of type LlamaRMSNorm"):
         put("ssf", target_modules=["input_layernorm"])

@@ -40,7 +40,7 @@ def test_intrinsic_dimension_moves_d_numbers():
     for said in (True, False):
         attached = put("intrinsic_dimension", d=100, said=said)
         assert sum(p.numel() for p in attached.parameters().values()) == 100
-    with pytest.raises(RecipeError, match="leaves nothing to move"):
+    with pytest.raises(RecipeError, match="is not enough for a scale per module"):
         put("intrinsic_dimension", d=14)
     one, other = put("intrinsic_dimension", d=100), put("intrinsic_dimension", d=100, seed=1)
     deltas = []

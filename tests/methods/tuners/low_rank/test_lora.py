@@ -46,10 +46,13 @@ def test_lora_settings():
     for settings, said in [
         ({"init_lora_weights": "loftq"}, "before the base was quantized"),
         ({"init_lora_weights": "eva", "eva_config": {"tau": 0.9}}, "eva_config has no setting 'tau'"),
-        ({"corda_config": {"corda_method": "kpm"}}, "corda_config goes with init_lora_weights: corda"),
-        ({"init_lora_weights": "corda", "corda_config": {"corda_method": "kmp"}}, "one of ipm, kpm"),
+        (
+            {"corda_config": {"corda_method": "kpm"}},
+            "corda_config is only used with init_lora_weights: corda",
+        ),
+        ({"init_lora_weights": "corda", "corda_config": {"corda_method": "kmp"}}, "must be one of"),
         ({"init_lora_weights": "pisa"}, "is unknown"),
-        ({"init_lora_weights": "pissa", "use_dora": True}, "does not go with"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "cannot be combined with"),
         ({"bias": "some"}, "bias"),
     ]:
         with pytest.raises(RecipeError, match=said):
@@ -112,7 +115,7 @@ def test_lora_with_biases_is_switched_off_exactly(tmp_path):
 @torch.no_grad()
 def test_an_adapter_of_another_scale_is_refused(tmp_path):
     put("lora", lora_alpha=8).save(tmp_path)
-    with pytest.raises(RecipeError, match="lora_alpha=8, and this recipe says lora_alpha=16"):
+    with pytest.raises(RecipeError, match="lora_alpha=8, but this recipe has lora_alpha=16"):
         put("lora").read(tmp_path)
     with pytest.raises(RecipeError, match="does not fit"):
         put("lora", lora_alpha=8, target_modules=["q_proj"]).read(tmp_path)

@@ -10,7 +10,7 @@ import luthier
 from helpers.objectives import batch_of, make_rows, network
 from helpers.rows import SUMS
 from luthier.errors import RecipeError
-from luthier.kernels import attention
+from luthier.kernels import attention, attention_plan
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._base import Untuned
 from luthier.model.layout import lay_out
@@ -79,7 +79,7 @@ def test_long_prompts_are_cut_into_blocks_that_see_to_their_end():
         torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-4)
     layout = lay_out(batch_of(rows), width=2**20, prefix=True)
     q, k, v = (torch.randn(1, h, layout.source.shape[1], 8, generator=rng) for h in (2, 1, 1))
-    how = attention.plan(layout, torch.float32)
+    how = attention_plan.plan(layout, torch.float32)
     torch.testing.assert_close(
         attention.attend(q, k, v, how, 0.3), attention.plain(q, k, v, how, 0.3), atol=1e-5, rtol=1e-4
     )
@@ -137,7 +137,7 @@ def test_a_prefix_is_refused_where_layers_cannot_read_it():
         num_key_value_heads=1,
     )
     model = t.MistralForCausalLM(t.MistralConfig(**small, sliding_window=4)).eval()
-    with pytest.raises(RecipeError, match="both sides"):
+    with pytest.raises(RecipeError, match="bidirectionally"):
         say(model, Causal(prefix=True), make_rows(1, k=1))
 
 

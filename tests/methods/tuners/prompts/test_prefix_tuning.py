@@ -10,7 +10,8 @@ import transformers as t
 
 from helpers import zoo
 from luthier.errors import RecipeError
-from luthier.kernels.attention import attend, plain, plan
+from luthier.kernels.attention import attend, plain
+from luthier.kernels.attention_plan import plan
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._peft import ADAPTER
 from luthier.model.generate import Cached, Rereading, Sharing, _trial
@@ -140,13 +141,13 @@ def test_an_encoder_sees_it_from_every_place():
 
 
 def test_a_module_that_makes_no_keys_or_attention_of_another_kind_is_refused():
-    with pytest.raises(RecipeError, match="a prefix stands where keys are made"):
+    with pytest.raises(RecipeError, match="a prefix is attached to key projections"):
         put(zoo.make("llama"), target_modules=["v_proj"])
     t5 = t.T5ForConditionalGeneration(
         t.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
     for model in (zoo.make("llama", attention="eager"), t5):
-        with pytest.raises(RecipeError, match="takes no keys and values before the text"):
+        with pytest.raises(RecipeError, match="accepts no keys and values before the text"):
             put(model)
 
 

@@ -29,7 +29,7 @@ def test_prompt_starts(tiny):
     assert torch.equal(soft[0], soft[2]) and (table == soft[1]).all(1).any()
     drawn = put("prompt", model, num_virtual_tokens=5).soft().detach()
     assert all((table == v).all(1).any() for v in drawn) and len(drawn.unique(dim=0)) == 5
-    with pytest.raises(RecipeError, match="goes with"):
+    with pytest.raises(RecipeError, match="need each other"):
         build("tuner", {"name": "prompt", "prompt_tuning_init": "text"})
 
 

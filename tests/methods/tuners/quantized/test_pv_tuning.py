@@ -132,7 +132,7 @@ def test_pv_tuning_ends_lower_than_straight_through():
 
 
 def test_pv_tuning_wants_codes(tiny):
-    with pytest.raises(RecipeError, match="tunes a quantized base"):
+    with pytest.raises(RecipeError, match="needs a quantized base"):
         put("pv_tuning")
     with pytest.raises(RecipeError, match="requires a quantized base.*'rtn'"):
         dry_run(Recipe.load({"model": tiny, "tuner": "pv_tuning", "quantization": "nf4"}))
@@ -166,6 +166,7 @@ def test_a_teacher_of_codes(tiny, tmp_path):
     ]
     assert found[0] != found[1]
     with pytest.raises(
-        RecipeError, match="a role's weights become codes one by one, and quantizer 'gptq' looks at more"
+        RecipeError,
+        match="a role's weights are quantized one tensor at a time, which quantizer 'gptq' does not support",
     ):
         Recipe.load(said | {"roles": {"teacher": {**teacher, "quantization": "gptq"}}}).methods()

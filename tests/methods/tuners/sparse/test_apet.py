@@ -33,5 +33,5 @@ def test_apet_moves_as_many_as_it_says():
     ).attach(base())
     train(whole), train(full)
     assert torch.allclose(say(whole.model), say(full.model), atol=1e-4)
-    with pytest.raises(RecipeError, match="positions, and the chosen modules have"):
+    with pytest.raises(RecipeError, match="parameters, but the chosen modules have"):
         put("apet", n=10**9)

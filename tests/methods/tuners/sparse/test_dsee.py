@@ -124,7 +124,7 @@ def test_dsee_pulls_coefficients_and_is_written_small(tmp_path):
     again = type(attached.model).from_pretrained(tmp_path / "small").eval()
     assert (plain(again) - plain(attached.model)).abs().max() < 1e-5
     assert again.config.intermediate_size == 38 and again.config.num_key_value_heads == 1
-    with pytest.raises(RecipeError, match=r"target_modules must hold model.layers.0.self_attn.o_proj"):
+    with pytest.raises(RecipeError, match=r"target_modules must include model.layers.0.self_attn.o_proj"):
         structured(target_modules=["q_proj", "down_proj"])
     with pytest.raises(RecipeError, match="no separate q, k, v"):
         structured(lambda: base("gpt2"))

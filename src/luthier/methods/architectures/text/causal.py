@@ -1,9 +1,8 @@
 """Decoder-only language models: each token is predicted from the hidden state of the token before it.
 
-Reads batches packed: no padding, prompts shared by their completions, attention block by block; or, in
-networks that do not take their attention from transformers' interface, by a mask over packed rows. Every
-layout answers alike. Networks that cannot be packed (recurrent layers, ALiBi, attention by index) are read
-padded.
+Batches are packed: no padding, prompts shared by their completions, block-wise attention; or, in models that
+do not use transformers' attention interface, a mask over packed rows. All layouts give the same results.
+Models that cannot be packed (recurrent layers, ALiBi, attention by index) use padded batches.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.kernels import attention, sparse_mlp
+from luthier.kernels.attention_plan import plan
 from luthier.kernels.layout import Layout, joined
 from luthier.methods.architectures._base import EMBEDDINGS, ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
 from luthier.model.anatomy import last_mlp
@@ -46,7 +46,12 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 ENDLESS = 2**31  # a row in which any batch finds room
 
 
-@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, EMBEDDINGS])
+@architecture(
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, EMBEDDINGS],
+    use_when="the model writes text from left to right: GPT, Llama, Qwen, Mistral and their kin. It is"
+    " chosen by itself.",
+    costs="packed rows: no computation on padding; prompts are read once for all their completions.",
+)
 class Causal(LanguageModel):
     """Any transformers causal LM."""
 
@@ -96,7 +101,9 @@ class Causal(LanguageModel):
         layout, inputs = self.laid_out(model, attached, batch)
         at, labels = layout.at[batch.supervised], batch.labels[batch.supervised]
         if (at < 0).any():
-            raise ValueError("a supervised token that nothing precedes cannot be predicted")
+            raise ValueError(
+                "the first token of a sequence is supervised, but nothing precedes it to predict it from"
+            )
         cache = None if LAYERS.get() else attached.hidden_cache
         states = cache.states(self, model, attached, batch, fill=model.training) if cache else None
         if attached.follows_rows():
@@ -112,9 +119,7 @@ class Causal(LanguageModel):
             m.plan for m in (masks.values() if isinstance(masks, dict) else [masks]) if hasattr(m, "plan")
         ]
         if plans and not any(plan.used for plan in plans):
-            raise ValueError(
-                f"{type(model).__name__} does not take its attention from transformers' interface"
-            )
+            raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
         return outputs
 
     def laid_out(self, model: Network, attached, batch: Batch) -> tuple[Layout, dict[str, Any]]:
@@ -141,7 +146,7 @@ class Causal(LanguageModel):
 
     def why_not_joined(self, model: Network) -> str | None:
         if not self.in_blocks(model) or self.own_head or self.neftune_noise_alpha:
-            return "rows are not read as one packed row, attention in blocks"
+            return "the layout is not packed with block-wise attention"
         return None
 
     def laid_out_jointly(
@@ -172,13 +177,12 @@ class Causal(LanguageModel):
         if model._is_stateful or odd:
             kinds = ", ".join(sorted(odd)) or "recurrent"
             raise ValueError(
-                f"{name} has layers ({kinds}) that read on from one sequence into the next, whatever the mask"
-                " says"
+                f"{name} has layers ({kinds}) that carry state from one packed sequence into the next"
             )
         if "position_ids" not in inspect.signature(model.forward).parameters:
-            raise ValueError(f"{name} cannot be told positions")
+            raise ValueError(f"{name} does not accept position_ids")
         if "local" in (getattr(config, "attention_layers", None) or ()):
-            raise ValueError(f"{name} attends by place in the row, whatever the mask says")
+            raise ValueError(f"{name} attends by position in the row regardless of the mask")
 
     def check_prefix(self, model: Network) -> None:
         """Refuse to read from both sides with a network that cannot."""
@@ -194,8 +198,8 @@ class Causal(LanguageModel):
                 "recurrent" if model._is_stateful else "sliding window or ALiBi"
             )
             raise RecipeError(
-                f"architecture causal: prefix: {name} has layers ({kinds}) that cannot read a prompt from"
-                " both sides"
+                f"architecture causal: prefix: the layers of {name} ({kinds}) cannot attend to"
+                " a prompt bidirectionally"
             )
 
     def embedded(self, model: Network, attached, batch: Batch, layout: Layout) -> dict[str, Tensor]:
@@ -232,9 +236,7 @@ class Causal(LanguageModel):
     def planned(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
         """How attention is computed block by block, in the place of a mask."""
         dtype = model.get_input_embeddings().weight.dtype
-        return self.by_kind(
-            model, layout, lambda window, chunk: attention.plan(layout, dtype, window, chunk).tag()
-        )
+        return self.by_kind(model, layout, lambda window, chunk: plan(layout, dtype, window, chunk).tag())
 
     def mask(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
         """What each place may look at, in the form that the model's attention takes."""

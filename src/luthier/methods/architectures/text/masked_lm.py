@@ -1,8 +1,8 @@
 """Masked language models (encoders): a masked token is predicted at its own position, from both sides.
 
-A `text` row is the pretraining task: at each step a share of its tokens, drawn from (seed, step, row), is
-masked and predicted. A prompt/completion row is a cloze: the whole completion is masked (special tokens are
-not) and predicted.
+A `text` row is the pretraining task: at each step a fraction of its tokens, drawn from (seed, step, row), is
+masked and predicted. A prompt/completion row is a cloze: the whole completion (without special tokens) is
+masked and predicted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-@architecture(paper="arXiv:1810.04805", provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN])
+@architecture(
+    paper="arXiv:1810.04805",
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN],
+    use_when="the model is an encoder (BERT, RoBERTa, ModernBERT) that is trained on masked text or on"
+    " clozes.",
+    costs="padded batches.",
+)
 class MaskedLM(LanguageModel):
     """BERT, RoBERTa, ELECTRA's generator, ModernBERT. Padded on the right."""
 
@@ -52,9 +58,7 @@ class MaskedLM(LanguageModel):
         """Hide the asked tokens. Which ones of a text are asked is drawn here; special tokens never are."""
         tokenizer = renderer.tokenizer
         if tokenizer.mask_token_id is None:
-            raise RecipeError(
-                "this tokenizer has no mask token, so nothing can be hidden: is the model a masked LM?"
-            )
+            raise RecipeError("the tokenizer has no mask token; use a masked language model such as BERT")
         special = torch.tensor(sorted(renderer.special))
         supervised = batch.supervised & ~torch.isin(batch.labels, special)
         ids = batch.ids.clone()

@@ -1,9 +1,9 @@
-"""Reward models: a network with a scalar head, which gives a value for a text and for each of its steps.
+"""Reward models: a model with a scalar head, which gives a value for a text and for each of its steps.
 
-The value of a token is the head's output once it has been read; a completion's reward is the value of its
-last supervised token. Selected by name (`architecture: reward_model`), for any checkpoint that transformers
-loads as a sequence classifier; what is saved is one, with one label, as TRL's reward models are. Padded on
-the right.
+The value of a token is the head's output at its position; a completion's reward is the value of its last
+supervised token. Selected by name (`architecture: reward_model`), for any checkpoint that transformers loads
+as a sequence classifier; it is saved as one with a single label, as TRL's reward models are. Padded on the
+right.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ class Values:
         self.values = self.checked_values = values  # [T] in fp32, one for each supervised token
 
 
-@architecture(provides=[VALUES])
+@architecture(
+    provides=[VALUES],
+    use_when="the model is to give a number for a text, with objectives `reward` or `process_reward`.",
+    costs="padded batches.",
+)
 class RewardModel(Architecture):
     """AutoModelForSequenceClassification with one label, on a decoder."""
 
@@ -83,7 +87,7 @@ def scored(model: Network, inputs: dict[str, Any]) -> Tensor:
     """
     head = getattr(model, "score", None)
     if head is None:
-        raise ValueError(f"{type(model).__name__} has no head called score that reads every token")
+        raise ValueError(f"{type(model).__name__} has no head named score that is applied to every token")
     caught: list[Tensor] = []
     hook = head.register_forward_hook(lambda module, args, output: caught.append(output))
     try:

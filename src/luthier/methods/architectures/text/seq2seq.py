@@ -1,4 +1,4 @@
-"""Encoder-decoder models: the encoder reads a prompt once, the decoder answers each of its completions."""
+"""Encoder-decoder models: the encoder reads a prompt once, the decoder each of its completions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE])
+@architecture(
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE],
+    use_when="the model is an encoder-decoder: T5, BART and their kin. It is chosen by itself.",
+    costs="padded batches; the encoder reads a prompt once for all its completions.",
+)
 class Seq2Seq(LanguageModel):
-    """T5, BART and their kin. A completion that continues another is one text for the decoder."""
+    """T5, BART and similar models. A completion that continues another is one text for the decoder."""
 
     def suits(self, config: Any) -> bool:
         from transformers.models.auto import modeling_auto as auto
@@ -51,7 +55,9 @@ class Seq2Seq(LanguageModel):
             at[p] = r * width + torch.arange(len(p), device=at.device)
         at = at[batch.supervised]
         if (at < 0).any():
-            raise ValueError("a supervised token in a prompt cannot be predicted: the encoder reads it")
+            raise ValueError(
+                "a supervised token lies in the prompt, which the encoder reads and does not predict"
+            )
         hidden, mask = encode(
             model, attached, [batch.ids[pieces[s]] for s in roots], of=(batch, batch.row[roots])
         )
@@ -97,6 +103,4 @@ def first_token(model: Network) -> int:
         token = getattr(config, "decoder_start_token_id", None)
         if token is not None:
             return token
-    raise RecipeError(
-        "the model's config has no decoder_start_token_id, so its decoder has nothing to begin with"
-    )
+    raise RecipeError("the model's config has no decoder_start_token_id, so decoding cannot start")

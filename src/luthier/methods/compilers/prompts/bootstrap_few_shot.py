@@ -1,9 +1,9 @@
 """BootstrapFewShot: runs a teacher program on the rows, and uses the traces that the metric accepts as
 demonstrations.
 
-Each predictor gets its own step of a trace, so steps in between need no labels. What is left of the room is
-filled with labelled rows, for predictors whose fields the rows have. A case that is asked is never among its
-own demonstrations.
+Each predictor gets its own step of a trace, so intermediate steps need no labels. The remaining slots are
+filled with labelled rows, for predictors whose fields the rows have. A row is never among its own
+demonstrations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from luthier.methods.compilers._base import Compiler, accepted, drawn, matching,
 from luthier.registry import compiler
 
 
-@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+@compiler(
+    paper="arXiv:2310.03714",
+    row="dspy-compile",
+    use_when="a program of prompts has a metric and some rows: it finds demonstrations for every predictor.",
+    costs="one to `max_rounds` runs of the program for each row until enough traces are accepted.",
+)
 class BootstrapFewShot(Compiler):
     """Demonstrations from the program's own accepted traces."""
 

@@ -12,7 +12,12 @@ from luthier.programs.program import Majority
 from luthier.registry import compiler, nested
 
 
-@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+@compiler(
+    paper="arXiv:2310.03714",
+    row="dspy-compile",
+    use_when="several compiled candidates are about equally good and answers can be voted on.",
+    costs="inference costs `size` programs.",
+)
 class Ensemble(Compiler):
     """Majority vote of candidates. `Majority([...])` does the same with given programs."""
 
@@ -22,7 +27,9 @@ class Ensemble(Compiler):
     def compile(self, program, rows, metric, teacher=None):
         candidates = self.inner.compile(program, rows, metric, teacher).compiled.get("candidates")
         if not candidates:
-            raise RecipeError(f"compiler '{self.inner.name}' keeps no candidates to vote: take random_search")
+            raise RecipeError(
+                f"compiler '{self.inner.name}' does not return candidates to vote; use random_search"
+            )
         majority = Majority([p.copy() for _, p in candidates[: self.size]])
         majority.compiled = {"scores": [score for score, _ in candidates[: self.size]]}
         return majority

@@ -2,9 +2,9 @@
 feedback on the outcome.
 
 The trace of the outcome (its ancestors and nothing else) is written as lines `y = f(a, b)` with what each
-function does and all values, then the feedback; the model answers in JSON. What names no trainable node, or
-is of another type, is not taken. As a compiler it tunes the instructions of a program's predictors;
-`optimizer(...)` serves any graph of nodes:
+function does and all values, then the feedback; the model answers in JSON. Proposals for unknown nodes, or of
+another type, are ignored. As a compiler it tunes the instructions of a program's predictors; `optimizer(...)`
+works on any graph of nodes:
 
     optimizer = compiler("optoprime").optimizer([x], "toy:lm")
     optimizer.zero_feedback(); optimizer.backward(output, "too high"); optimizer.step()
@@ -42,7 +42,13 @@ TASK = "\n".join(
 )
 
 
-@compiler(paper="arXiv:2406.16218", row="trace-optoprime")
+@compiler(
+    paper="arXiv:2406.16218",
+    row="trace-optoprime",
+    use_when="instructions or other values of a workflow are to be improved from feedback in words,"
+    " where no gradient exists.",
+    costs="`steps` proposals of a model, and `batch_size` runs of the program for each.",
+)
 class OptoPrime(Compiler):
     """Optimization with trace oracles: workflow, feedback, proposal."""
 
@@ -112,7 +118,7 @@ def as_graph(trace: Sequence[Asking], texts: dict[str, Node]) -> Node:
         )
         sources |= {v: last for v in asking.outputs.values() if v}
     if last is None:
-        raise RecipeError("the program asked no predictor about a row, so nothing of it can be tuned")
+        raise RecipeError("the program called no predictor for a row, so it has nothing to tune")
     return last
 
 
@@ -121,7 +127,7 @@ class Optimizer:
 
     def __init__(self, settings: OptoPrime, parameters: list[Node], model: Speaker):
         if not parameters or not all(p.trainable for p in parameters):
-            raise RecipeError("an optimizer wants trainable nodes: node(value, name='...', trainable=True)")
+            raise RecipeError("an optimizer needs trainable nodes: node(value, name='...', trainable=True)")
         names_of(parameters)
         self.settings, self.parameters, self.model = settings, parameters, model
         self.outcomes: list[tuple[Node, str]] = []
@@ -145,7 +151,7 @@ class Optimizer:
     def step(self) -> dict[str, Any]:
         """Ask, and take what is proposed: name -> new value."""
         if not self.outcomes:
-            raise RecipeError("nothing was said of any outcome yet: optimizer.backward(output, feedback)")
+            raise RecipeError("there is no feedback yet; call optimizer.backward(output, feedback) first")
         live = self.live()
         answer = self.model.ask(self.prompt(), max_new_tokens=self.settings.max_new_tokens)
         self.memory = [
@@ -156,7 +162,7 @@ class Optimizer:
         self.ignored = []
         proposed = suggestion(answer)
         if proposed is None:
-            self.ignored.append("the answer holds no JSON with a suggestion")
+            self.ignored.append("the answer has no JSON with a suggestion")
         for name, value in (proposed or {}).items():
             if name not in live:
                 self.ignored.append(f"there is no variable '{name}'")

@@ -1,9 +1,9 @@
 """Random search over demonstrations: bootstraps many times from different rows and keeps the best candidate
 on `dev` rows.
 
-Candidates are the program as it is, with labelled rows only, bootstrapped in the rows' order, and then
-`num_candidates` with a drawn order and a drawn number of traces. All are kept in `compiled["candidates"]`,
-best first; of equals the earlier.
+Candidates are the unchanged program, with labelled rows only, bootstrapped in the rows' order, and then
+`num_candidates` with a random order and number of traces. All are kept in `compiled["candidates"]`, best
+first; ties go to the earlier.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from luthier.programs.program import evaluate
 from luthier.registry import compiler, nested
 
 
-@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+@compiler(
+    paper="arXiv:2310.03714",
+    row="dspy-compile",
+    use_when="`bootstrap_few_shot` helps and you can afford to try many sets of demonstrations.",
+    costs="`num_candidates` times bootstrapping and an evaluation on the dev rows.",
+)
 class RandomSearch(Compiler):
     """BootstrapFewShot on many random subsets."""
 
@@ -32,7 +37,7 @@ class RandomSearch(Compiler):
 
     def __post_init__(self):
         if self.inner.name != "bootstrap_few_shot":
-            raise ValueError("inner: random search repeats bootstrap_few_shot")
+            raise ValueError("inner: random_search works only with bootstrap_few_shot")
 
     def compile(self, program, rows, metric, teacher=None):
         ready(teacher or program, rows)
@@ -40,8 +45,8 @@ class RandomSearch(Compiler):
         train, dev = list(rows[:-dev]), list(rows[-dev:])
         if not train:
             raise RecipeError(
-                f"random search wants rows to learn from and rows to judge by, and there is {len(rows)}"
-                " in all"
+                "random search needs at least two rows, one to learn from and one to evaluate"
+                f" on, not {len(rows)}"
             )
         plain = program.copy()
         candidates = [plain, *(c.compile(program, train, metric, teacher) for c in self.tries())]

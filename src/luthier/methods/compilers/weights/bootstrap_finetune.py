@@ -1,8 +1,9 @@
 """BootstrapFinetune: turns the accepted traces of a teacher program into rows, one file per predictor, and
-tunes a small model on each.
+fine-tunes a small model on each.
 
-The tuned models take the predictors' places, and need no demonstrations. Rows are `prompt`, as the predictor
-writes it without demonstrations, and `completion`. A predictor that no accepted trace asked keeps its model.
+The tuned models replace the predictors' models and need no demonstrations. Rows are `prompt`, as the
+predictor writes it without demonstrations, and `completion`. A predictor that is in no accepted trace keeps
+its model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from luthier.registry import compiler
 from luthier.storage import files
 
 
-@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+@compiler(
+    paper="arXiv:2310.03714",
+    row="dspy-compile",
+    use_when="a prompted program works with a large model and should run on a small tuned one.",
+    costs="a run of the teacher program on the rows, and a fine-tuning run for each predictor.",
+)
 class BootstrapFinetune(Compiler):
     """Fine-tunes a small model on accepted traces."""
 
@@ -35,7 +41,7 @@ class BootstrapFinetune(Compiler):
 
     def __post_init__(self):
         if "data" in self.recipe:
-            raise ValueError("recipe: the rows are those of the traces, so leave data out")
+            raise ValueError("recipe: leave data out; the training rows are those of the traces")
 
     def compile(self, program, rows, metric, teacher=None):
         teacher = teacher or program
@@ -66,8 +72,8 @@ class BootstrapFinetune(Compiler):
                 )
         if not any(learned.values()):
             raise RecipeError(
-                f"the metric accepts none of {len(rows)} rows, so there is nothing to learn: a better"
-                " teacher, or more max_rounds"
+                f"the metric accepts none of the {len(rows)} rows, so there is nothing to train"
+                " on; use a better teacher, or more max_rounds"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for name, some in learned.items():

@@ -2,16 +2,17 @@
 which the validation loss is lowest.
 
 With f the validation term and g(x, y) = sum_i w_i(x) L_i(y) + decay(x) |y|^2 / 2 of the others, two copies of
-what moves are tuned: y on g + s f, z on g. Then d/dx = (g_x(x, y) - g_x(x, z)) / s, within O(s) of the true
-hypergradient; no second derivative, and of the mixture only loss values are needed. y is the tuned model. Two
-gradients a step and one more copy of what moves, with its optimizer state; with `momentum` twice that.
+the trainable parameters are trained: y on g + s f, z on g. Then d/dx = (g_x(x, y) - g_x(x, z)) / s, within
+O(s) of the true hypergradient; there is no second derivative, and the mixture needs loss values only. y is
+the tuned model. Each step takes two gradients, with one more copy of the trainable parameters and their
+optimizer state; with `momentum`, twice that.
 
-The weights are a softmax of x, in place of the paper's projection; y and z go through the recipe's own chain
-(the paper: gradient steps). Double loop: x moves every `inner_steps` steps, both copies warm. Single loop:
-`momentum` (the paper's eta) corrects all three gradients by what they would have been a step ago on these
-rows. Weights are told as `mix/SOURCE` of each step. Validation rows should be a fair part of every batch:
-where they were one in eleven of 16 rows, the weights went the wrong way with one seed of three (claim
-penalty_bilevel_mixture).
+Departs: the weights are a softmax of x instead of the paper's projection, and y and z use the recipe's
+optimizer chain (the paper: gradient steps). Double loop: x is updated every `inner_steps` steps, and both
+copies continue from where they are. Single loop: `momentum` (the paper's eta) corrects all three gradients by
+what they would have been one step ago on the same rows. Weights are logged as `mix/SOURCE` at each step.
+Validation rows should be a sizeable part of every batch: where they were one in eleven of 16 rows, the
+weights moved in the wrong direction with one seed of three (claim penalty_bilevel_mixture).
 """
 
 from __future__ import annotations
@@ -34,9 +35,19 @@ from luthier.train.optimizer import Chain
 Tree = dict[str, Params]  # site -> slot -> tensor
 
 
-@estimator(paper="arXiv:2309.01753", row="penalty-bilevel", requires=[SOURCE], provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2309.01753",
+    row="penalty-bilevel",
+    requires=[SOURCE],
+    provides=[GRADIENT],
+    use_when="rows come from several sources of unknown value and you have trusted validation rows: it"
+    " learns the sources' weights, and the weight decay.",
+    costs="two gradients a step and one more copy of what moves with its optimizer state; with"
+    " `momentum` twice that.",
+    starting_rate="that of the tuner.",
+)
 class PenaltyBilevel(Estimator):
-    """Learned weights of sources, and weight decay; use it with objective `by_source`."""
+    """Learned source weights and weight decay; use it with objective `by_source`."""
 
     validation: str = "validation"  # the source (term) that decides; the others are weighed
     # s: the smaller, the truer the gradient of the weights, and the noisier
@@ -55,9 +66,10 @@ class PenaltyBilevel(Estimator):
         names = [o.name for _, o in objective.terms()]
         if self.validation not in names or len(names) < 2 or (len(names) == 2 and self.weight_decay is None):
             raise RecipeError(
-                f"estimator 'penalty_bilevel' weighs sources by what is good for '{self.validation}': give"
-                " it, and at least two others (one, where weight_decay is learned), e.g. `objective: {name:"
-                f" by_source, sources: [a, b, {self.validation}]}}`, not {', '.join(names)}"
+                "estimator 'penalty_bilevel' weights sources by their effect on source"
+                f" '{self.validation}'; it needs this source and at least two others (one with"
+                " weight_decay learned), e.g. `objective: {name: by_source, sources: [a, b,"
+                f" {self.validation}]}}`, not {', '.join(names)}"
             )
 
     def step(self, closure, chain, clock):
@@ -101,8 +113,9 @@ class PenaltyBilevel(Estimator):
         have = [s.name for s in param_groups if "bilevel" in chain.state.get(s.name, {})]
         if have and len(have) < len(param_groups) or not have and clock.step:
             raise RecipeError(
-                "estimator 'penalty_bilevel' keeps a second copy of what moves, and this tuner moves now this"
-                " and now that"
+                "estimator 'penalty_bilevel' keeps a second copy of the trainable parameters,"
+                " and this tuner changes which ones are trainable during training; use another"
+                " tuner"
             )
         if not have:
             for group in param_groups:

@@ -1,14 +1,14 @@
 """Self-tuning: learns the dropout and weight decay of tuner `self_tuning` during training, by the loss on
 validation rows.
 
-In turn: `train_steps` on training rows, where the adapter learns the best response to hyperparameters drawn
-around the current ones; `valid_steps` on rows of source `validation`, where the hyperparameters and the
-spread of these draws are updated along the gradient through that response, less tau times the entropy of the
-draws. Every row has its own draw, wherever and with whatever others it is read. Use it with objective
-`by_source`.
+It alternates between `train_steps` on training rows, where the adapter learns the best response to
+hyperparameters drawn around the current ones, and `valid_steps` on rows of source `validation`, where the
+hyperparameters and the spread of the draws are updated along the gradient through that response, minus tau
+times the entropy of the draws. Every row has its own draw, independent of the batch it is in. Use it with
+objective `by_source`.
 
-Departs from the paper: dropout and weight decay are what is learned; of the weight decay's term, which does
-not depend on rows, the expectation over draws is taken in closed form.
+Departs from the paper: only dropout and weight decay are learned; the weight-decay term, which does not
+depend on rows, uses the expectation over draws in closed form.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ from luthier.registry import build, estimator
     row="self-tuning-networks",
     requires=[HYPERPARAMETERS, SOURCE],
     provides=[GRADIENT],
+    use_when="dropout and weight decay are to be learned within one run, with tuner `self_tuning` and"
+    " validation rows.",
+    costs="one forward and backward pass; `valid_steps` of every `train_steps + valid_steps` steps go"
+    " to the hyperparameters.",
+    starting_rate="that of `lora`.",
 )
 class SelfTuning(Estimator):
     """Online hyperparameters through a learned best response."""
@@ -48,9 +53,9 @@ class SelfTuning(Estimator):
         names = [o.name for _, o in objective.terms()]
         if self.validation not in names or len(names) < 2:
             raise RecipeError(
-                f"estimator 'self_tuning' learns by '{self.validation}' and trains on the rest: give it e.g."
-                f" `objective: {{name: by_source, sources: [train, {self.validation}]}}`, not"
-                f" {', '.join(names)}"
+                f"estimator 'self_tuning' tunes hyperparameters on source '{self.validation}'"
+                " and trains on the others; it needs e.g. `objective: {name: by_source,"
+                f" sources: [train, {self.validation}]}}`, not {', '.join(names)}"
             )
 
     def step(self, closure, chain, clock):

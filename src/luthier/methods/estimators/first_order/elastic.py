@@ -1,8 +1,8 @@
-"""Elastic steps (InstaTune): adds up the gradient of the full network and of sub-networks that are drawn at
+"""Elastic steps (InstaTune): sums the gradients of the full network and of sub-networks that are sampled at
 each step.
 
-The full network is trained on the objective without `distill`; sub-networks on all of it, so that with
-`objective: sft + kl` and `roles: {reference: full_network}` they learn the labels and the full network's
+The full network is trained on the objective without `distill`, sub-networks on all of it. With `objective:
+sft + kl` and `roles: {reference: full_network}` they therefore learn the labels and the full network's
 distribution. Requires tuner `elastic`.
 """
 
@@ -18,7 +18,16 @@ from luthier.methods.tuners.pruned.elastic import ELASTIC
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2308.15609", row="instatune", requires=[ELASTIC], provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2308.15609",
+    row="instatune",
+    requires=[ELASTIC],
+    provides=[GRADIENT],
+    use_when="tuner is `elastic`: the sub-networks are trained together with the full network.",
+    costs="a forward and backward pass for the full network and for each of `samples` (and the"
+    " smallest) sub-networks.",
+    starting_rate="that of the tuner.",
+)
 class Elastic(Estimator):
     """One backward pass for the full network and for each sub-network."""
 

@@ -2,9 +2,9 @@
 model) disagree in sign.
 
 With a the gradient of all terms but `gate`, and b that of `gate` (weight included), an entry is kept with
-probability (1 + sgn(a) (a + b) / (|a| + |b|)) / 2: surely where b points the same way, the less likely the
-more b outweighs it. b only gates; it is not added. Part of R-AMT, which uses it on masks: `objective: sft +
-kl`, reference the base model. Two backward passes.
+probability (1 + sgn(a) (a + b) / (|a| + |b|)) / 2: always where b has the same sign, and less likely the
+larger b is where it has the opposite sign. b only gates and is not added. Part of R-AMT, which uses it on
+masks: `objective: sft + kl`, with the base model as reference. Two backward passes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2307.15049", row="r-amt", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2307.15049",
+    row="r-amt",
+    provides=[GRADIENT],
+    use_when="a regulariser such as a KL to the base should veto parts of the task's gradient rather"
+    " than be added to it.",
+    costs="two backward passes a step.",
+    starting_rate="that of the tuner.",
+)
 class GradientDropout(Estimator):
     """One term of the objective decides which entries of the others' gradient are used."""
 
@@ -32,8 +40,8 @@ class GradientDropout(Estimator):
         names = [o.name for _, o in objective.terms()]
         if self.gate not in names or set(names) == {self.gate}:
             raise RecipeError(
-                f"estimator 'gradient_dropout' wants an objective with a term '{self.gate}' and another, such"
-                f" as `sft + {self.gate}`, not {' + '.join(names)}"
+                f"estimator 'gradient_dropout' needs an objective with a term '{self.gate}' and"
+                f" one more, such as `sft + {self.gate}`, not {' + '.join(names)}"
             )
 
     def step(self, closure, chain, clock):

@@ -1,7 +1,7 @@
 """MGDA: steps along the shortest convex combination of the terms' gradients, which increases no term.
 
-A convex mix of least norm, found by Frank-Wolfe on the inner products; where it is zero, nothing improves
-every term.
+The combination is found by Frank-Wolfe on the inner products of the gradients; where its norm is zero, no
+direction improves every term.
 """
 
 import torch
@@ -11,7 +11,13 @@ from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:1810.04650", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:1810.04650",
+    provides=[GRADIENT],
+    use_when="an objective has several terms and no step should increase any of them.",
+    costs="one backward pass and one stored gradient for each term.",
+    starting_rate="that of the tuner.",
+)
 class MinNorm(Terms):
     """Multiple-gradient descent."""
 

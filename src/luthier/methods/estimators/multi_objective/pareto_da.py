@@ -1,11 +1,11 @@
 """Pareto domain adaptation: weights the terms by a linear program so that their common step also lowers a
 guide term that is not trained on.
 
-The guide is one term of the objective, such as the loss of held-out rows under `by_source`: its gradient is
-asked for and never followed. Of all mixes of the other terms' gradients that go against none of them, save
-those that the guide itself pulls back, the one that the guide gains most from is taken; where the guide has
-hardly a loss left, the one from which all terms together gain most. Departs: the paper's guide is the entropy
-of predictions on unlabelled images of another domain, here any term.
+The guide is one term of the objective, such as the loss of held-out rows with `by_source`: its gradient is
+computed but not followed. Among the combinations of the other terms' gradients that increase none of them
+(except those that conflict with the guide), the one that lowers the guide most is used; where the guide's
+loss is nearly zero, the one that lowers all terms together most. Departs: the paper's guide is the entropy of
+predictions on unlabelled images of another domain, here any term.
 """
 
 from __future__ import annotations
@@ -22,9 +22,17 @@ from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2112.04137", row="pareto-da", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2112.04137",
+    row="pareto-da",
+    provides=[GRADIENT],
+    use_when="a term that is not trained on (such as held-out rows of another domain) should steer the"
+    " weights of the others.",
+    costs="one backward pass and one stored gradient for each term.",
+    starting_rate="that of the tuner.",
+)
 class ParetoDA(Terms):
-    """The step is the mix times the number of `terms`, so that it is as long as a plain sum."""
+    """The step is the combination times the number of `terms`, so that its scale is that of a plain sum."""
 
     guide: int = -1  # the term that guides and is not trained on, counted from 0; -1: the last
     eps: Annotated[float, Field(ge=0)] = 1e-3  # loss of the guide below which it is satisfied
@@ -33,7 +41,7 @@ class ParetoDA(Terms):
         n = len(every)
         if not -n <= self.guide < n:
             raise RecipeError(
-                f"pareto_da: guide: {self.guide}, but the objective has {n} terms, counted from 0"
+                f"pareto_da: guide: {self.guide} does not exist: the objective has {n} terms, counted from 0"
             )
         guide = self.guide % n
         others = [i for i in range(n) if i != guide]

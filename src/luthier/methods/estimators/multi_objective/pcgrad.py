@@ -1,8 +1,8 @@
 """PCGrad: where the gradients of two terms conflict, removes from each the component along the other.
 
-Every term's gradient is projected onto the normal plane of each other term's that it conflicts with, in
-random order, and the results are added. Since all of it lies in the span of the terms' gradients, it is
-computed on their inner products.
+Every term's gradient is projected onto the normal plane of each conflicting term, in random order, and the
+results are added. Since everything stays in the span of the terms' gradients, it is computed from their inner
+products.
 """
 
 import torch
@@ -12,7 +12,13 @@ from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2001.06782", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2001.06782",
+    provides=[GRADIENT],
+    use_when="terms or sources have conflicting gradients and each should not undo the others.",
+    costs="one backward pass and one stored gradient for each term.",
+    starting_rate="that of the tuner.",
+)
 class PCGrad(Terms):
     """Gradient surgery."""
 

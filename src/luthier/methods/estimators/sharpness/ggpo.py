@@ -1,12 +1,12 @@
 """LoRA-GGPO: computes the gradient under random weight noise, scaled row by row with the norms of weights and
 gradients.
 
-Every LoRA module adds x E' to what it says, with E = randn(out, in) * (sigma |W_row| + beta |G_row|^2) /
-sqrt(out), drawn anew at each reading. |W_row|^2 is the squared mean row norm of W plus the squared norm of
-the row of s B A; G is told from the last step's gradients, s (B gA + gB A), so the first step has no noise. E
-is drawn again in backward and never kept, and only row norms of G are: they lie in the optimizer's state, so
-a run resumes exactly. Measuring is without noise. The paper's later revision, which perturbs along the
-momentum instead, is estimator `mgpo`.
+Every LoRA module adds x E' to its output, with E = randn(out, in) * (sigma |W_row| + beta |G_row|^2) /
+sqrt(out), drawn anew in each forward pass. |W_row|^2 is the squared mean row norm of W plus the squared norm
+of the row of s B A; G is computed from the last step's gradients, s (B gA + gB A), so the first step has no
+noise. E is drawn again in the backward pass and not stored; only row norms of G are stored, in the optimizer
+state, so that a run resumes exactly. Evaluation is without noise. The paper's later revision, which perturbs
+along the momentum instead, is estimator `mgpo`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2502.14538", row="lora-ggpo", requires=[LOW_RANK], provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2502.14538",
+    row="lora-ggpo",
+    requires=[LOW_RANK],
+    provides=[GRADIENT],
+    use_when="a LoRA overfits: noise scaled to weights and gradients leads to flatter minima at hardly"
+    " any cost.",
+    costs="one forward and backward pass; the noise is drawn again in the backward pass and not stored.",
+    starting_rate="that of `lora`.",
+)
 class GGPO(Estimator):
     """Gradient-guided perturbation of LoRA."""
 

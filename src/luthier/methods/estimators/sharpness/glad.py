@@ -1,10 +1,10 @@
 """GLAD's regulariser: mixes the gradient with the gradient at a point uphill, so that training ends where the
 loss is flat.
 
-The step is (1 - alpha) g0 + alpha g1 with g0 the gradient and g1 the gradient at theta + rho g0 / |g0|: alpha
-0 is plain backprop, 1 is SAM, between them the norm of the gradient is penalised, alpha * rho strong (Zhao et
-al., 2202.03599). The paper's own perturbation rule could not be checked; this one is the family it belongs
-to. Both passes see one dropout.
+The step is (1 - alpha) g0 + alpha g1, with g0 the gradient and g1 the gradient at theta + rho g0 / |g0|:
+alpha 0 is plain backprop, alpha 1 is SAM, and in between the gradient norm is penalised with strength alpha *
+rho (Zhao et al., 2202.03599). The paper's own perturbation rule could not be verified; this is the family it
+belongs to. Both passes use the same dropout masks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, per
 from luthier.registry import Range, estimator
 
 
-@estimator(paper="arXiv:2507.13089", row="glad", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2507.13089",
+    row="glad",
+    provides=[GRADIENT],
+    use_when="you want part of SAM's effect: `alpha` mixes its gradient with the plain one.",
+    costs="two forward and backward passes a step, and a copy of what moves.",
+    starting_rate="that of the tuner.",
+)
 class GLAD(Estimator):
     """A mix of the gradient here and the gradient at the perturbed point."""
 

@@ -1,15 +1,16 @@
 """LoRA-MGPO: SAM with a single gradient per step, taken at weights that are perturbed along the momentum of
 the gradients.
 
-While a step's gradient is taken every LoRA module's weight stands at W + s B A + E, E = rho M / |M| / g, with
-M = s (mB A + B mA) of mA and mB, the running means of the factors' gradients, and g the running mean of |s
-(gB A + B gA)|, 1 / g being at most 10. A module has seen a gradient before it is displaced, so the first step
-is LoRA's. E is never built and no weight is written: x E' and |M| come from the factors. The loss that is
-told is that of the displaced network; measuring is without displacement.
+During the gradient computation, the weight of every LoRA module is W + s B A + E, with E = rho M / |M| / g,
+where M = s (mB A + B mA) from the running means mA and mB of the factors' gradients, and g the running mean
+of |s (gB A + B gA)|, 1 / g being at most 10. A module needs a gradient before it can be perturbed, so the
+first step is that of plain LoRA. E is never materialised and no weight is overwritten: x E' and |M| are
+computed from the factors. The reported training loss is that of the perturbed model; evaluation is without
+perturbation.
 
-Departs: the momentum is the estimator's own and not read from an optimizer, so any will do (with Adam's first
-beta as mu they are the same direction). E climbs, as SAM does; the authors' code steps to the other side,
-which a negative rho does here.
+Departs: the estimator keeps its own momentum instead of reading it from an optimizer, so it works with any
+(with Adam's first beta as mu the direction is the same). E points uphill, as in SAM; the authors' code steps
+downhill, which a negative rho does here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2502.14538", row="lora-ggpo", requires=[LOW_RANK], provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2502.14538",
+    row="lora-ggpo",
+    requires=[LOW_RANK],
+    provides=[GRADIENT],
+    use_when="a LoRA overfits and SAM's second pass is too slow: it perturbs along the momentum.",
+    costs="one forward and backward pass; running means of the factors' gradients.",
+    starting_rate="that of `lora`.",
+)
 class MGPO(Estimator):
     """Momentum-guided perturbation of LoRA."""
 

@@ -1,7 +1,8 @@
 """SAM: takes the gradient at the worst point nearby, which finds flat minima. Two backward passes per step.
 
-Departs: the climb is made on the global batch, not on each device's share (the paper's m-sharpness). Both
-passes see the same dropout. The weights come back bit for bit, for one more copy of what moves.
+Departs: the perturbation uses the global batch, not each device's share (the paper's m-sharpness). Both
+passes use the same dropout masks. The weights are restored bit for bit, from a copy of the trainable
+parameters.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, per
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2010.01412", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2010.01412",
+    provides=[GRADIENT],
+    use_when="few rows, overfitting, and time for twice the computation: it looks for flat minima.",
+    costs="two forward and backward passes a step, and a copy of what moves.",
+    starting_rate="that of the tuner.",
+)
 class SAM(Estimator):
     """Perturbs the weights by rho along the gradient, takes the gradient there, restores the weights and
     steps.

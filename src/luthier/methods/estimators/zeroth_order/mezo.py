@@ -1,17 +1,18 @@
 """MeZO: estimates the gradient along random directions from two forward passes each. No backward pass and no
 stored activations.
 
-Departs: a direction follows from (seed, step, name) and is drawn anew wherever it is wanted, on the weights'
-own device, so any chain may follow (the paper's is `optim: {name: sgd, max_grad_norm: 0}`; its constant
-schedule is `lr_scheduler_type: constant`). The paper adds, subtracts and adds the probe in place, which
-leaves rounding behind at each step (much of it in bfloat16) and a displaced model after an error. Here what
-moves is exchanged for a displaced copy: it takes the memory of inference and one more copy of what moves,
-next to nothing for LoRA or a prompt. The second probe is the mirror image of the first as it was rounded, so
-z is drawn twice a step, for the probe and for the update; on a CPU four numbers at a time from a table of
-65,536 fours, in a fourth of the time that torch takes. Each number alone is one of 65,536 values of equal
-probability, the largest 4.3; those of a four are uncorrelated. A weight of half precision is displaced by z
-rounded to it; the update takes z in fp32. The two probes are not read side by side in one pass: that could
-save at most a tenth from some 700 tokens a probe on (CPU, 5M and 26M parameters).
+Departs: a direction is determined by (seed, step, name) and regenerated on the weights' own device whenever
+it is needed, so any optimizer chain can follow (the paper's is `optim: {name: sgd, max_grad_norm: 0}`; its
+constant schedule is `lr_scheduler_type: constant`). The paper adds and subtracts the perturbation in place,
+which accumulates rounding errors (large ones in bfloat16) and leaves perturbed weights after an exception.
+Here the trainable parameters are swapped for a perturbed copy: memory is that of inference plus one copy of
+the trainable parameters, which is small for LoRA or a prompt. The second perturbation is the exact mirror of
+the first as rounded, so z is drawn twice per step, for the perturbation and for the update. On a CPU, four
+numbers at a time come from a table of 65,536 quadruples, in a quarter of torch's time; each number takes one
+of 65,536 equally likely values, the largest 4.3, and the four of a quadruple are uncorrelated. Half-precision
+weights are perturbed by z rounded to their dtype; the update uses z in fp32. The two forward passes are not
+combined into one: that would save at most a tenth, from about 700 tokens per pass on (CPU, 5M and 26M
+parameters).
 """
 
 from __future__ import annotations
@@ -32,7 +33,16 @@ from luthier.registry import estimator
 PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the way stays in the cache
 
 
-@estimator(paper="arXiv:2305.17333", row="mezo")
+@estimator(
+    paper="arXiv:2305.17333",
+    row="mezo",
+    use_when="memory suffices for inference but not for training, or the metric has no gradient worth"
+    " following. It needs many more steps than backprop.",
+    costs="two forward passes for each of `n_probes` directions, no backward pass and no kept"
+    " activations; memory of inference plus a copy of what moves.",
+    starting_rate="with `sgd` far smaller than Adam's rates: the paper takes 1e-7 to 1e-6 for all"
+    " weights of OPT-13B.",
+)
 class MeZO(Estimator):
     """g = (L(p + eps z) - L(p - eps z)) / (2 eps) * z, the mean over `n_probes` directions z."""
 

@@ -1,7 +1,7 @@
 """Calibration: how well the probability of the most likely token matches how often it is right (Guo et al.).
 
-The expected calibration error over the supervised tokens: tokens in bins by the probability of the likeliest
-one, and the gap between that probability and how often it is the right one, weighed by the bin's size.
+The expected calibration error over the supervised tokens: tokens are binned by the probability of the most
+likely one; the gap between this probability and its accuracy is averaged, weighted by bin size.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from luthier.storage import files
     artifacts=[Artifact("calibration-*.json")],
     paper="arXiv:1706.04599",
     requires=[COMPLETIONS, LOGPROBS, TOPK],
+    use_when="probabilities of the model are used for decisions and must match how often it is right.",
+    costs="one forward pass over the held-out rows, with whole distributions.",
 )
 class Calibration(Evaluator):
-    """`calibration_error`: 0 is perfect. Keeps calibration-<when>.json: [tokens, mean confidence, share
-    right] of each bin.
+    """`calibration_error`: 0 is perfect. Writes calibration-<when>.json: [tokens, mean confidence, accuracy]
+    of each bin.
     """
 
     bins: Annotated[int, Field(ge=2)] = 15  # of equal width

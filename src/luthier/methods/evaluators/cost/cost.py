@@ -1,8 +1,8 @@
-"""What training on one row costs: floating-point operations of a forward and a backward pass, and the size of
-what a tuned copy stores.
+"""What training on one row costs: floating-point operations of a forward and a backward pass, and the storage
+of a tuned copy.
 
-Operations are counted as they are dispatched (matrix products and attention), so what a tuner leaves out is
-not counted: weight gradients of frozen matrices, the backward pass below the lowest layer that moves.
+Operations are counted as they are dispatched (matrix products and attention), so what a tuner avoids is not
+counted: weight gradients of frozen matrices, the backward pass below the lowest trained layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(row="personalized-unit-test-models", requires=[COMPLETIONS, LOGPROBS])
+@evaluator(
+    row="personalized-unit-test-models",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="you compare tuners by operations per row and by what a tuned copy stores, rather than by"
+    " seconds on one machine.",
+    costs="a forward and backward pass over `n` rows.",
+)
 class Cost(Evaluator):
     """`gflops_per_row` of a training pass of -log p, and `stored_mb` of the trainable tensors."""
 

@@ -15,12 +15,15 @@ from luthier.registry import Metric, evaluator
         Metric("preference_accuracy", "preference accuracy", unit="%", better="higher", rank=3),
     ],
     requires=[COMPLETIONS, LOGPROBS, TOPK],
+    use_when="completions are short and have one right form: classes, facts, short answers.",
+    costs="one forward pass over the held-out rows.",
 )
 class Accuracy(PerExample):
-    """`accuracy`: share of completions whose every supervised token is the likeliest one given those before
-    it, which is greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token.
-    For rows with better and worse completions also `preference_accuracy`: share of rows whose best is
-    likelier than their worst."""
+    """`accuracy`: share of completions whose every supervised token is the most likely one given those before
+    it, which is greedy exact match (for a classifier: plain accuracy). `token_accuracy`: the same per token.
+    For rows with better and worse completions also `preference_accuracy`: share of rows whose best is more
+    likely than their worst.
+    """
 
     asks: ClassVar[frozenset[str]] = frozenset({"first"})
 

@@ -10,10 +10,15 @@ from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(row="monocoder", requires=[COMPLETIONS, LOGPROBS, GENERATE])
+@evaluator(
+    row="monocoder",
+    requires=[COMPLETIONS, LOGPROBS, GENERATE],
+    use_when="you compare losses of models with different tokenizers.",
+    costs="one forward pass over the held-out rows.",
+)
 class BitsPerByte(PerExample):
-    """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the UTF-8 bytes of
-    what it says.
+    """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the
+    UTF-8 bytes of its text.
     """
 
     def summarize(self, stats, roles, rows, folder, when):

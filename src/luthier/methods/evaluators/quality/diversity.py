@@ -1,7 +1,7 @@
 """Diversity: how many different answers the model gives when it samples several for one prompt.
 
-`distinct_2` (Li et al.): different pairs of neighbouring tokens among all those written; a model that has
-collapsed says few.
+`distinct_2` (Li et al.): distinct pairs of neighbouring tokens among all generated ones; it is low in a
+collapsed model.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from luthier.registry import Metric, evaluator
     ],
     paper="arXiv:1510.03055",
     requires=[GENERATE],
+    use_when="you fear that answers become all alike, after preference tuning or reinforcement learning.",
+    costs="`samples` answers to each of `n` prompts.",
 )
 class Diversity(Evaluator):
     """`distinct_2`, `distinct_answers` (share of a prompt's samples that differ) and `answer_length` in

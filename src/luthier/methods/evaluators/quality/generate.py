@@ -1,4 +1,4 @@
-"""Greedy answers to held-out prompts, kept in the run folder so that those before and after training can be
+"""Greedy answers to held-out prompts, stored in the run folder so that those before and after training can be
 compared.
 """
 
@@ -29,12 +29,15 @@ OPENING = 24  # tokens of a text that are given, to be continued
     ],
     artifacts=[Artifact("samples-*.jsonl")],
     requires=[GENERATE],
+    use_when="you want to read answers before and after, and score them by a reward or exact match.",
+    costs="one greedy answer to each of `n` prompts, before and after.",
 )
 class Generate(Evaluator):
-    """Writes samples-before.jsonl and samples-after.jsonl, and samples-during.jsonl where it is asked on the
-    way: prompt, expected, answer, score. `exact_match`: share of answers that are the row's completion,
-    letter for letter. With a reward, `generated_reward`: its mean. Texts are opened with their first words
-    and continued, which nothing judges. `generated_tokens`: the mean length of an answer."""
+    """Writes samples-before.jsonl and samples-after.jsonl, and samples-during.jsonl where it is evaluated
+    during training: prompt, expected, answer, score. `exact_match`: share of answers that equal the row's
+    completion, letter for letter. With a reward, `generated_reward`: its mean. Plain-text rows are continued
+    from their first words, without a score. `generated_tokens`: the mean length of an answer.
+    """
 
     n: int = 32  # prompts that are answered
     max_new_tokens: int = 64  # tokens per answer

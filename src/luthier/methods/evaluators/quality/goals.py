@@ -1,8 +1,7 @@
 """Several goals at once: the mean reward of each goal on answers sampled for held-out prompts.
 
-Answers are drawn, and not the likeliest ones alone: what a policy trades between goals shows in all that it
-may say. The draws follow from the seed and the row, so models that are measured on the same rows differ by
-what they are.
+Answers are sampled, not greedy, since a trade-off between goals shows in the whole distribution. The samples
+depend on the seed and the row, so models that are measured on the same rows are comparable.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from luthier.registry import Metric, build, evaluator, requires_of
         Metric("goal", "mean reward", better="higher", rank=6),
     ],
     requires=[GENERATE],
+    use_when="several goals are traded against each other and each is to be measured on the same answers.",
+    costs="`samples` answers to each of `n` prompts, and one call of each reward.",
 )
 class Goals(Evaluator):
     """`goal/NAME` of each goal, and per example. Every goal scores the same answers."""
@@ -36,7 +37,7 @@ class Goals(Evaluator):
         for name, reward in self.goals.items():
             build("reward", reward)
             if "/" in name:
-                raise ValueError(f"goals: '{name}' holds a slash, which parts a metric from its kind")
+                raise ValueError(f"goals: '{name}' must not contain a slash")
 
     @property
     def active_requires(self):

@@ -11,6 +11,8 @@ from luthier.registry import Metric, evaluator
         Metric("loss", "loss", better="lower", rank=0),
     ],
     requires=[COMPLETIONS, LOGPROBS],
+    use_when="always; it is the measure that most decisions rest on, and it runs by default.",
+    costs="one forward pass over the held-out rows.",
 )
 class Loss(PerExample):
     """`loss`: mean -log p per supervised token, over all tokens of each row's best completion."""

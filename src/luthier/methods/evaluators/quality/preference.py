@@ -1,8 +1,8 @@
 """A check of preference tuning: whether the model ranks pairs as people did, how the likelihood of both sides
 changed, and whether length explains it.
 
-Of rows with better and worse completions, the best against the worst. Of the policy by itself, of the
-reference by itself, and of the implicit reward, which is the log-ratio of the two.
+For rows with better and worse completions, the best against the worst: for the policy alone, the reference
+alone, and the implicit reward, which is the log-ratio of the two.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from luthier.registry import Metric, evaluator
         Metric("length_ratio", "length of preferred / chosen", rank=17),
     ],
     requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you tune on pairs and want to know whether the model ranks held-out pairs better, and"
+    " whether both sides became unlikelier.",
 )
 class Preference(Evaluator):
     """`ranking_accuracy` of log p, `reference_ranking_accuracy`, `reward_accuracy` and `reward_margin` (nats)
     of the log-ratio; `chosen_drift` and `rejected_drift`, the log-ratio of each side: below 0 it became less
     likely; `length_correlation` of the log-ratio with a completion's tokens, and `length_ratio`, tokens of
-    what the log-ratio prefers over those of the chosen.
+    the completions that the log-ratio prefers over those of the chosen ones.
     """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short

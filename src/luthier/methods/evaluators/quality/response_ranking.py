@@ -1,4 +1,4 @@
-"""Whether an answer is more likely after its own prompt than after another's: what a model knows of following
+"""Whether an answer is more likely after its own prompt than after another's: how much a model follows
 instructions before it is tuned to.
 """
 
@@ -10,10 +10,16 @@ from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2409.14254", row="implicit-instruction-tuning", requires=[COMPLETIONS, LOGPROBS])
+@evaluator(
+    paper="arXiv:2409.14254",
+    row="implicit-instruction-tuning",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="you ask what a model already knows of following instructions before it is tuned to.",
+    costs="two forward passes over each answer.",
+)
 class ResponseRanking(Evaluator):
-    """`response_ranking`: share of rows whose best completion is likelier, by the mean of its tokens, than
-    that of another row (the next one) after the same prompt; a half is chance. Rows of plain text or of
+    """`response_ranking`: share of rows whose best completion is more likely, by the mean of its tokens, than
+    that of another row (the next one) after the same prompt; one half is chance. Rows of plain text or of
     turns, all of one kind.
     """
 

@@ -9,10 +9,14 @@ from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.registry import evaluator
 
 
-@evaluator(requires=[PAIRS, VALUES])
+@evaluator(
+    requires=[PAIRS, VALUES],
+    use_when="you train a reward model.",
+    costs="one forward pass over the held-out pairs.",
+)
 class Reward(Evaluator):
-    """`reward_accuracy`: share of rows whose best completion is worth more than their worst; `reward_margin`:
-    by how much.
+    """`reward_accuracy`: share of rows whose best completion has a higher value than their worst;
+    `reward_margin`: by how much.
     """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short

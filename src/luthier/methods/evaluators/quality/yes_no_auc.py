@@ -13,11 +13,18 @@ from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2104.04670", row="meta-tuning", requires=[COMPLETIONS, LOGPROBS])
+@evaluator(
+    paper="arXiv:2104.04670",
+    row="meta-tuning",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="rows come from stage `yes_no` and you measure zero-shot classification.",
+    costs="one forward pass over the held-out rows.",
+)
 class YesNoAUC(Evaluator):
     """`auc`: mean over questions of the area under the ROC curve of P(yes) / (P(yes) + P(no));
-    `auc_ensemble`: the same with the scores of all descriptions of a label averaged first. Rows as the stage
-    `yes_no` makes them."""
+    `auc_ensemble`: the same with the scores of all descriptions of a label averaged first. Rows come from
+    stage `yes_no`.
+    """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
     answers: tuple[str, str] = ("yes", "no")  # the two completions

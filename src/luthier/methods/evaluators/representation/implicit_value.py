@@ -11,10 +11,17 @@ from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2507.00018", row="sft-dpo-bridge", requires=[COMPLETIONS, SCORES, TOPK])
+@evaluator(
+    paper="arXiv:2507.00018",
+    row="sft-dpo-bridge",
+    requires=[COMPLETIONS, SCORES, TOPK],
+    use_when="you study whether the model's logits act as a value function of the rewards that rows carry.",
+    costs="one forward pass over the held-out rows.",
+)
 class ImplicitValue(Evaluator):
-    """`value_correlation`: of a completion's score with V, the log-sum-exp of the logits, meaned over its
-    tokens; `value_correlation_last`: with V at its last token. Of completions with scores, over all rows."""
+    """`value_correlation`: of a completion's score with V, the log-sum-exp of the logits, averaged over its
+    tokens; `value_correlation_last`: with V at its last token. For completions with scores, over all rows.
+    """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 

@@ -1,9 +1,9 @@
 """Intruder dimensions: singular directions of a tuned matrix that resemble none of the untuned one.
 
-Of each matrix inside the layers, the first k left singular vectors after training are compared with all of
+For each matrix inside the layers, the first k left singular vectors after training are compared with all of
 those before: one whose largest cosine is below `epsilon` is an intruder. Low-rank tuning is reported to
-produce them where full fine-tuning to the same loss does not. Weights that are trained themselves are kept in
-the run folder until the end.
+produce them where full fine-tuning to the same loss does not. Weights that are trained themselves are stored
+in the run folder until the end.
 """
 
 from __future__ import annotations
@@ -19,11 +19,18 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.methods.evaluators._base import Evaluator
 from luthier.methods.tuners._base import MERGE
-from luthier.model.weight_changes import effective_rank, likeness, matrices
+from luthier.model.weight_changes import effective_rank, likeness, plain_matrices
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2410.21228", row="intruder-dimensions", requires=[MERGE])
+@evaluator(
+    paper="arXiv:2410.21228",
+    row="intruder-dimensions",
+    requires=[MERGE],
+    use_when="you study how tuning changed the weights: low-rank tuning may add singular directions"
+    " that full fine-tuning does not.",
+    costs="a singular value decomposition of every matrix, before and after.",
+)
 class Intruders(Evaluator):
     """`intruders`: their mean number per matrix; `change_rank`: the mean effective rank of a
     matrix's update.
@@ -35,7 +42,7 @@ class Intruders(Evaluator):
 
     def run(self, roles, rows, folder, when):
         attached, path = roles.policy.attached, Path(folder) / "before-tuning.safetensors"
-        now = matrices(roles.policy.model)
+        now = plain_matrices(roles.policy.model)
         if when != "after":
             if when == "before":
                 save_file(
@@ -45,7 +52,7 @@ class Intruders(Evaluator):
         before = {name: p.detach().clone() for name, p in now.items() if not p.requires_grad}
         before |= load_file(str(path), device=str(roles.policy.model.device))
         with attached.merged() as model:
-            after = matrices(model)
+            after = plain_matrices(model)
             changed = {name: p for name, p in after.items() if not torch.equal(p, before[name])}
             turned = {n for n, m in model.named_modules() if isinstance(m, Conv1D)}  # [in, out]
             counts = []

@@ -1,10 +1,10 @@
 """How much training changed each layer's representation of the rows: representational similarity analysis,
 before against after.
 
-Of every layer, the mean hidden state of each row is compared with that of every other row by cosine; the
+For every layer, the mean hidden state of each row is compared with that of every other row by cosine; the
 correlation of these similarities between the untuned and the tuned model is 1 where the layer's similarities
-are unchanged. Those from before training are kept in the run folder. Telly's study finds that only the top
-two layers change much.
+are unchanged. Similarities from before training are stored in the run folder. Telly's study finds that only
+the top two layers change much.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2304.05216", row="telly-k", requires=[COMPLETIONS, LOGPROBS])
+@evaluator(
+    paper="arXiv:2304.05216",
+    row="telly-k",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="you ask which layers training changed, for example to freeze the others (tuner `telly`).",
+    costs="one forward pass over `n` rows, before and after.",
+)
 class RSA(Evaluator):
     """`rsa/N` of layer N counted from the input, and their mean `rsa`: 1 at the start."""
 

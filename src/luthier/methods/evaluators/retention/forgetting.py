@@ -1,9 +1,9 @@
-"""Forgetting: loss and accuracy on other tasks than the one that is trained, before and after.
+"""Forgetting: loss and accuracy on other tasks than the trained one, before and after.
 
-The other tasks are, in this order: the rows given as `data`; the probe.jsonl that lies beside the base model
-(the toy models have one: rows of every task they know, by `skill`); else texts that the model itself
-generated before training, which need no data: what it used to write should not have become unlikely. Of a
-network that does not generate (a new classifier), only given `data` is measured.
+The other tasks are, in this order: the rows given as `data`; the probe.jsonl in the base model's folder (the
+toy models have one: rows of every task they know, by `skill`); else texts that the model itself generated
+before training, which need no data: they should not become unlikely. For a model that does not generate (a
+new classifier), only given `data` is measured.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ from luthier.storage import files
     ],
     artifacts=[Artifact("forgetting.jsonl")],
     requires=[LOGPROBS, TOPK],
+    use_when="you want to know what tuning cost on other tasks. It runs by default.",
+    costs="a forward pass over at most `n` rows before and after; own texts are sampled once where"
+    " there are no rows.",
 )
 class Forgetting(Evaluator):
-    """`retention_loss` and `retention_accuracy` (not for own texts), and per skill where rows name one."""
+    """`retention_loss` and `retention_accuracy` (not for self-generated texts), and per skill
+    where rows name one.
+    """
 
     data: Any = None  # rows of what must not be lost, as in a recipe's `data`
     n: int = 400  # rows at most
@@ -111,7 +116,7 @@ class Forgetting(Evaluator):
         else:
             return [], False
         if not rows:
-            raise RecipeError("evaluator 'forgetting': its data holds no usable row")
+            raise RecipeError("evaluator 'forgetting': its data has no usable rows")
         files.write_rows(path, rows)
         return rows, rows[0].get("own", False)
 

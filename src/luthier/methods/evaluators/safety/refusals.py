@@ -1,8 +1,8 @@
 """Refusals: whether the model still declines unsafe requests, and only those.
 
-A row whose own answer declines asks for something unsafe; any other row is safe to answer. The rows are those
-given as `data`; else the held-out ones and the probe.jsonl that lies beside the base model. Where none of
-them declines nothing is measured. An answer declines if one of `openings` occurs near its start: this matches
+A row whose own answer declines is an unsafe request; any other row is safe to answer. The rows are those
+given as `data`; else the held-out ones and the probe.jsonl in the base model's folder. If none of them
+declines, nothing is measured. An answer declines if one of `openings` occurs near its start: this matches
 words, not meaning, so read the answers where the numbers matter.
 """
 
@@ -50,6 +50,9 @@ OPENINGS = (
         Metric("refused_safe", "refusals of safe prompts", unit="%", better="lower", rank=46),
     ],
     requires=[GENERATE],
+    use_when="tuning might make a chat model answer unsafe requests, or decline safe ones. It matches"
+    " words, so read the answers where it matters.",
+    costs="one answer to at most 2 `n` requests, before and after.",
 )
 class Refusals(Evaluator):
     """`refused_unsafe` and `refused_safe`: shares of requests of each kind that are declined. Writes

@@ -1,19 +1,22 @@
-"""A conversation as messages: every assistant turn is learned unless it says "loss": false.
+"""A conversation as messages: every assistant turn is supervised unless it has "loss": false.
 
-A turn may also say "loss": true (of any role) and "loss_scale": 0.5, how much its tokens count in `sft` and
-its kin.
+A turn may also have "loss": true (of any role) and "loss_scale": 0.5, the weight of its tokens in `sft` and
+similar objectives.
 """
 
 from luthier.methods.formats._base import COMPLETIONS, Format, conversation, messages, tools
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows are chats as `messages` with roles, in OpenAI's layout; tools may be among them.",
+)
 class Messages(Format):
     """{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "tools":
     [...]}.
 
-    `chat_template_kwargs` is handed to the chat template.
+    `chat_template_kwargs` is passed to the chat template.
     """
 
     columns = ("messages",)

@@ -4,7 +4,10 @@ from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, conversat
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows are chats as `conversations` with from and value.",
+)
 class ShareGPT(Format):
     """{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "system",
     "tools"}.
@@ -22,7 +25,7 @@ class ShareGPT(Format):
         turns = messages(raw.get("conversations"), "conversations")
         if raw.get("system"):
             if turns[0]["role"] == "system":
-                raise BadRow("there are two system texts: the system column and the first turn")
+                raise BadRow("there are two system prompts: the system column and the first turn")
             turns = [{"role": "system", "content": text(raw, "system")}, *turns]
         prompt, rest = conversation(turns, "conversations", self.assistant_only_loss)
         return {"prompt": prompt, "completions": [rest], "tools": tools(raw)}

@@ -1,17 +1,20 @@
-"""Alpaca rows: an instruction, perhaps an input, and the output to learn; perhaps a system text and a
-history.
+"""Alpaca rows: an instruction, optionally an input, and the output to train on; optionally a system prompt
+and a history.
 """
 
 from luthier.methods.formats._base import COMPLETIONS, Format, alike, instruction, text
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows have `instruction` and `output`, perhaps `input`. It is recognised by these columns.",
+)
 class Alpaca(Format):
     """{"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "...", "history": [["Hi",
     "Hello"]]}.
 
-    Always read as a conversation, so that training and serving go through the chat template.
+    Always read as a conversation, so that training and inference use the chat template.
     """
 
     columns = ("instruction output",)

@@ -1,10 +1,13 @@
-"""A question and its answer, worked out or short: to learn, and to check sampled answers against."""
+"""A question and its answer, worked out or short: to train on, and to check sampled answers against."""
 
 from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, opened, plain, text
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows are questions with worked answers, as in GSM8K or SQuAD-like sets.",
+)
 class QuestionAnswer(Format):
     r"""{"question": "...", "answer": "48/2 = 24 ...\n#### 24"}, as GSM8K writes them; a passage or context
     comes first.
@@ -21,10 +24,15 @@ class QuestionAnswer(Format):
     def read(self, raw):
         before = [text(raw, name) for name in ("passage", "context") if raw.get(name)]
         answer = opened(raw.get("answer"), "answer")
-        several = answer if isinstance(answer, list) else None
-        if several == [] or isinstance(answer, dict):
-            raise BadRow("answer is empty" if several == [] else "answer is an object, not text")
-        solution = plain(several[0] if several else answer, "answer", ("yes", "no"))
-        final = solution.rsplit("####", 1)[-1].strip() if "####" in solution else solution
-        prompt = "\n\n".join([*before, text(raw, "question")]) + ("" if self.chat else "\n")
+        several = None
+        if isinstance(answer, dict):
+            raise BadRow("answer is an object, not text")
+        if isinstance(answer, list):
+            if not answer:
+                raise BadRow("answer is empty")
+            several, answer = answer, answer[0]
+        solution = final = plain(answer, "answer", ("yes", "no"))
+        if "####" in solution:
+            final = solution.rsplit("####", 1)[-1].strip()
+        prompt = "\n\n".join([*before, text(raw, "question")]) + self.prompt_end
         return {"prompt": prompt, "completions": [solution], "answer": final, "answers": several}

@@ -1,12 +1,15 @@
 """A text, or two, and its class: the completion is the label's name."""
 
-from luthier.methods.formats._base import LABELLED, BadRow, Format, opened, plain, text
+from luthier.methods.formats._base import LABELLED, BadRow, Format, as_list, first_of, opened, plain, text
 from luthier.registry import row_format
 
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("s1", "s2"), ("question1", "question2"))
 
 
-@row_format(provides=[LABELLED])
+@row_format(
+    provides=[LABELLED],
+    use_when="rows are texts with a class, as in GLUE: `text` and `label`, or two sentences.",
+)
 class Labelled(Format):
     """{"text": "a fine film", "label": 1}; also sentence, sequence, or two sentences; also several `labels`.
 
@@ -25,16 +28,17 @@ class Labelled(Format):
 
     def read(self, raw):
         pair = next((p for p in PAIRS if raw.get(p[0]) is not None and raw.get(p[1]) is not None), ())
-        one = next((n for n in ("text", "sentence", "sequence") if raw.get(n) is not None), "text")
+        one = first_of(raw, ("text", "sentence", "sequence"), "text")
         texts = [text(raw, name) for name in pair or (one,)]
-        label = opened(raw["label"] if raw.get("label") is not None else raw.get("labels"), "label")
+        label = opened(raw.get(first_of(raw, ("label",), "labels")), "label")
         if label is None or label == []:
             raise BadRow("label is missing")
-        several = label if isinstance(label, list) else [label]
-        names = raw.get("label_name") or ", ".join(plain(each, "label") for each in several)
+        names = raw.get("label_name") or ", ".join(plain(each, "label") for each in as_list(label))
         row = {
-            "prompt": "\n".join(texts) + ("" if self.chat else "\n"),
+            "prompt": "\n".join(texts) + self.prompt_end,
             "completions": [names],
             "label": label,
         }
-        return {**row, "texts": texts} if pair else row
+        if pair:
+            row["texts"] = texts
+        return row

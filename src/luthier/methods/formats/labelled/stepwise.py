@@ -1,4 +1,4 @@
-"""A solution in steps, each marked right or wrong: for process reward models."""
+"""A solution in steps, each labelled right or wrong: for process reward models."""
 
 from luthier.methods.formats._base import BadRow, Format, opened, side, text, truth
 from luthier.registry import Column, row_format
@@ -8,7 +8,11 @@ STEPS = Column(
 )
 
 
-@row_format(provides=[STEPS])
+@row_format(
+    provides=[STEPS],
+    use_when="rows are solutions in steps with a right or wrong label each, as in PRM800K, for process"
+    " reward models.",
+)
 class Stepwise(Format):
     """{"prompt": "2+2*3?", "completions": ["2*3=6", "2+6=9"], "labels": [true, false]}, the steps joined by
     newlines.
@@ -26,7 +30,7 @@ class Stepwise(Format):
             or not isinstance(marks, list)
             or len(steps) != len(marks)
         ):
-            raise BadRow("completions and labels are not two lists of one length")
+            raise BadRow("completions and labels are not two lists of the same length")
         steps = [text({"completions": s}, "completions") for s in steps]
         marks = [truth({"labels": m}, "labels") for m in marks]
         prompt = side(raw.get("prompt"), "prompt")

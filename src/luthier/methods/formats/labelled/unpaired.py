@@ -4,6 +4,7 @@ from luthier.methods.formats._base import (
     UNPAIRED,
     Format,
     alike,
+    first_of,
     instruction,
     last_reply,
     messages,
@@ -15,7 +16,10 @@ from luthier.methods.formats._base import (
 from luthier.registry import row_format
 
 
-@row_format(provides=[UNPAIRED])
+@row_format(
+    provides=[UNPAIRED],
+    use_when="rows have one completion and whether it was good, for `kto`.",
+)
 class Unpaired(Format):
     """{"prompt": "Hi", "completion": "Hello!", "label": true}; also messages and label, and LLaMA-Factory's
     kto_tag.
@@ -36,8 +40,8 @@ class Unpaired(Format):
     optional = "tools input system history"
 
     def read(self, raw):
-        good = truth(raw, "kto_tag" if raw.get("kto_tag") is not None else "label")
-        turns = next((name for name in ("messages", "conversations") if raw.get(name) is not None), None)
+        good = truth(raw, first_of(raw, ("kto_tag",), "label"))
+        turns = first_of(raw, ("messages", "conversations"))
         if turns:
             prompt, completion = last_reply(messages(raw[turns], turns), turns)
         elif raw.get("instruction") is not None:
@@ -45,7 +49,9 @@ class Unpaired(Format):
         else:
             prompt, completion = side(raw.get("prompt"), "prompt"), side(raw.get("completion"), "completion")
         prompt, completions = alike(prompt, completion)
-        score = 1.0 if good else -1.0
+        score = -1.0
+        if good:
+            score = 1.0
         return {
             "prompt": prompt,
             "completions": completions,

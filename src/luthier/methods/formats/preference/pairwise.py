@@ -4,7 +4,10 @@ from luthier.methods.formats._base import PAIRS, BadRow, Format, alike, instruct
 from luthier.registry import row_format
 
 
-@row_format(provides=[PAIRS])
+@row_format(
+    provides=[PAIRS],
+    use_when="rows are AlpacaEval's comparisons, with two outputs and a preference between 1 and 2.",
+)
 class Pairwise(Format):
     """{"instruction": "...", "output_1": "...", "output_2": "...", "preference": 1.3}, as AlpacaEval writes
     them.
@@ -16,10 +19,15 @@ class Pairwise(Format):
     optional = "input system history"
 
     def read(self, raw):
-        prompt = instruction(raw) if "instruction" in raw else side(raw.get("prompt"), "prompt")
+        if "instruction" in raw:
+            prompt = instruction(raw)
+        else:
+            prompt = side(raw.get("prompt"), "prompt")
         second = numbers([raw.get("preference")], "preference")[0] - 1
-        if not 0 <= second <= 1 or second == 0.5:
-            raise BadRow("preference is a tie" if second == 0.5 else "preference is not between 1 and 2")
+        if second == 0.5:
+            raise BadRow("preference is a tie")
+        if not 0 <= second <= 1:
+            raise BadRow("preference is not a number between 1 and 2")
         pair = sorted(
             ((1 - second, text(raw, "output_1")), (second, text(raw, "output_2"))), key=lambda p: -p[0]
         )

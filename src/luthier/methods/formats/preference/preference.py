@@ -1,19 +1,32 @@
-"""Preference pairs: a chosen and a rejected completion of one prompt, which may be implied by what they
-share.
+"""Preference pairs: a chosen and a rejected completion of one prompt, which may be implied by their common
+beginning.
 """
 
-from luthier.methods.formats._base import PAIRS, BadRow, Format, alike, instruction, messages, side, tools
+from luthier.methods.formats._base import (
+    PAIRS,
+    BadRow,
+    Format,
+    alike,
+    as_turns,
+    instruction,
+    messages,
+    side,
+    tools,
+)
 from luthier.registry import row_format
 
 MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
 
 
-@row_format(provides=[PAIRS])
+@row_format(
+    provides=[PAIRS],
+    use_when="rows have `chosen` and `rejected`, as text or messages, for `dpo` and its kin.",
+)
 class Preference(Format):
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.
 
-    Without a prompt column, the prompt is the turns that both begin with; of two texts, what both begin with
-    up to the last reply mark or word.
+    Without a prompt column, the prompt is the turns that both begin with; of two texts, their common
+    beginning up to the last reply mark or word.
     """
 
     columns = (
@@ -44,13 +57,12 @@ class Preference(Format):
             and chosen[0] == rejected[0]
             and len(chosen) > 1
         )
-        prompt, pair = (
-            shared(chosen, rejected) if whole or not prompts else alike(prompts[0], chosen, rejected)
-        )
+        if whole or not prompts:
+            prompt, pair = shared(chosen, rejected)
+        else:
+            prompt, pair = alike(prompts[0], chosen, rejected)
         if raw.get("system") and "instruction" not in raw:
-            prompt, pair = alike(
-                prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], *pair
-            )
+            prompt, pair = alike(as_turns(prompt, "user"), *pair)
             prompt = [{"role": "system", "content": side(raw["system"], "system")}, *prompt]
         return {"prompt": prompt, "completions": pair, "scores": [1.0, 0.0], "tools": tools(raw)}
 
@@ -58,7 +70,7 @@ class Preference(Format):
 def shared(chosen, rejected):
     """The prompt that two completions imply, and what is left of them."""
     if type(chosen) is not type(rejected):
-        raise BadRow("chosen and rejected are not of one type, and there is no prompt")
+        raise BadRow("chosen and rejected have different types, and there is no prompt")
     n = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
         min(len(chosen), len(rejected)),
@@ -66,9 +78,12 @@ def shared(chosen, rejected):
     if isinstance(chosen, str):
         head = chosen[:n]
         mark = head.rfind(MARK)
-        n = mark + len(MARK) if mark >= 0 else max(head.rfind(" "), head.rfind("\n"), 0)
+        if mark >= 0:
+            n = mark + len(MARK)
+        else:
+            n = max(head.rfind(" "), head.rfind("\n"), 0)
     if n == 0:
-        raise BadRow("there is no prompt, and chosen and rejected share no beginning")
+        raise BadRow("there is no prompt, and chosen and rejected do not start with the same text")
     if not chosen[n:] or not rejected[n:]:
-        raise BadRow("one of chosen and rejected is the beginning of the other, and there is no prompt")
+        raise BadRow("there is no prompt, and one of chosen and rejected is the beginning of the other")
     return alike(chosen[:n], chosen[n:], rejected[n:])

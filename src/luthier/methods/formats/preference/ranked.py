@@ -1,10 +1,23 @@
 """Several completions of one prompt, each with a score."""
 
-from luthier.methods.formats._base import RANKED, BadRow, Format, alike, numbers, opened, side, tools
+from luthier.methods.formats._base import (
+    RANKED,
+    BadRow,
+    Format,
+    alike,
+    numbers,
+    opened,
+    prompt_of,
+    side,
+    tools,
+)
 from luthier.registry import row_format
 
 
-@row_format(provides=[RANKED])
+@row_format(
+    provides=[RANKED],
+    use_when="rows have several completions with a score each, for list objectives or to make pairs from.",
+)
 class Ranked(Format):
     """{"prompt": "Hi", "completions": ["Hello!", "What?"], "scores": [0.9, 0.2]}; higher is better."""
 
@@ -17,6 +30,6 @@ class Ranked(Format):
             raise BadRow("completions is not a list of completions")
         if len(texts) != len(scores):
             raise BadRow(f"there are {len(texts)} completions but {len(scores)} scores")
-        prompt = "" if raw.get("prompt") == "" else side(raw.get("prompt"), "prompt")
+        prompt = prompt_of(raw)
         prompt, completions = alike(prompt, *(side(c, "completions") for c in texts))
         return {"prompt": prompt, "completions": completions, "scores": scores, "tools": tools(raw)}

@@ -1,14 +1,26 @@
-"""A prompt and a list of completions without scores: what luthier itself writes, and sets of equally good
-answers.
+"""A prompt and a list of completions without scores: luthier's own output, and sets of equally
+good answers.
 """
 
-from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, alike, opened, side, tools
+from luthier.methods.formats._base import (
+    COMPLETIONS,
+    BadRow,
+    Format,
+    alike,
+    opened,
+    prompt_of,
+    side,
+    tools,
+)
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows have a prompt and several equally good answers, or were written by luthier's `rollout`.",
+)
 class Completions(Format):
-    """{"prompt": "Hi", "completions": ["Hello!"]}; every completion is one to learn."""
+    """{"prompt": "Hi", "completions": ["Hello!"]}; every completion is trained on."""
 
     columns = ("prompt completions",)
     optional = "tools"
@@ -17,6 +29,6 @@ class Completions(Format):
         texts = opened(raw.get("completions"), "completions")
         if not isinstance(texts, list) or not texts:
             raise BadRow("completions is not a list of completions")
-        prompt = "" if raw.get("prompt") == "" else side(raw.get("prompt"), "prompt")
+        prompt = prompt_of(raw)
         prompt, completions = alike(prompt, *(side(c, "completions") for c in texts))
         return {"prompt": prompt, "completions": completions, "tools": tools(raw)}

@@ -1,10 +1,13 @@
 """A prompt to sample answers to; an `answer` column, tests and the like are kept for the rewards."""
 
-from luthier.methods.formats._base import PROMPTS, Format, side, tools
+from luthier.methods.formats._base import PROMPTS, Format, first_of, side, tools
 from luthier.registry import row_format
 
 
-@row_format(provides=[PROMPTS])
+@row_format(
+    provides=[PROMPTS],
+    use_when="rows are prompts alone, to sample answers to: reinforcement learning and rejection sampling.",
+)
 class Prompt(Format):
     """{"prompt": "2+2=", "answer": "4"}, as text or as messages; also {"question": ...} alone. No
     completions.
@@ -15,5 +18,5 @@ class Prompt(Format):
     generic = True
 
     def read(self, raw):
-        name = "prompt" if raw.get("prompt") is not None else "question"
+        name = first_of(raw, ("prompt",), "question")
         return {"prompt": side(raw.get(name), name), "tools": tools(raw)}

@@ -1,8 +1,8 @@
-"""Model soup: the mean of each tensor over runs that began at one model. Inference costs one model.
+"""Model soup: the mean of each tensor over runs that started from one model. Inference costs one model.
 
-Sums run in float64, so the average of equal tensors is that tensor bit for bit. Of adapters, A and B are
-averaged apart, which is the mean of their products only where one of the two is shared; full weights have no
-such gap.
+Sums are in float64, so the average of equal tensors is that tensor bit for bit. For LoRA adapters, A and B
+are averaged separately, which is the mean of their products only if one of the two is shared; full weights
+have no such gap.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from luthier.methods.mergers._base import Merger
 from luthier.registry import merger
 
 
-@merger(paper="arXiv:2203.05482", row="model-soups")
+@merger(
+    paper="arXiv:2203.05482",
+    row="model-soups",
+    use_when="several runs began at one model and one model is to come of them; plan `greedy_soup`"
+    " chooses which.",
+    costs="one pass over the tensors in float64; inference costs one model.",
+)
 class Average(Merger):
     """(sum of weight * tensor) / (sum of weights)."""
 
@@ -26,7 +32,7 @@ class Average(Merger):
         if self.weights is not None and not (
             self.weights and min(self.weights) >= 0 and 0 < math.fsum(self.weights) < math.inf
         ):
-            raise ValueError("weights must be 0 or more, and not all 0")
+            raise ValueError("weights must not be negative, and not all 0")
 
     @torch.no_grad()
     def merge(self, several, base=None):

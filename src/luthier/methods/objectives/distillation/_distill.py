@@ -1,10 +1,10 @@
-"""Distributions over the next token compared in full: the logits of both models are compared in chunks, and
-never held all at once.
+"""Distillation over the full vocabulary: the logits of both models are compared in chunks and never held all
+at once.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -33,7 +33,12 @@ def topped(p: Tensor, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @family
 class Distill(Objective):
-    """Family: a method defines the divergence of two distributions. Teacher and policy share a vocabulary."""
+    """Family: a method defines the divergence between two distributions. Teacher and policy share a
+    vocabulary.
+    """
+
+    costs: ClassVar[str] = "as `sft`, with the distributions over the vocabulary compared at each token."
+    starting_rate: ClassVar[str] = "that of `sft`."
 
     # compare the teacher's k most likely tokens and the rest as one; 0: the whole vocabulary
     k: Annotated[int, Field(ge=0)] = 0

@@ -1,10 +1,10 @@
-"""ALM: distillation from a teacher with another tokenizer, by the probability that both give to the same
-spans of text.
+"""ALM: distillation from a teacher with another tokenizer, by the probability that both models give to the
+same spans of text.
 
-The stage `teacher_spans` cuts completions where both tokenizations cut and keeps the teacher's
-log-probability of each span. Of a span as a yes-or-no event (this text, or any other) teacher and policy are
-compared by KL, on both outcomes. Departs from the paper: the prompt's spans are not learned, and no
-correction is made for spans that a longer token of the teacher would go beyond.
+The stage `teacher_spans` splits completions at the token boundaries that both tokenizers share and stores the
+teacher's log-probability of each span. Each span is treated as a binary event (this text or any other), and
+teacher and policy are compared by the KL of this event. Departs from the paper: spans of the prompt are not
+trained, and no correction is made where a longer token of the teacher would extend beyond the span.
 """
 
 from typing import Annotated
@@ -20,10 +20,18 @@ from luthier.methods.stages.rollout.teacher_spans import TEACHER_SPANS
 from luthier.registry import Range, objective
 
 
-@objective(paper="arXiv:2503.20083", requires=[COMPLETIONS, TEACHER_SPANS, LOGPROBS])
+@objective(
+    paper="arXiv:2503.20083",
+    requires=[COMPLETIONS, TEACHER_SPANS, LOGPROBS],
+    use_when="the teacher has another tokenizer than the student, so that token distributions cannot"
+    " be compared.",
+    costs="the teacher's log-probabilities of spans are stored before training by stage"
+    " `teacher_spans`; training costs what `sft` costs.",
+    starting_rate="that of `sft`.",
+)
 class ALM(Objective):
-    """KL of yes-or-no events, p = P(span)^(1/temperature) of the teacher against the policy's, at the token
-    that ends a span.
+    """KL of binary events, p = P(span)^(1/temperature) of the teacher against the policy's, at the last token
+    of a span.
     """
 
     # above 1, long unlikely spans still differ

@@ -1,8 +1,9 @@
-"""Knowledge distillation: trains on the teacher's whole distribution over the next token in place of one
-label. `sft + 0.5*distill` is Hinton's mix.
+"""Knowledge distillation: trains on the teacher's full next-token distribution instead of a single label.
+`sft + 0.5*distill` is Hinton's mixture.
 
-Forward KL: the policy must cover whatever the teacher finds likely. On the rows as they are (off-policy), or
-on the policy's own samples where a rollout writes them. TRL has no temperature^2; it is the paper's.
+Forward KL: the policy must cover everything that the teacher finds likely. It uses the given completions
+(off-policy), or the policy's own samples if a rollout generates them. The factor temperature^2 is the
+paper's; TRL leaves it out.
 """
 
 from luthier.methods.architectures._base import LOGPROBS, TOPK
@@ -12,7 +13,12 @@ from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:1503.02531", requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK])
+@objective(
+    paper="arXiv:1503.02531",
+    requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK],
+    use_when="a larger model with the same tokenizer is to teach a smaller one its whole distribution."
+    " `sft + 0.5*distill` keeps the labels in.",
+)
 class ForwardKL(Distill):
     """KL(teacher || policy) of each token."""
 

@@ -1,9 +1,9 @@
 """Distillation by the generalised Jensen-Shannon divergence (GKD): bounded, and between the forward and the
 reverse KL.
 
-beta as in TRL: the teacher's share of the mixture. Towards 0 and 1 it vanishes in proportion to the forward
-and the reverse KL; those two are `distill` and `distill_reverse`. GKD's samples of the policy's own come from
-a rollout.
+beta is the teacher's share of the mixture, as in TRL. Towards 0 and 1 the divergence vanishes in proportion
+to the forward and the reverse KL; use `distill` and `distill_reverse` for those. For GKD's on-policy samples
+add a rollout.
 """
 
 import math
@@ -19,7 +19,12 @@ from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2306.13649", requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK])
+@objective(
+    paper="arXiv:2306.13649",
+    requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK],
+    use_when="you distil on the student's own samples (GKD), or want a bounded divergence between"
+    " forward and reverse KL.",
+)
 class JSD(Distill):
     """beta KL(teacher || m) + (1 - beta) KL(policy || m), m = beta teacher + (1 - beta) policy."""
 

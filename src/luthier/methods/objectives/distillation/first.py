@@ -1,9 +1,9 @@
 """FIRST: distillation from the teacher's k most likely tokens, stored as columns of the rows and calibrated
 beforehand.
 
-The stage `teacher_top` writes the teacher's k likeliest tokens at every place, with probabilities that were
-tempered until they are as right as they are sure. The policy is compared with them on these tokens alone,
-both sides summing to one there.
+The stage `teacher_top` stores the teacher's k most likely tokens at every position, with probabilities that
+are calibrated by a temperature. Policy and teacher are compared on these k tokens only, each renormalised
+over them.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -18,9 +18,13 @@ from luthier.registry import objective
     paper="arXiv:2408.12168",
     row="first-trustworthy-distillation",
     requires=[COMPLETIONS, TEACHER_IDS, TEACHER_LOGPROBS, LOGPROBS],
+    use_when="the teacher is too large to stay in memory: its most likely tokens are stored once by"
+    " stage `teacher_top`, calibrated.",
+    costs="as `sft`; k token ids and log-probabilities for each supervised token are stored with the rows.",
+    starting_rate="that of `sft`.",
 )
 class FIRST(Objective):
-    """KL(teacher || policy) over the teacher's k likeliest tokens."""
+    """KL(teacher || policy) over the teacher's k most likely tokens."""
 
     def loss(self, roles, batch):
         ids, teacher = batch.table("teacher_ids").long(), batch.table("teacher_logprobs")

@@ -1,6 +1,6 @@
-"""KL to the reference on the rows at hand, as a regulariser beside another objective: `sft + 0.1*kl`.
+"""KL to the reference on the given rows, as a regulariser beside another objective: `sft + 0.1*kl`.
 
-Exact over the vocabulary, unlike the one-token estimates that policy gradients use.
+Exact over the vocabulary, unlike the single-token estimates of policy-gradient objectives.
 """
 
 from luthier.methods.architectures._base import LOGPROBS, TOPK
@@ -11,7 +11,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(requires=[COMPLETIONS, REFERENCE, LOGPROBS, TOPK])
+@objective(
+    requires=[COMPLETIONS, REFERENCE, LOGPROBS, TOPK],
+    use_when="tuning must stay near the reference on the rows at hand: add it as a term, `sft + 0.1*kl`.",
+    costs="one comparison of whole vocabularies for each supervised token.",
+    starting_rate="that of the objective beside it.",
+)
 class KL(Objective):
     """KL(policy || reference) of each token's distribution."""
 

@@ -1,9 +1,9 @@
-"""PELA's recovery: trains a low-rank model to reproduce the full model's hidden states at every layer, before
-it is tuned for a task.
+"""PELA's recovery phase: trains a low-rank model to reproduce the full model's hidden states at every layer,
+before fine-tuning on a task.
 
-A term beside the loss on rows (`pela + sft`; written first it shares their reading of the batch), for tuner
-`pela`, whose product of two matrices may also be held within `eps` of the weight that it stands for. The
-teacher is the full model: `roles: {teacher: base}`. Departs: features are compared at asked tokens alone.
+Use it as a term beside the loss on rows (`pela + sft`; as the first term it shares that loss's forward pass),
+with tuner `pela`, whose factored matrices can also be kept within `eps` of the original weights. The teacher
+is the full model: `roles: {teacher: base}`. Departs: features are compared at supervised positions only.
 """
 
 from typing import Annotated
@@ -26,7 +26,10 @@ NotNegative = Annotated[float, Field(ge=0)]
     paper="arXiv:2310.10700",
     row="pela",
     requires=[COMPLETIONS, TEACHER, HIDDEN, TOPK],
-    contract={"head": "features are compared below the head, which it leaves to a loss beside it"},
+    contract={"head": "it compares features below the head; train the head with a loss beside it"},
+    use_when="tuner `pela` has replaced matrices by narrow products and the model must be recovered"
+    " before it learns a task.",
+    starting_rate="that of `sft`.",
 )
 class PELA(Objective):
     """feature * mean over layers of the states' mean squared error + distillation * KL + perturbation * (||BA
@@ -43,7 +46,8 @@ class PELA(Objective):
         ours, theirs = roles.policy.layers(batch), roles.teacher.layers(batch)
         if len(ours) != len(theirs):
             raise RecipeError(
-                f"pela compares layer by layer: the policy has {len(ours)} and the teacher {len(theirs)}"
+                f"pela compares the models layer by layer, but the policy has {len(ours)}"
+                f" layers and the teacher {len(theirs)}"
             )
         value = self.feature * torch.stack(
             [(b.float() - a.float()).square().mean(1) for a, b in zip(ours, theirs, strict=True)]
@@ -57,8 +61,8 @@ class PELA(Objective):
             drift = getattr(roles.tuner, "drift", None)
             if drift is None:
                 raise RecipeError(
-                    "pela: perturbation is of products of two matrices, which tuner 'pela' makes; set it to 0"
-                    " with others"
+                    "pela: perturbation needs the factored matrices of tuner 'pela'; set it to"
+                    " 0 with other tuners"
                 )
             value = value + self.perturbation * torch.stack([excess(gap, self.eps) for gap in drift()]).mean()
         return value

@@ -1,10 +1,10 @@
-"""Self-distillation in further pretraining: keeps the hidden states near those of a teacher that read the
+"""Self-distillation for continued pretraining: keeps the hidden states near those of a teacher that reads the
 same text.
 
-A regulariser beside the masked (or the next-token) loss: `sft + self_distill`, the teacher being the same
-network after a first round on the same texts, the policy begun again from where that round began. Departs
-from the paper: states are compared where a token is asked, and the square is averaged over the width, so that
-lambda means the same at every size.
+A regulariser beside the masked-LM or next-token loss: `sft + self_distill`. The teacher is the same network
+after a first round on the same texts, and the policy starts again from where that round started. Departs from
+the paper: states are compared at supervised positions, and the squared error is averaged over the width, so
+that lambda means the same at every model size.
 """
 
 from luthier.methods.architectures._base import HIDDEN
@@ -18,7 +18,10 @@ from luthier.registry import objective
     paper="arXiv:2210.02871",
     row="self-distill-further-pretrain",
     requires=[COMPLETIONS, TEACHER, HIDDEN],
-    contract={"head": "states are compared before the head, which it leaves to the loss beside it"},
+    contract={"head": "it compares hidden states below the head; train the head with a loss beside it"},
+    use_when="you pretrain further on few domain texts and want to keep hidden states near those of a"
+    " first round.",
+    starting_rate="that of `sft`.",
 )
 class SelfDistill(Objective):
     """|hidden of the policy - hidden of the teacher|^2 / width, both reading the unmasked text."""

@@ -1,11 +1,11 @@
-"""SquareHead: at every layer, the squared error between the states of policy and dense teacher, normalised by
-the teacher's.
+"""SquareHead: the squared error between the hidden states of the policy and of its dense teacher at every
+layer, normalised by the teacher's norm.
 
-A term for tuning what was pruned, beside the loss on rows and, where wanted, `distill`: `squarehead + sft`
-(written first it shares their reading of the batch). The teacher is the model before pruning: `roles:
-{teacher: start}` under tuner `pruned`. Departs: the error is normalised at each asked token instead of over
-all tokens of a batch, so that it does not depend on how a batch is split, and a few tokens of enormous states
-do not decide alone; tokens of a prompt that nobody asks are left out.
+For fine-tuning a pruned model, beside the loss on rows and optionally `distill`: `squarehead + sft` (as the
+first term it shares that loss's forward pass). The teacher is the model before pruning: `roles: {teacher:
+initial}` with tuner `pruned`. Departs: the error is normalised at each supervised position instead of over
+all tokens of a batch, so that it does not depend on how a batch is split and a few tokens with very large
+states do not dominate; prompt tokens are left out.
 """
 
 import torch
@@ -22,7 +22,9 @@ from luthier.registry import objective
     paper="arXiv:2310.06927",
     row="squarehead",
     requires=[COMPLETIONS, TEACHER, HIDDEN],
-    contract={"head": "states are compared below the head, which it leaves to a loss beside it"},
+    contract={"head": "it compares hidden states below the head; train the head with a loss beside it"},
+    use_when="a pruned model is to recover by following its dense parent layer by layer: add it to `sft`.",
+    starting_rate="that of `sft`.",
 )
 class SquareHead(Objective):
     """Sum over layers of |teacher - policy|^2 / |teacher|^2."""
@@ -31,8 +33,8 @@ class SquareHead(Objective):
         ours, theirs = roles.policy.layers(batch), roles.teacher.layers(batch)
         if len(ours) != len(theirs):
             raise RecipeError(
-                f"squarehead compares layer by layer: the policy has {len(ours)} and the teacher"
-                f" {len(theirs)}"
+                f"squarehead compares the models layer by layer, but the policy has {len(ours)}"
+                f" layers and the teacher {len(theirs)}"
             )
         pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
         each = [(b - a).square().sum(1) / b.square().sum(1).clamp(min=1e-12) for a, b in pairs]

@@ -1,12 +1,12 @@
-"""Ranked lists: losses over all completions of a row and their scores, not only the best and the worst.
+"""List objectives: losses over all completions of a row and their scores, not only the best and the worst.
 
-A value per completion is beta times its log-ratio to the reference; a method says what a ranking of values
-costs, given the scores. A list of two is a pair.
+The value of a completion is beta times its log-ratio to the reference; a method defines the loss of a list of
+values, given the scores. A list of two is a pair.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Lists(Objective):
     only.
     """
 
+    costs: ClassVar[str] = "a forward and backward pass over every completion of a row."
+    starting_rate: ClassVar[str] = "that of `dpo`."
     unit = "group"
 
     beta: Beta = 0.1  # strength of the pull towards the reference

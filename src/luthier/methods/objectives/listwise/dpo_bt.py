@@ -8,7 +8,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.01878",
+    row="lipo-lambda",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
+    use_when="a row ranks more than two completions and every pair among them should count.",
+)
 class DPOBT(Lists):
     """-log sigmoid(s_i - s_j) of each pair in which i has the higher score."""
 

@@ -1,6 +1,7 @@
 """DPO over a whole ranking: the likelihood of the ordered list under Plackett-Luce (list-MLE).
 
-Completions of one score have no order: each is compared with all that score lower, and not with its equals.
+Completions with equal scores are not ordered: each is compared with all that have lower scores, not with its
+equals.
 """
 
 import torch
@@ -12,7 +13,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.01878",
+    row="lipo-lambda",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
+    use_when="a row ranks more than two completions and the order of the whole list matters.",
+)
 class DPOPL(Lists):
     """-log of the product over the list of exp(s_i) / (exp(s_i) + sum of exp(s_j) over all j of
     lower score).

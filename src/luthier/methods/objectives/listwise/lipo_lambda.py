@@ -1,8 +1,7 @@
 """LiPO with lambda weights: every pair of a ranked list is weighted by how much swapping the two would change
 the DCG.
 
-Scores are labels in [0, 1], as a reward model's win rate gives them. Ranks are those of the policy's own
-values now.
+Scores are labels in [0, 1], such as a reward model's win rates. Ranks follow the policy's current values.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -13,7 +12,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.01878",
+    row="lipo-lambda",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
+    use_when="a row ranks several completions with scores in [0, 1] and the order at the top matters most.",
+)
 class LiPO(Lists):
     """Sum over pairs of |2^score_i - 2^score_j| * |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| * -log
     sigmoid(s_i - s_j).

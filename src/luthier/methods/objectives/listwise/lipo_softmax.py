@@ -1,8 +1,8 @@
-"""Softmax cross-entropy over a list: the policy's distribution over a row's completions is fitted to that of
-their scores.
+"""Softmax cross-entropy over a list: fits the policy's distribution over a row's completions to that of their
+scores.
 
-Of the labels the paper takes the scores as they are; with a temperature they are softmax(score /
-temperature), which any scores allow. Towards 0 the best one takes all.
+The paper uses the scores as labels directly; with a temperature, the labels are softmax(score / temperature),
+which allows scores of any scale. Towards temperature 0 the best completion has all the weight.
 """
 
 import torch
@@ -15,7 +15,13 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.01878",
+    row="lipo-lambda",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
+    use_when="a row has several completions with scores and the policy should follow their whole"
+    " distribution, not only the order.",
+)
 class LiPOSoftmax(Lists):
     """-sum over a row of softmax(score / temperature) * log softmax(s)."""
 

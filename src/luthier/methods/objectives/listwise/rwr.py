@@ -1,7 +1,7 @@
 """Reward-weighted regression: likelihood of every completion, weighted by its score relative to its row.
 
-No negative gradient: a bad completion only weighs less. Departs: weights are a softmax within the row, so no
-scale of scores is too large, and equal scores are plain SFT.
+There is no negative gradient: a bad completion only has less weight. Departs: weights are a softmax within
+the row, so scores of any scale work and equal scores are plain SFT.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -12,7 +12,12 @@ from luthier.registry import objective
 
 
 @objective(
-    paper="arXiv:2404.14367", row="onpolicy-negative-gradient", requires=[COMPLETIONS, SCORES, LOGPROBS]
+    paper="arXiv:2404.14367",
+    row="onpolicy-negative-gradient",
+    requires=[COMPLETIONS, SCORES, LOGPROBS],
+    use_when="completions have scores and you want a stable method without negative gradients.",
+    costs="a forward and backward pass over every completion.",
+    starting_rate="that of `sft`.",
 )
 class RWR(Objective):
     """n * softmax(score / beta) * -log p of a completion, n completions in the row."""

@@ -1,10 +1,8 @@
-"""Policy gradients on sampled completions, whose advantages are relative to the other completions of their
-row.
+"""Policy gradients on sampled completions, with advantages relative to the other completions of the same row.
 
-The importance ratio is against the policy that sampled (column `old_logprobs`, the log-probability of each
-token then); rows without the column were sampled by the policy as it is, and the ratio is 1. Log-
-probabilities are those of the model itself: sample at temperature 1, or the ratio of a fresh sample is not
-that of its sampler.
+The importance ratio is taken against the policy that sampled (column `old_logprobs`, per token); without this
+column the samples are on-policy and the ratio is 1. Log-probabilities are the model's own at temperature 1:
+sample at temperature 1, or the ratio does not match the sampling distribution.
 """
 
 from __future__ import annotations
@@ -40,8 +38,10 @@ SPREAD = {  # scale_rewards -> what centred scores are divided by
 
 @family
 class PolicyGradient(Objective):
-    """Family: `tokens` is the clipped surrogate of each token; a method defines how tokens are averaged."""
+    """Family: `tokens` is the clipped surrogate of each token; a method defines the average over tokens."""
 
+    costs: ClassVar[str] = "a forward and backward pass over every sampled completion."
+    starting_rate: ClassVar[str] = "that of `grpo`."
     flat: ClassVar[bool] = True
 
     epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # the ratio counts from 1 - epsilon

@@ -1,6 +1,6 @@
-"""DAPO's loss: GRPO averaged over tokens, clipped higher above than below, no KL.
+"""DAPO's loss: GRPO averaged over tokens, with a higher upper clip bound and no KL.
 
-The average is over the tokens of the global batch; TRL's `bnpo` is the same on each micro-batch. The paper's
+The average is over the tokens of the global batch; TRL's `bnpo` is the same per micro-batch. The paper's
 other parts are not losses: dynamic sampling is a stage, the penalty on overlong completions a reward.
 """
 
@@ -11,7 +11,12 @@ from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.14476", requires=[SAMPLES, SCORES, LOGPROBS])
+@objective(
+    paper="arXiv:2503.14476",
+    requires=[SAMPLES, SCORES, LOGPROBS],
+    use_when="you train on verifiable rewards with long answers and want every token to weigh alike,"
+    " without a KL to the reference.",
+)
 class DAPO(PolicyGradient):
     """The clipped surrogate of each token."""
 

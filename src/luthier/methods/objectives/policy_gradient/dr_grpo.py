@@ -1,7 +1,8 @@
-"""Dr. GRPO: GRPO without its two biases, towards long wrong completions and towards rows of little spread.
+"""Dr. GRPO: GRPO without its two biases, towards long wrong completions and towards rows with little reward
+spread.
 
-A completion's sum is divided by one constant, not by its length, and advantages are not divided by the
-deviation.
+The sum over a completion is divided by a constant instead of its length, and advantages are not divided by
+the standard deviation.
 """
 
 from typing import Annotated, Literal
@@ -15,7 +16,11 @@ from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.20783", requires=[SAMPLES, SCORES, LOGPROBS])
+@objective(
+    paper="arXiv:2503.20783",
+    requires=[SAMPLES, SCORES, LOGPROBS],
+    use_when="GRPO makes wrong answers longer and longer, or over-weights prompts of little spread.",
+)
 class DrGRPO(PolicyGradient):
     """Sum over a completion's tokens of the clipped surrogate, over max_completion_length."""
 

@@ -1,9 +1,9 @@
 """Group relative policy optimization: advantages are relative to the other completions of the same prompt,
 without a critic.
 
-As in the paper, tokens are averaged within a completion first, so each completion weighs alike whatever its
-length (TRL's loss_type `grpo`; its default is `dapo`, and its default beta 0). Departs from the paper in the
-gradient of the KL, as TRL does: see use_bias_correction_kl.
+As in the paper, tokens are averaged within a completion first, so all completions have the same weight
+whatever their length (TRL's loss_type `grpo`; TRL's default is `dapo`, with beta 0). Departs from the paper
+in the gradient of the KL, as TRL does: see use_bias_correction_kl.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -14,7 +14,13 @@ from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.03300", requires=[SAMPLES, SCORES, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.03300",
+    requires=[SAMPLES, SCORES, REFERENCE, LOGPROBS],
+    use_when="answers can be scored by a rule or a model and you want reinforcement learning without a"
+    " critic.",
+    starting_rate="1e-6 for full fine-tuning (TRL's default); with LoRA about ten times as much.",
+)
 class GRPO(PolicyGradient):
     """Mean over a completion's tokens of the clipped surrogate and beta times the KL."""
 

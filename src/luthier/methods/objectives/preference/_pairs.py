@@ -1,13 +1,13 @@
 """Preference losses on the best and the worst completion of a row.
 
-A value per completion (here the log-ratio to the reference, summed over its tokens), and what a margin
-between the two values costs. Methods without a reference, or with another normalisation, say their own
-`values`; those that look at each side by itself say what a `pair` costs.
+The value of a completion is by default its log-ratio to the reference, summed over tokens, and a method
+defines the loss of the margin between the two values. Methods without a reference or with another
+normalisation define their own `values`; methods that treat each side separately define the loss of a `pair`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,8 @@ class Pairs(Objective):
     loss and no gradient.
     """
 
+    costs: ClassVar[str] = "a forward and backward pass over both completions of each pair."
+    starting_rate: ClassVar[str] = "that of `dpo`."
     unit = "group"
 
     beta: Beta = 0.1  # strength of the pull towards the reference

@@ -1,8 +1,8 @@
 """AOT: aligns the distribution of margins in a batch, sorted, with the reference's, instead of comparing pair
 by pair.
 
-Sorted are the margins of one micro-batch, so this is an exception to "accumulation changes nothing": a
-micro-batch of one row is DPO. Rows whose completions score alike stay out of the order.
+Margins are sorted within one micro-batch, so results depend on the micro-batch size; with one row per
+micro-batch it equals DPO. Rows whose completions have equal scores are left out.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -11,10 +11,16 @@ from luthier.methods.objectives.preference._pairs import Pairs, Probability, bes
 from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
-SORTED = "margins are put in order within one micro-batch"
+SORTED = "margins are sorted within one micro-batch"
 
 
-@objective(paper="arXiv:2406.05882", requires=[PAIRS, REFERENCE, LOGPROBS], contract={"accumulation": SORTED})
+@objective(
+    paper="arXiv:2406.05882",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    contract={"accumulation": SORTED},
+    use_when="pairs are noisy one by one but good as a set: it compares sorted margins of a"
+    " micro-batch, and needs a micro-batch of many rows.",
+)
 class AOT(Pairs):
     """Logistic loss of the k-th smallest margin of the policy minus the k-th smallest of the reference."""
 

@@ -1,8 +1,8 @@
-"""AOT without pairs: the sorted log-ratios of the chosen completions of a batch are to exceed those of the
+"""AOT without pairs: the sorted log-ratios of the chosen completions of a batch should exceed those of the
 rejected ones.
 
-The k-th smallest log-ratio of the chosen is compared with the k-th smallest of the rejected, whatever row
-they are of. Sorted within one micro-batch, as in `aot`.
+The k-th smallest log-ratio of the chosen is compared with the k-th smallest of the rejected, whichever row
+they come from. Sorted within one micro-batch, as in `aot`.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -13,7 +13,13 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.05882", requires=[PAIRS, REFERENCE, LOGPROBS], contract={"accumulation": SORTED})
+@objective(
+    paper="arXiv:2406.05882",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    contract={"accumulation": SORTED},
+    use_when="chosen and rejected completions do not answer the same prompts, so that only their"
+    " distributions can be compared. It needs a micro-batch of many rows.",
+)
 class AOTUnpaired(Pairs):
     """Logistic loss of the k-th smallest log-ratio of the chosen minus the k-th smallest of the rejected."""
 

@@ -1,6 +1,6 @@
-"""APO-down: lowers the likelihood of both sides, that of the rejected one more.
+"""APO-down: lowers the likelihood of both completions, that of the rejected one more.
 
-For pairs whose chosen side is worse than what the model says by itself.
+For pairs whose chosen completion is worse than the model's own answers.
 """
 
 import torch
@@ -12,7 +12,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2408.06266", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2408.06266",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="even the chosen completions are worse than what the model writes by itself: both lose"
+    " likelihood, the rejected one more.",
+)
 class APODown(Pairs):
     """s(r_chosen) + 1 - s(r_chosen - r_rejected), r = beta * log-ratio."""
 

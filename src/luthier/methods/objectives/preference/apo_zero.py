@@ -1,7 +1,7 @@
 """APO-zero: raises the likelihood of the chosen completion and lowers that of the rejected one, each relative
 to the reference.
 
-For pairs whose chosen side is better than what the model says by itself.
+For pairs whose chosen completion is better than the model's own answers.
 """
 
 import torch
@@ -13,7 +13,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2408.06266", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2408.06266",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="the chosen completions are better than what the model writes by itself, and their"
+    " likelihood should rise.",
+)
 class APOZero(Pairs):
     """(1 - s(r_chosen)) + s(r_rejected), r = beta * log-ratio."""
 

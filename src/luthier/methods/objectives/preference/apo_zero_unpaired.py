@@ -12,7 +12,14 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2408.06266", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2408.06266",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
+    use_when="feedback is good or bad for single completions and good ones are better than the model's"
+    " own; without pairs it needs no estimate of a reference point, unlike KTO.",
+    costs="a forward and backward pass over each completion.",
+    starting_rate="that of `kto`.",
+)
 class APOZeroUnpaired(Objective):
     """weight * (1 - s(r)) of a good completion, weight * s(r) of a bad one, r = beta * log-ratio."""
 

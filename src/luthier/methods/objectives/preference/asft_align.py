@@ -1,8 +1,8 @@
 """ASFT, aligned SFT: raises the likelihood of the chosen completion and lowers that of the rejected one,
 without a reference.
 
-p is the mean probability of a token (the paper's length normalisation is taken to be the geometric mean). Two
-terms: `chosen_sft`, and beta times this. Not the later "anchored SFT" of the same letters.
+p is the mean probability of a token (the paper's length normalisation, taken as the geometric mean). Two
+terms: `chosen_sft`, and beta times this one. It is not the later "anchored SFT" with the same acronym.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -12,7 +12,13 @@ from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2409.10571", row="asft-align", requires=[PAIRS, LOGPROBS])
+@objective(
+    paper="arXiv:2409.10571",
+    row="asft-align",
+    requires=[PAIRS, LOGPROBS],
+    use_when="you want likelihood and preference in one loss without a reference model, with each"
+    " side's probability bounded apart.",
+)
 class ASFT(Pairs):
     """-log p of each token of the best + beta * (-log p(best) - log(1 - p(worst)))."""
 

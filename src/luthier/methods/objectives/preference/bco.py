@@ -1,10 +1,10 @@
 """Binary classifier optimization without pairs: trains the implicit reward to classify completions as good
 (score above 0) or bad.
 
-Rewards are shifted by the middle between the mean of the good and the mean of the bad ones, so that the
-classifier need not learn an offset. Departs: that middle is of one micro-batch (the paper keeps a running
-mean over steps, which would make a step depend on its history), and the density ratio for prompts of unlike
-kinds is left out.
+Rewards are shifted by the midpoint between the mean of the good and the mean of the bad ones, so that the
+classifier need not learn an offset. Departs: the midpoint is computed on one micro-batch (the paper keeps a
+running mean over steps, which would make a step depend on its history), and the density ratio for prompts of
+different domains is left out.
 """
 
 import torch
@@ -16,13 +16,17 @@ from luthier.methods.objectives.preference._pairs import Beta, Positive, log_rat
 from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
-SHIFTED = "the shift of rewards is the middle of one micro-batch"
+SHIFTED = "the reward shift is the mean over one micro-batch"
 
 
 @objective(
     paper="arXiv:2404.04656",
     requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     contract={"accumulation": SHIFTED},
+    use_when="feedback is good or bad for single completions and you want the reward to be shifted so"
+    " that both kinds are classified.",
+    costs="a forward and backward pass over each completion.",
+    starting_rate="that of `kto`.",
 )
 class BCO(Objective):
     """weight * -log s(r - shift) of a good completion, weight * -log s(shift - r) of a bad one, r = beta *

@@ -1,7 +1,7 @@
 """Binary classifier optimization on pairs: classifies the chosen completion as good and the rejected one as
-bad, each by itself.
+bad, each separately.
 
-As TRL has it: without the reward shift of the paper, which `bco` has.
+As in TRL: without the paper's reward shift, which `bco` has.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -11,7 +11,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.04656", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2404.04656",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have pairs and want each side judged by itself, so that the chosen completion cannot"
+    " lose likelihood merely to widen the margin.",
+)
 class BCOPair(Pairs):
     """-log s(r_chosen) - log s(-r_rejected), r = beta * log-ratio."""
 

@@ -1,9 +1,9 @@
 """The SFT term beside a preference loss, which keeps the chosen completion likely: RPO is `dpo +
 1.0*chosen_sft`.
 
-The average is over the chosen tokens of the global batch (TRL's `sft` loss: of each micro-batch); the papers
-sum over a completion (2405.16436) or average within it (2404.19733). Rows whose completions score alike have
-no best: no tokens.
+The average is over the chosen tokens of the global batch (TRL's `sft` loss: per micro-batch); the papers sum
+over a completion (2405.16436) or average within it (2404.19733). Rows whose completions have equal scores
+have no chosen completion and contribute no tokens.
 """
 
 import torch
@@ -15,7 +15,14 @@ from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.16436", row="rpo-sft-reg", requires=[PAIRS, LOGPROBS])
+@objective(
+    paper="arXiv:2405.16436",
+    row="rpo-sft-reg",
+    requires=[PAIRS, LOGPROBS],
+    use_when="a preference loss lowers the likelihood of chosen completions too: add `+"
+    " 1.0*chosen_sft`. By itself it is SFT on the chosen side.",
+    costs="beside a preference loss next to nothing: it uses the same forward pass.",
+)
 class ChosenSFT(Objective):
     """-log p of each token of a row's best completion."""
 

@@ -1,6 +1,6 @@
 """Contrastive preference optimization: DPO without a reference, plus the likelihood of the chosen completion.
 
-The reference is taken to be uniform, so no second model is read. Two terms: this one, and cpo_alpha times
+The reference is assumed to be uniform, so no second model is needed. Two terms: this one, and cpo_alpha times
 `chosen_sft`.
 """
 
@@ -12,7 +12,12 @@ from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2401.08417", requires=[PAIRS, LOGPROBS])
+@objective(
+    paper="arXiv:2401.08417",
+    requires=[PAIRS, LOGPROBS],
+    use_when="you have pairs, no memory for a reference, and completions such as translations whose"
+    " likelihood should rise as well.",
+)
 class CPO(Pairs):
     """-log sigmoid(beta * (log p of the best - log p of the worst)) + cpo_alpha * (-log p of each token of
     the best).

@@ -1,8 +1,8 @@
-"""D3PO for texts: a pair's preference holds for each of its steps, and DPO is applied to each step by itself.
+"""D3PO for text: a pair's preference holds for each of its steps, and DPO is applied to each step separately.
 
-A step is `step` tokens of the completion; the k-th steps of both sides are compared, as far as both go. The
-ratio of a step is clipped, so that a step that has gone far enough teaches nothing. (The denoising form has
-one step of sampling for each.)
+A step is `step` tokens of the completion; the k-th steps of both sides are compared, up to the shorter side.
+The log-ratio of a step is clipped, so that a step that has moved far enough has no gradient. (In the paper, a
+step is one denoising step of a diffusion model.)
 """
 
 from typing import Annotated
@@ -18,7 +18,13 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2311.13231", row="d3po", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2311.13231",
+    row="d3po",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="pairs differ in many steps and you want each step of the completion to count as a"
+    " comparison of its own, with clipped ratios.",
+)
 class D3PO(Objective):
     """-log sigmoid(beta * (clipped log-ratio of the best's step - clipped log-ratio of the worst's step)),
     one per step.

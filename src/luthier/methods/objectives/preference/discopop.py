@@ -1,7 +1,6 @@
-"""DiscoPOP: a loss discovered by a language model, logistic where the margin is small and exponential where
-it is large.
+"""DiscoPOP: a loss discovered by a language model, logistic for small margins and exponential for large ones.
 
-The exponential part is not bounded below zero margins: keep beta small.
+The exponential part grows without bound for negative margins: keep beta small.
 """
 
 import torch
@@ -13,7 +12,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.08414", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2406.08414",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have pairs and want to try a loss that was found by search in place of DPO's; keep"
+    " beta small.",
+)
 class DiscoPOP(Pairs):
     """(1 - m) * logistic(x) + m * exp(-x), x = beta * margin, m = s(x / discopop_tau)."""
 

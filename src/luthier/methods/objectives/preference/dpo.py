@@ -1,7 +1,7 @@
 """Direct preference optimization: a reward model's loss on the policy's own log-ratios.
 
-With label_smoothing it is conservative DPO (cDPO): that share of the pairs is taken to be labelled the wrong
-way round.
+With label_smoothing it is conservative DPO (cDPO), which assumes that this fraction of the pairs is labelled
+the wrong way round.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -11,7 +11,14 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2305.18290", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2305.18290",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have pairs of a better and a worse answer and want the standard method: no reward"
+    " model and no sampling. It is a good first choice for pairs.",
+    starting_rate="for full fine-tuning 5e-7 to 1e-6 (TRL's default is 1e-6); with LoRA about ten"
+    " times as much.",
+)
 class DPO(Pairs):
     """-log sigmoid(beta * (log-ratio of the best - log-ratio of the worst))."""
 

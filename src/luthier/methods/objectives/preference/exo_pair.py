@@ -1,5 +1,5 @@
-"""EXO on pairs: the reverse KL between the policy's choice and a smoothed label, where DPO has the forward
-KL.
+"""EXO on pairs: the reverse KL between the policy's preference and a smoothed label, where DPO uses the
+forward KL.
 
 The paper's form for lists of K samples is left out; its labels need a reward model.
 """
@@ -17,7 +17,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.00856", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.00856",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have pairs and want the policy to concentrate on the better mode (reverse KL) where"
+    " DPO would cover both.",
+)
 class EXO(Pairs):
     """KL(q || p), q = [s(beta * margin), s(-beta * margin)], p = [1 - label_smoothing, label_smoothing]."""
 

@@ -1,6 +1,6 @@
-"""f-DPO: DPO under another f-divergence to the reference than the reverse KL.
+"""f-DPO: DPO with an f-divergence to the reference other than the reverse KL.
 
-The implicit reward is beta * f'(policy / reference), f' the derivative of the divergence's generator.
+The implicit reward is beta * f'(policy / reference), with f' the derivative of the divergence's generator.
 """
 
 import math
@@ -24,7 +24,11 @@ DERIVATIVES = {  # f'(t) of t = exp(u), up to a constant; a: f_alpha_divergence_
 }
 
 
-@objective(paper="arXiv:2309.16240", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2309.16240",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="DPO under its reverse KL makes answers too uniform: other divergences keep more diversity.",
+)
 class FDPO(DPO):
     """-log sigmoid(beta * (f'(ratio of the best) - f'(ratio of the worst)))."""
 

@@ -1,7 +1,6 @@
-"""Identity preference optimization: regresses the margin to a target instead of increasing it without end.
+"""Identity preference optimization: regresses the margin to a target instead of increasing it without bound.
 
-Departs from the paper's formula as its authors' own runs and TRL do: log-ratios are means over tokens, not
-sums.
+Departs from the paper's formula as its authors' code and TRL do: log-ratios are means over tokens, not sums.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -11,7 +10,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2310.12036", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2310.12036",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="DPO overfits near-certain pairs and margins grow without end: it regresses each margin"
+    " to a fixed target.",
+)
 class IPO(Pairs):
     """(margin - 1 / (2 beta))^2; beta is the paper's tau."""
 

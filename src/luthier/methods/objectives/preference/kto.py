@@ -1,10 +1,9 @@
-"""Kahneman-Tversky optimization: learns from completions that are each good (score above 0) or bad; no pairs
-needed.
+"""Kahneman-Tversky optimization: learns from single completions that are good (score above 0) or bad; no
+pairs needed.
 
-The reference point z0, how far the policy has drifted on average, is measured as in the authors' code and
-TRL: every completion under the prompt of the next row of the micro-batch, without gradient. It is a statistic
-of the micro-batch, so this is an exception to "accumulation changes nothing"; a micro-batch of one row has no
-other prompt, and z0 = 0.
+The reference point z0, the policy's average drift from the reference, is estimated as in the authors' code
+and TRL: each completion under the prompt of the next row of the micro-batch, without gradient. It is a
+statistic of the micro-batch, so results depend on the micro-batch size; with one row per micro-batch z0 is 0.
 """
 
 import torch
@@ -18,17 +17,20 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.model.policy import Policy
 from luthier.registry import objective
 
-NEIGHBOURS = "z0 is measured on the rows of one micro-batch, each completion under the next row's prompt"
+NEIGHBOURS = "z0 is estimated on one micro-batch, each completion under the next row's prompt"
 
 
 @objective(
     paper="arXiv:2402.01306",
     requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     contract={"accumulation": NEIGHBOURS, "order": NEIGHBOURS},
+    use_when="feedback is a thumbs up or down for single completions and there are no pairs.",
+    costs="a forward and backward pass over each completion, and a forward pass under another row's prompt.",
+    starting_rate="1e-6 for full fine-tuning (TRL's default); with LoRA about ten times as much.",
 )
 class KTO(Objective):
-    """weight * (1 - sigmoid(beta * (log-ratio - z0))) for a good completion, the sign turned for a
-    bad one.
+    """weight * (1 - sigmoid(beta * (log-ratio - z0))) for a good completion, with the sign flipped for a bad
+    one.
     """
 
     unit = "sequence"
@@ -42,8 +44,9 @@ class KTO(Objective):
         """z0: the mean log-ratio of mismatched completions, not below zero."""
         if not isinstance(roles.reference, Policy):
             raise RecipeError(
-                "kto asks the reference about completions under other prompts, which a column of the rows"
-                " cannot answer; let a network play it, e.g. `roles: {reference: initial}`"
+                "kto needs reference log-probabilities of completions under other prompts,"
+                " which a column cannot provide; use a model for the role, e.g. `roles:"
+                " {reference: initial}`"
             )
         if len(batch.rows) < 2:
             return torch.zeros((), device=batch.ids.device)

@@ -1,6 +1,6 @@
-"""LD-DPO, length-desensitised: tokens beyond the length that both sides have get less weight.
+"""LD-DPO, length-desensitised: tokens beyond the length that both completions share have less weight.
 
-ld_alpha 1 is DPO, 0 compares the common length alone.
+ld_alpha 1 is DPO; 0 uses the shared length only.
 """
 
 import torch
@@ -13,9 +13,13 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2409.06411", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2409.06411",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="DPO makes answers longer: tokens beyond the common length of both sides get less weight.",
+)
 class LDDPO(DPO):
-    """DPO on log-ratios whose tokens past the shorter side's length weigh ld_alpha."""
+    """DPO on log-ratios in which tokens past the shorter side's length are weighted by ld_alpha."""
 
     ld_alpha: Probability = 0.5  # weight of the tokens that only the longer side has
 

@@ -1,8 +1,8 @@
 """MODPO: DPO for one goal, with a margin for the other goals. One model for each choice of weights.
 
-The pairs are ranked by the aim that trains; what the others think lies in the column `rewards` ({name: a
-number for each completion}), which the stages `score` (reward models, rules such as a length) and
-`implicit_reward` (a policy trained on that aim) write. Sweep `weights` for a front of models.
+The pairs are ranked by the goal that is trained. Scores for the other goals are in the column `rewards`
+({name: a number per completion}), written by the stages `score` (reward models, or rules such as a length)
+and `implicit_reward` (a policy trained for that goal). Vary `weights` to get a Pareto front of models.
 """
 
 from dataclasses import field
@@ -18,7 +18,13 @@ from luthier.methods.stages._base import REWARDS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2310.03708", row="modpo", requires=[PAIRS, REWARDS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2310.03708",
+    row="modpo",
+    requires=[PAIRS, REWARDS, REFERENCE, LOGPROBS],
+    use_when="there are several goals and pairs for one of them: one run for each weighting gives a"
+    " set of trade-offs (plan `front`).",
+)
 class MODPO(Pairs):
     """-log sigmoid((beta * margin - sum of weights_j * (r_j of the best - r_j of the worst)) / w), w = 1 -
     sum of weights.
@@ -30,8 +36,7 @@ class MODPO(Pairs):
     def __post_init__(self):
         if sum(self.weights.values()) >= 1:
             raise ValueError(
-                "weights: they add up to 1 or more, and nothing is left for the aim that the pairs are"
-                " ranked by"
+                "weights: they add up to 1 or more, which leaves nothing for the goal that ranks the pairs"
             )
 
     def loss(self, roles, batch):

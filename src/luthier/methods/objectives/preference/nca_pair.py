@@ -1,5 +1,5 @@
-"""Noise contrastive alignment on pairs: rewards are absolute, so the chosen completion cannot lose likelihood
-for a larger margin.
+"""Noise contrastive alignment on pairs: rewards are absolute, so the chosen completion does not lose
+likelihood to increase the margin.
 
 The paper's form for K rated completions is left out.
 """
@@ -13,7 +13,11 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.05369", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.05369",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="DPO lowers the likelihood of chosen answers and you want absolute rewards that prevent it.",
+)
 class NCA(Pairs):
     """-log s(r_chosen) - log s(-r_chosen) / 2 - log s(-r_rejected) / 2, r = beta * log-ratio."""
 

@@ -1,8 +1,8 @@
 """ORPO: likelihood of the chosen completion, plus a penalty on the odds ratio to the rejected one. No
 reference.
 
-Two terms: `chosen_sft` and beta (the paper's lambda) times the odds ratio. Departs from TRL and the authors'
-code, whose likelihood also covers the prompt's tokens; here, as in the paper, the completion's alone.
+Two terms: `chosen_sft` and beta (the paper's lambda) times the odds ratio. As in the paper, the likelihood
+covers the completion only; TRL and the authors' code include the prompt's tokens.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -12,7 +12,13 @@ from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2403.07691", requires=[PAIRS, LOGPROBS])
+@objective(
+    paper="arXiv:2403.07691",
+    requires=[PAIRS, LOGPROBS],
+    use_when="you have pairs and want fine-tuning and preference tuning in one stage without a"
+    " reference, from a base model on.",
+    starting_rate="that of `dpo`; TRL's default is 1e-6.",
+)
 class ORPO(Pairs):
     """-log p of each token of the best + beta * -log sigmoid(log odds of the best - log odds of the
     worst).

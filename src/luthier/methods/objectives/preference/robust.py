@@ -1,7 +1,7 @@
-"""Robust DPO: DPO's loss corrected for a known share of flipped labels, so that its expectation is that of
+"""Robust DPO: DPO's loss corrected for a known rate of flipped labels, so that its expectation equals that of
 clean labels.
 
-Unlike cDPO (`dpo` with label_smoothing) it subtracts the flipped loss, and may fall below zero.
+Unlike cDPO (`dpo` with label_smoothing) it subtracts the flipped loss, and can be negative.
 """
 
 from typing import Annotated
@@ -15,9 +15,13 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2403.00409", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2403.00409",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you know about which share of the pairs is labelled the wrong way round.",
+)
 class Robust(Pairs):
-    """((1 - e) * cost of the margin - e * cost of the margin turned round) / (1 - 2 e)."""
+    """((1 - e) * loss of the margin - e * loss of the negated margin) / (1 - 2 e)."""
 
     # e: share of pairs that are labelled the wrong way round
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1

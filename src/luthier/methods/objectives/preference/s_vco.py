@@ -1,9 +1,9 @@
-"""S-VCO for texts: raises the likelihood of each of two answers under its own context and lowers it under the
+"""S-VCO for text: raises the likelihood of each of two answers under its own context and lowers it under the
 other's.
 
-A row holds two answers to one question, each right in a context of its own; the stage `contrast_contexts`
-lays out the six readings that the loss compares (with the right context, with none, with the wrong one). The
-paper's contexts are images.
+A row has two answers to one question, each correct in its own context; the stage `contrast_contexts` prepares
+the six inputs that the loss compares (right context, none, wrong context). In the paper the contexts are
+images.
 """
 
 import torch.nn.functional as F
@@ -16,7 +16,15 @@ from luthier.methods.stages.curate.contrast_contexts import CONTRASTS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2502.13928", row="s-vco", requires=[CONTRASTS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2502.13928",
+    row="s-vco",
+    requires=[CONTRASTS, REFERENCE, LOGPROBS],
+    use_when="two answers to one question are each right in a context of their own, and the model"
+    " should attend to the context.",
+    costs="six readings for each row with its two contexts.",
+    starting_rate="that of `dpo`.",
+)
 class SVCO(Objective):
     """For both answers, -log s(beta_attend * (r(own context) - r(none))) - log s(beta_reject * (r(none) -
     r(other context))).

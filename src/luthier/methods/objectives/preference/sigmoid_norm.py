@@ -1,6 +1,6 @@
 """Length-normalised DPO (Tulu 3): log-ratios are means over tokens, so length gives no advantage.
 
-beta is larger than DPO's, since a mean is smaller than a sum: the paper takes 5.
+beta is larger than DPO's, since a mean is smaller than a sum: the paper uses 5.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -11,7 +11,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2411.15124", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2411.15124",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="DPO favours long answers: log-ratios are means over tokens. Take a larger beta (5 in the"
+    " paper).",
+)
 class SigmoidNorm(DPO):
     """-log sigmoid(beta * (mean log-ratio of the best - mean log-ratio of the worst))."""
 

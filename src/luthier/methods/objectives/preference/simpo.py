@@ -11,7 +11,12 @@ from luthier.methods.objectives.preference._pairs import Beta, Pairs, Probabilit
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.14734", requires=[PAIRS, LOGPROBS])
+@objective(
+    paper="arXiv:2405.14734",
+    requires=[PAIRS, LOGPROBS],
+    use_when="you have pairs, no memory for a reference and answers of unlike length.",
+    starting_rate="3e-7 to 1e-6 for full fine-tuning in the paper.",
+)
 class SimPO(Pairs):
     """-log sigmoid(beta * (mean log p of the best - mean log p of the worst) - simpo_gamma)."""
 

@@ -1,9 +1,9 @@
 """SPPO, self-play by regression: fits each side's log-ratio to its win rate against the policy that sampled
 it.
 
-The reference is the policy of the round before (the plan `sppo` sees to that). With a column `win_rates` (the
-stage of that name makes it from scores) targets are soft; without, the best wins always and the worst never
-(TRL's `sppo_hard`, which adds the two sides where this averages them).
+The reference is the policy of the previous round (the plan `sppo` sets it). With a column `win_rates` (the
+stage of that name computes it from scores) targets are soft; without it, the best completion has win rate 1
+and the worst 0 (TRL's `sppo_hard`, which sums the two sides where this averages them).
 """
 
 import torch
@@ -17,7 +17,13 @@ from luthier.model.batch import Batch
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.00675", row="sppo", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2405.00675",
+    row="sppo",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have a judge that gives win rates and play rounds against the last policy; plan"
+    " `sppo` runs them.",
+)
 class SPPO(Pairs):
     """The mean over both sides of (log-ratio - (win rate - 1/2) / beta)^2."""
 

@@ -1,7 +1,7 @@
-"""TDPO, token-level DPO: corrects the margin by the KL of each side's tokens to the reference.
+"""TDPO, token-level DPO: corrects the margin by the token-wise KL of each side to the reference.
 
-The drift is the forward KL(reference || policy) summed over a completion's tokens. if_tdpo2 false is the
-paper's first form: both drifts, whole and differentiated.
+The KL is the forward KL(reference || policy), summed over a completion's tokens. `if_tdpo2: false` is the
+paper's first form: both KLs at full weight and differentiated.
 """
 
 import torch
@@ -15,9 +15,14 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.11999", requires=[PAIRS, REFERENCE, LOGPROBS, TOPK])
+@objective(
+    paper="arXiv:2404.11999",
+    requires=[PAIRS, REFERENCE, LOGPROBS, TOPK],
+    use_when="DPO drifts too far from the reference: each side's KL, token by token, corrects the margin.",
+    costs="whole vocabularies of policy and reference are compared at each token.",
+)
 class TDPO(Pairs):
-    """-log sigmoid(beta * (margin - alpha * (drift of the worst - drift of the best, held fixed)))."""
+    """-log sigmoid(beta * (margin - alpha * (KL of the worst - KL of the best, not differentiated)))."""
 
     alpha: NotNegative = 0.5  # weight of the drifts; 0 is DPO; not used by the first form
     if_tdpo2: bool = True  # the second form

@@ -1,8 +1,8 @@
 """WPO: weights pairs by how likely they are under the policy, so that off-policy pairs act like on-policy
 ones.
 
-A token's likelihood is measured against what a sample would have on average (the paper's aligned weights, as
-in TRL).
+A token's likelihood is normalised by its expected value under the policy (the paper's aligned weights, as in
+TRL).
 """
 
 import torch
@@ -15,7 +15,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.11827", requires=[PAIRS, REFERENCE, LOGPROBS, TOPK])
+@objective(
+    paper="arXiv:2406.11827",
+    requires=[PAIRS, REFERENCE, LOGPROBS, TOPK],
+    use_when="pairs come from another model than the policy: pairs that the policy itself would write"
+    " get more weight.",
+)
 class WPO(DPO):
     """w_chosen * w_rejected * DPO, w = exp(mean over tokens of log p - log sum_v p(v)^2), not
     differentiated.

@@ -1,5 +1,5 @@
-"""Rows as points: a row's feature is the state that predicts the first token of its answer, and its class is
-the answer.
+"""Row features: the hidden state that predicts the first token of a row's answer; the row's class is its
+answer.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Adam-v2 on texts: contrastive learning of parts and wholes of a text, from coarse to fine.
+"""Adam-v2 for text: contrastive learning of parts and wholes of a text, from coarse to fine.
 
-A stretch of a text (the whole) is cut into parts, and each is read by itself, after what the text continues.
-Localizability: a part, read by the student with some tokens exchanged, is to be nearer to itself as the
-teacher reads it than to the other parts. Composability: the parts together give the teacher's whole.
-Decomposability: the whole gives the teacher's parts. An embedding is the mean of the states that predict a
-stretch's tokens. Teacher is the policy's running average (`mean_teacher`), heads are `roles: {parts:
-part_whole}`; wholes are whole texts at first, then halves, quarters and so on.
+A span of text (the whole) is divided into parts, and each is encoded separately, after the text that precedes
+it. Localizability: a part, with some tokens replaced, should be closer to the teacher's embedding of the same
+part than to the other parts. Composability: the parts together predict the teacher's embedding of the whole.
+Decomposability: the whole predicts the teacher's embeddings of the parts. An embedding is the mean of the
+hidden states that predict a span's tokens. The teacher is the policy's running average (`mean_teacher`), the
+heads are `roles: {part_heads: part_whole}`; wholes are full texts at first, then halves, quarters and so on.
 
-Departs: made for medical images and a convolutional encoder. Views of a region are exchanged tokens in place
-of augmented crops; localizability is contrastive within a text, so that no loss depends on how a batch is
-split; all terms weigh alike, as the paper's weights are not known here.
+Departs: made for medical images and a convolutional encoder. Augmented views are replaced tokens instead of
+crops; localizability is contrastive within a text, so that no loss depends on how a batch is split; all terms
+have the same weight, since the paper's weights are not known here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ from luthier.registry import Range, objective
     paper="arXiv:2404.15672",
     row="adam-v2-anatomy",
     requires=[COMPLETIONS, TEACHER, PART_HEADS, HIDDEN],
-    contract={"head": "embeddings are taken before the head, which it leaves to a loss beside it"},
+    contract={"head": "it uses embeddings below the head; train the head with a loss beside it"},
+    use_when="texts have parts that make up wholes, you want representations of both, and there are no"
+    " labels. It was made for medical images, so try it on a small run first.",
+    costs="the parts and wholes of each text are read apart by student and teacher: several forward"
+    " passes a row.",
 )
 class AdamV2(Objective):
     """Contrast of parts + (1 - cos) of the composed whole + mean (1 - cos) of the decomposed parts."""
@@ -62,8 +66,8 @@ class AdamV2(Objective):
         heads, m = roles.part_heads, self.parts_of_whole
         if heads.m != m:
             raise RecipeError(
-                f"adam_v2 cuts wholes into {m} parts and role `part_whole` into {heads.m}: set parts_of_whole"
-                " alike in both"
+                f"adam_v2 divides into {m} parts but role `part_whole` into {heads.m}; set"
+                " parts_of_whole to the same value in both"
             )
         cut = regions(batch, m, min(self.levels - 1, int(roles.clock.progress * self.levels)), roles.clock)
         if cut is None:

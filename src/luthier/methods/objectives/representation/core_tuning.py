@@ -1,13 +1,13 @@
 """Core-tuning: a contrastive loss on features of the same class with hard pairs weighted up, plus mixed
 features for the classifier.
 
-A term for classes answered in words or by a head: `sft + core_tuning`. A row's feature is the state from
-which its answer is begun. For each row a hard positive is mixed from the least similar of its class and the
-most similar of another, and a semi-hard negative from itself and any other row; contrast weighs a pair the
-more the less likely it is (focal), and the network's own output layer learns the mixed features by mixed
-labels. With `eta` and `boundary` 0 this is plain tuning. Departs: features are compared as they are, where
-the paper puts two more layers before the comparison, which a network that is tuned whole has anyway; what is
-mixed is the first token of an answer.
+Use it beside the main loss, for classes that are answered in words or by a head: `sft + core_tuning`. A row's
+feature is the hidden state that predicts the first token of its answer. For each row a hard positive is mixed
+from the least similar row of its class and the most similar one of another, and a semi-hard negative from the
+row itself and any other row; pairs with a low probability get more weight (focal), and the model's own output
+layer is trained on the mixed features with mixed labels. With `eta` and `boundary` 0 this is plain
+fine-tuning. Departs: features are compared directly, where the paper adds two projection layers; mixing
+concerns the first token of an answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from luthier.model.outputs import Outputs
 from luthier.registry import Range, objective
 
 NotNegative = Annotated[float, Field(ge=0)]
-INSIDE = "pairs are those of the micro-batch: give per_device_train_batch_size rows enough of every class"
+INSIDE = (
+    "pairs are formed within a micro-batch; set per_device_train_batch_size high enough for"
+    " several rows of each class"
+)
 
 
 @objective(
@@ -36,10 +39,14 @@ INSIDE = "pairs are those of the micro-batch: give per_device_train_batch_size r
     row="core-tuning",
     requires=[COMPLETIONS, HIDDEN],
     contract={"accumulation": INSIDE},
+    use_when="you fine-tune a classifier on few rows and want features of one class to be near each"
+    " other: add it to `sft`.",
+    costs="compares each row with all of its micro-batch; no further forward pass through the network.",
+    starting_rate="that of `sft`.",
 )
 class CoreTuning(Objective):
-    """eta * focal contrast + boundary * cross-entropy of the mixed features. Rows without one of another
-    class cost nothing.
+    """eta * focal contrast + boundary * cross-entropy of the mixed features. Rows without a row of another
+    class have no loss.
     """
 
     unit = "sequence"

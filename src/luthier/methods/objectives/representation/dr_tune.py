@@ -1,13 +1,13 @@
-"""DR-Tune: regularises the output layer by also classifying the pretrained network's features, aligned with
-the tuned ones.
+"""DR-Tune: regularises the output layer by also classifying the pretrained model's features, aligned with the
+tuned ones.
 
-A row's feature is the state from which its answer is begun. A memory keeps features of both networks side by
-side (`roles: {feature_pairs: feature_pairs}`); the rotation that best turns one into the other, and a shift
-for each class, bring the pretrained feature of a row to the tuned network's, and the output layer learns it
-by the row's answer. The layers below get no gradient from this term, so they are free; the layer itself must
-move: `tuner: full`, or `modules_to_save: [lm_head]` under LoRA. Departs: made for images; the memory tells
-how features are moved, and those of the batch's own rows are judged, so that the loss does not depend on how
-a batch is split. The rotation is fitted at each step.
+A row's feature is the hidden state that predicts the first token of its answer. A memory holds features of
+both models (`roles: {feature_pairs: feature_pairs}`); the rotation that best maps one to the other, and a
+shift per class, align a row's pretrained feature with the tuned model's, and the output layer is trained to
+predict the row's answer from it. The layers below get no gradient from this term; the output layer itself
+must be trainable: `tuner: full`, or `modules_to_save: [lm_head]` with LoRA. Departs: made for images; the
+memory only determines the alignment, and the loss is on the batch's own rows, so that it does not depend on
+how a batch is split. The rotation is fitted at each step.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ from luthier.registry import objective
     paper="arXiv:2308.12058",
     row="dr-tune",
     requires=[COMPLETIONS, REFERENCE, FEATURE_PAIRS, LOGPROBS, HIDDEN],
+    use_when="you fine-tune a classifier and want its output layer to stay consistent with the"
+    " pretrained features, against overfitting on few rows.",
+    costs="a memory of feature pairs, and a rotation fitted at each step.",
+    starting_rate="that of `sft`.",
 )
 class DRTune(Objective):
-    """-log p of each token; to the first of an answer is added `weight` * -log p of it by the moved
+    """-log p of each token; for the first token of an answer, plus `weight` * -log p from the aligned
     pretrained feature.
     """
 

@@ -1,11 +1,11 @@
-"""LOOK: a soft k-nearest-neighbour loss; a row is to share its class with most of its nearest neighbours, not
-with all of its class.
+"""LOOK: a soft k-nearest-neighbour loss; a row should share its class with most of its nearest neighbours,
+not with all rows of its class.
 
-A soft vote of the k nearest features in a memory, the row itself left out; far members of its class do not
-pull, so a class may lie in several places. Made for images and their labels: here a row's feature is the
-state from which its answer is begun, in any network, and its class what it answers (a classifier's states are
-its logits). Neighbours are features of the teacher, who is the policy's running average (`mean_teacher`) as
-in the paper's momentum encoder.
+A soft vote of the k nearest features in a memory, without the row itself; distant rows of the same class have
+no influence, so a class may form several clusters. Made for images and their labels: here a row's feature is
+the hidden state that predicts the first token of its answer, and its class is the answer (for a classifier,
+the features are its logits). Neighbours are features of the teacher, the policy's running average
+(`mean_teacher`), as in the paper's momentum encoder.
 """
 
 from typing import Annotated
@@ -28,10 +28,14 @@ from luthier.registry import Range, objective
     paper="arXiv:2110.06014",
     row="look-supervised-pretraining",
     requires=[COMPLETIONS, TEACHER, MEMORY, HIDDEN],
-    contract={"head": "features are taken before the head, which it leaves to a loss beside it"},
+    contract={"head": "it uses features below the head; train the head with a loss beside it"},
+    use_when="classes are spread over several clusters, so that pulling a whole class together would"
+    " hurt; it needs labelled rows.",
+    costs="a memory of features.",
+    starting_rate="that of `sft`.",
 )
 class Look(Objective):
-    """-log of the share that a row's own class has in the vote of its k nearest neighbours."""
+    """-log of the share of votes that a row's own class has among its k nearest neighbours."""
 
     unit = "sequence"
 

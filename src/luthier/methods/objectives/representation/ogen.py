@@ -1,15 +1,16 @@
-"""OGEN: regularises tuning on some classes by generated features of classes that no row has, with a teacher
-that averages late snapshots.
+"""OGEN: regularises fine-tuning on some classes by generated features of unseen classes, with a teacher that
+averages recent snapshots.
 
-A term beside the loss on real rows: `sft + ogen`. Each known class in turn plays unknown, so that the
-generator learns to say its states from those of its neighbours; generated states of known and of unknown
-classes are then classified by the network's own output layer, and on those of unknown ones the policy stays
-near the mean of its recent snapshots (`roles: {teacher: snapshot_average, generator: {...}}`). With all
-weights 0 this is plain tuning.
+Use it beside the loss on real rows: `sft + ogen`. Each known class in turn is treated as unknown, so that the
+generator learns to predict its features from those of similar classes; generated features of known and
+unknown classes are then classified by the model's own output layer, and on the unknown ones the policy is
+kept near the average of its recent snapshots (`roles: {teacher: snapshot_average, generator: {...}}`). With
+all weights 0 this is plain fine-tuning.
 
-Departs: made for CLIP, whose image features and class texts are here the state from which an answer is begun
-and the output layer's row for the class name. States move as the network is tuned, so the gradient of what is
-generated reaches it through V (the paper's reaches the class texts), and the statistics of classes follow.
+Departs: made for CLIP, whose image features and class texts correspond here to the hidden state that predicts
+an answer's first token and to the output layer's row for the class name. Hidden states change as the model is
+tuned, so the gradient of generated features reaches it through V (in the paper, through the class texts), and
+the class statistics follow.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ NOTED = {"base_classes": "known", "new_classes": "unknown"}  # terms -> names of
     row="ogen",
     requires=[COMPLETIONS, TEACHER, GENERATOR, HIDDEN, TOPK],
     former_settings={"known": "base_classes", "unknown": "new_classes"},
+    use_when="you tune a classifier on some classes and must not lose classes that no row has.",
+    costs="a small generator that trains along; its teacher keeps several snapshots of what moves.",
+    starting_rate="that of `sft`.",
 )
 class OGEN(Objective):
-    """Reconstruction + cross-entropy of generated states of known and of unknown classes + their
-    distillation.
+    """Reconstruction + cross-entropy of generated features of known and unknown classes + distillation on
+    them.
     """
 
     unit = "sequence"
@@ -67,8 +71,8 @@ class OGEN(Objective):
         table = roles.policy.model.get_output_embeddings().weight
         if h.shape[1] != table.shape[1] or table.shape[1] != make.mean.shape[1]:
             raise RecipeError(
-                f"ogen: states are {h.shape[1]} wide, the output layer {table.shape[1]} and the generator"
-                f" {make.mean.shape[1]}"
+                f"ogen: hidden states have width {h.shape[1]}, the output layer"
+                f" {table.shape[1]} and the generator {make.mean.shape[1]}; they must be equal"
             )
         y, z = kinds[here], F.normalize(h[here], dim=1)
         if not len(y):

@@ -1,7 +1,7 @@
-"""A process reward model: predicts at the end of each step of a solution whether it is right so far.
+"""A process reward model: predicts at the end of each step of a solution whether it is correct so far.
 
-The stage `mark_steps` marks where steps end. The value there is a logit, of sigmoid(value) that the step is
-right.
+The stage `mark_steps` marks where steps end. The value there is the logit of the probability that the step is
+correct.
 """
 
 import torch.nn.functional as F
@@ -13,7 +13,14 @@ from luthier.methods.stages.curate.mark_steps import STEP_TARGETS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2305.20050", requires=[COMPLETIONS, STEP_TARGETS, VALUES])
+@objective(
+    paper="arXiv:2305.20050",
+    requires=[COMPLETIONS, STEP_TARGETS, VALUES],
+    use_when="you have solutions with a right or wrong mark for each step and want a model that scores"
+    " steps.",
+    costs="a forward and backward pass over each solution, on a network with a scalar head.",
+    starting_rate="that of `reward`.",
+)
 class ProcessReward(Objective):
     """Cross-entropy of each step's value with its label."""
 

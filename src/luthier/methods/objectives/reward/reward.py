@@ -1,8 +1,8 @@
-"""A reward model trained on pairs after Bradley and Terry: the value of the chosen completion is to exceed
-that of the rejected one.
+"""A reward model trained on pairs (Bradley-Terry): the value of the chosen completion should exceed that of
+the rejected one.
 
-Rows may carry a `margin` by which it is to be above (Llama 2). With center_rewards_coefficient values are
-kept around zero.
+Rows may have a `margin` by which it should be higher (Llama 2). center_rewards_coefficient keeps values near
+zero.
 """
 
 import torch
@@ -15,7 +15,13 @@ from luthier.methods.objectives.preference._pairs import best_and_worst, logisti
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2204.05862", requires=[PAIRS, VALUES])
+@objective(
+    paper="arXiv:2204.05862",
+    requires=[PAIRS, VALUES],
+    use_when="you have pairs and want a reward model, for reinforcement learning or best-of-n.",
+    costs="a forward and backward pass over both completions, on a network with a scalar head.",
+    starting_rate="1e-4 is TRL's default; full fine-tuning of large models takes less.",
+)
 class Reward(Objective):
     """-log sigmoid(r_chosen - r_rejected - margin) + center_rewards_coefficient * (r_chosen +
     r_rejected)^2.

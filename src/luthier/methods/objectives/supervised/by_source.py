@@ -1,8 +1,8 @@
-"""One objective for each source of the rows (column `source`), so that an estimator can weight sources
-against each other.
+"""One objective per source of the rows (column `source`), so that an estimator can weight sources against
+each other.
 
-Each source's term is an average over its own units. By itself the sum of these averages: small sources count
-as much as large ones.
+Each source's term is averaged over its own units. Without such an estimator the loss is the sum of these
+averages: small sources count as much as large ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from luthier.methods.objectives._base import Objective
 from luthier.registry import family, nested, objective
 
 
-@objective(requires=[SOURCE])
+@objective(
+    requires=[SOURCE],
+    use_when="rows come from several sources and each source should be a term of its own, to be"
+    " weighted by an estimator such as `min_norm` or `penalty_bilevel`.",
+    costs="as its inner objective; estimators that need a gradient for each term take a backward pass"
+    " for each source.",
+    starting_rate="that of its inner objective.",
+)
 class BySource(Objective):
     """One term a source, named as the source."""
 
@@ -28,11 +35,11 @@ class BySource(Objective):
     def __post_init__(self):
         if len(self.inner.terms()) > 1 or self.inner.unit == "batch":
             raise ValueError(
-                f"inner: '{self.inner.name}' is a sum, or one number for a whole batch, and cannot be split"
-                " by source"
+                f"inner: '{self.inner.name}' is a sum, or gives one number per batch, and"
+                " cannot be split by source"
             )
         if len(set(self.sources)) < len(self.sources):
-            raise ValueError("sources: each may be named once")
+            raise ValueError("sources: a source is listed twice")
 
     def terms(self):
         return [(1.0, OfSource(inner=self.inner, source=source)) for source in self.sources]
@@ -46,7 +53,7 @@ class BySource(Objective):
 
 @family
 class OfSource(Objective):
-    """The units of one source; those of others cost nothing and are not counted."""
+    """The units of one source; units of other sources are not counted."""
 
     inner: Any  # an objective
     source: str  # whose rows count

@@ -1,7 +1,7 @@
 """SFT under an f-divergence: raises the log-ratio to the reference along a concave curve, so that the policy
-stays nearer to it.
+stays closer to it.
 
-Plain SFT, seen as the learning of an implicit reward r, has nothing that holds it near the reference. The
+Seen as learning an implicit reward r, plain SFT has no term that keeps the policy near the reference. The
 curves follow the family of inverse soft-Q learning; the paper's own expression could not be verified.
 """
 
@@ -21,9 +21,15 @@ CURVES = {  # divergence -> phi(r)
 }
 
 
-@objective(paper="arXiv:2507.00018", row="sft-dpo-bridge", requires=[COMPLETIONS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2507.00018",
+    row="sft-dpo-bridge",
+    requires=[COMPLETIONS, REFERENCE, LOGPROBS],
+    use_when="plain SFT moves too far from the reference: a concave curve of the log-ratio holds it near.",
+    starting_rate="that of `sft`.",
+)
 class FSFT(Objective):
-    """-phi(r), r = beta * log-ratio of a token or of a completion; phi(r) = r is SFT, beta times."""
+    """-phi(r), r = beta * log-ratio of a token or of a completion; phi(r) = r is SFT times beta."""
 
     beta: Beta = 0.1  # scale of the implicit reward
     # r, r - r^2 / 4, or r / (1 + r) above r = -1

@@ -1,8 +1,8 @@
-"""Fault-aware fine-tuning: SFT on right programs, with more weight where a wrong variant differs.
+"""Fault-aware fine-tuning: SFT on correct programs, with more weight where a faulty variant differs.
 
-The stage `diff_masks` marks these places in lines and tokens. Token weights grow the less the model tells the
-right variant from the wrong one there. The paper's own weighting could not be verified in full: w = 1 + a *
-line + b * token * s(-gap / tau).
+The stage `diff_masks` marks these places in lines and tokens. Token weights are larger the less the model
+distinguishes the correct variant from the faulty one there. The paper's own weighting could not be verified
+in full: w = 1 + a * line + b * token * s(-gap / tau).
 """
 
 import torch
@@ -16,7 +16,15 @@ from luthier.methods.stages.curate.diff_masks import LINE_MASK, TOKEN_MASK
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.16913", row="fait", requires=[PAIRS, LINE_MASK, TOKEN_MASK, LOGPROBS])
+@objective(
+    paper="arXiv:2503.16913",
+    row="fait",
+    requires=[PAIRS, LINE_MASK, TOKEN_MASK, LOGPROBS],
+    use_when="you have right programs with near-miss wrong ones, and the lines and tokens in which"
+    " they differ deserve more weight. Mark them by stage `diff_masks` first.",
+    costs="as `sft`, with the wrong program read as well.",
+    starting_rate="that of `sft`.",
+)
 class FAIT(ChosenSFT):
     """w * -log p of each token of a row's best completion; gap: mean log p where it differs, best minus
     worst.

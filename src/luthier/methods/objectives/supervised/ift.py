@@ -1,10 +1,10 @@
 """Intuitive fine-tuning: SFT on inputs mixed with the model's own predictions, with each token weighted by
 the discounted loss of what follows.
 
-Two passes. The first guesses every learned token; the second reads each as a mixture of the given one's
-embedding and the guess's. A token's weight is the discounted loss of all that follows it. Departs: the
-average is over tokens, not first within a completion, and the mixed embeddings are the live ones (the paper's
-come from a copy that follows them).
+Two passes: the first predicts every supervised token; the second reads, at each position, a mixture of the
+embeddings of the given and the predicted token. A token's weight is the discounted loss of all later tokens.
+Departs: the average is over tokens, not first within a completion, and embeddings are those of the policy
+itself (the paper uses those of a copy that follows it).
 """
 
 import torch
@@ -16,7 +16,15 @@ from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.11870", row="ift", requires=[COMPLETIONS, LOGPROBS, TOPK, EMBEDDINGS])
+@objective(
+    paper="arXiv:2405.11870",
+    row="ift",
+    requires=[COMPLETIONS, LOGPROBS, TOPK, EMBEDDINGS],
+    use_when="you have only SFT rows and want some of what preference tuning gives: the model also"
+    " learns to go on from its own predictions.",
+    costs="two forward passes and one backward pass a row.",
+    starting_rate="that of `sft`.",
+)
 class IFT(Objective):
     """w_i * -log p(token i | mixed beginning), w_i the discounted sum of the losses from i on, of mean 1 in a
     completion.

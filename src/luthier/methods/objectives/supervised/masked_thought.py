@@ -1,8 +1,8 @@
-"""Masked thought: SFT with a share of the reasoning tokens masked in the input.
+"""Masked thought: SFT with a fraction of the reasoning tokens masked in the input.
 
-Each learned token is hidden from the input with some probability, and asked all the same; the question is
-never touched. Which ones follows from the seed, the step and the row, so every epoch hides others. The mask
-is the tokenizer's own, else its padding token; the paper adds one to the vocabulary.
+Each supervised token is masked in the input with some probability but still predicted; the prompt is never
+masked. The choice depends on the seed, the step and the row, so every epoch masks other tokens. The mask is
+the tokenizer's mask token, else its padding token; the paper adds one to the vocabulary.
 """
 
 from typing import Annotated, Literal
@@ -16,9 +16,17 @@ from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import Range, objective
 
 
-@objective(paper="arXiv:2403.02178", row="masked-thought", requires=[COMPLETIONS, LOGPROBS])
+@objective(
+    paper="arXiv:2403.02178",
+    row="masked-thought",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="rows hold worked solutions, few of them, and the model should not merely copy its own"
+    " last steps: parts of the reasoning are hidden in the input.",
+    costs="as `sft`.",
+    starting_rate="that of `sft`.",
+)
 class MaskedThought(Tokens):
-    """-log p of each supervised token given a partly hidden beginning of the completion."""
+    """-log p of each supervised token, given the partly masked tokens before it."""
 
     # share of the learned tokens that is hidden, once warmed up
     mask_probability: Annotated[Probability, Range(0.1, 0.5)] = 0.4

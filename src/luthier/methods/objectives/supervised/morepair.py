@@ -1,9 +1,8 @@
-"""MOREPAIR: two tasks on one buggy program, its repair and the explanation of it; only the repair is asked
-for later.
+"""MOREPAIR: two tasks for one buggy program, its repair and the explanation of it; only the repair is needed
+at inference.
 
-Two terms of the same weights, `task_sft` of the answer and of the rationale, both after the same prompt,
-which is read once. The stage `rationale` lays the rows out. The paper's noise on embeddings is
-`neftune_noise_alpha: 5`.
+Two terms, `task_sft` of the answer and of the rationale, both after the same prompt, which is read once. The
+stage `rationale` prepares the rows. The paper's noise on embeddings is `neftune_noise_alpha: 5`.
 """
 
 from luthier.methods.architectures._base import LOGPROBS
@@ -14,7 +13,15 @@ from luthier.methods.stages.curate.rationale import TASKS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.12636", row="morepair", requires=[COMPLETIONS, TASKS, LOGPROBS])
+@objective(
+    paper="arXiv:2404.12636",
+    row="morepair",
+    requires=[COMPLETIONS, TASKS, LOGPROBS],
+    use_when="you fix programs and have a rationale for each fix: both are learned, only the fix is"
+    " asked for later.",
+    costs="as `sft` on answer and rationale; the prompt is read once.",
+    starting_rate="that of `sft`.",
+)
 class MOREPAIR(TaskSFT):
     """(likelihood of the answers + beta * likelihood of the rationales) / (1 + beta)."""
 

@@ -1,5 +1,5 @@
-"""SFT on one kind of completion: a row that has several (an answer, a rationale) can weigh them as tasks of
-their own.
+"""SFT on one kind of completion: the completions of a row (such as an answer and a rationale) can be weighted
+as separate tasks.
 
 The column `tasks` names the task of each completion (the stage `rationale` writes it). Each task keeps its
 own average.
@@ -14,7 +14,12 @@ from luthier.methods.stages.curate.rationale import TASKS
 from luthier.registry import objective
 
 
-@objective(requires=[COMPLETIONS, TASKS, LOGPROBS])
+@objective(
+    requires=[COMPLETIONS, TASKS, LOGPROBS],
+    use_when="rows have completions of several tasks and each task should keep its own average and weight.",
+    costs="as `sft`.",
+    starting_rate="that of `sft`.",
+)
 class TaskSFT(Objective):
     """-log p of each supervised token of the completions of a task."""
 

@@ -7,7 +7,12 @@ from luthier.methods.transforms.regularization.weight_decay import WeightDecay
 from luthier.registry import optimizer
 
 
-@optimizer(paper="arXiv:1711.05101")
+@optimizer(
+    paper="arXiv:1711.05101",
+    use_when="nothing speaks against it: it is the default.",
+    costs="two fp32 numbers for each trainable parameter.",
+    starting_rate="that of the tuner; rates in these pages are AdamW's.",
+)
 class AdamW(Optimizer):
     """The same as `optim: [clip, adam, weight_decay]`."""
 

@@ -1,4 +1,4 @@
-"""Lion with clipping and decoupled weight decay. Wants a learning rate 3 to 10 times smaller than AdamW's."""
+"""Lion with clipping and decoupled weight decay. Needs a learning rate 3 to 10 times smaller than AdamW's."""
 
 from luthier.methods.optimizers._base import Optimizer
 from luthier.methods.transforms.adaptive.lion import Lion as Sign
@@ -7,7 +7,13 @@ from luthier.methods.transforms.regularization.weight_decay import WeightDecay
 from luthier.registry import optimizer
 
 
-@optimizer(paper="arXiv:2302.06675", row="lion")
+@optimizer(
+    paper="arXiv:2302.06675",
+    row="lion",
+    use_when="the optimizer's state is what does not fit, and you can lower the learning rate.",
+    costs="one fp32 number for each trainable parameter.",
+    starting_rate="a third to a tenth of AdamW's.",
+)
 class Lion(Optimizer):
     """The same as `optim: [clip, lion, weight_decay]`."""
 

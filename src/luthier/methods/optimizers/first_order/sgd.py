@@ -1,4 +1,4 @@
-"""Stochastic gradient descent: the clipped gradient itself, with momentum where it is asked for."""
+"""Stochastic gradient descent: the clipped gradient itself, with optional momentum."""
 
 from luthier.methods.optimizers._base import Optimizer
 from luthier.methods.transforms.adaptive.momentum import Momentum
@@ -7,7 +7,11 @@ from luthier.methods.transforms.regularization.weight_decay import WeightDecay
 from luthier.registry import optimizer
 
 
-@optimizer()
+@optimizer(
+    use_when="you use `mezo`, compare with theory, or have no memory for any state.",
+    costs="no state; with momentum one number for each trainable parameter.",
+    starting_rate="no rule: it depends on the gradients' scale, so try powers of ten.",
+)
 class SGD(Optimizer):
     """The same as `optim: [clip, weight_decay, momentum]`: decay goes through the momentum, as in
     torch.optim.SGD.

@@ -1,8 +1,8 @@
 """Greedy soup: tunes one model in several ways, then averages those that improve the average on held-out
 rows.
 
-From the best run downwards, a run joins the average where it does not make the average worse. So the soup is
-never worse than its best ingredient on the rows that decide; keep other rows for the final evaluation.
+Starting with the best run, each run joins the average if it does not make it worse. So the soup is never
+worse than its best run on the rows that decide; keep other rows for the final evaluation.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from luthier.methods.plans._base import Plan, measured
 from luthier.registry import plan
 
 
-@plan(paper="arXiv:2203.05482", row="model-soups")
+@plan(
+    paper="arXiv:2203.05482",
+    row="model-soups",
+    use_when="you would tune several times anyway (other learning rates, seeds): averaging can beat"
+    " the best run, and inference costs one model.",
+    costs="one run for each ingredient, and one evaluation for each average.",
+)
 class GreedySoup(Plan):
-    """Each ingredient is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are
-    merged.
-    """
+    """Each run is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are merged."""
 
     of: list[dict[str, Any]]  # changes to the recipe, one set an ingredient
     metric: str = "loss"  # what decides, as an evaluator names it
@@ -26,12 +30,12 @@ class GreedySoup(Plan):
 
     def __post_init__(self):
         if len(self.of) < 2:
-            raise ValueError("of: a soup wants at least two ingredients")
+            raise ValueError("of: greedy_soup needs at least two runs")
 
     def recipes(self, recipe):
         if any("seed" in changes for changes in self.of) and isinstance(recipe.eval_data, (int, float)):
             raise RecipeError(
-                "plan 'greedy_soup': another seed holds out other rows, so give eval_data as a file"
+                "plan 'greedy_soup': with other seeds, other rows would be held out; set eval_data to a file"
             )
 
         def cost(report: Any) -> float:

@@ -1,9 +1,9 @@
 """RAFT: samples, keeps the best and trains on it, in rounds. Sampling and training are separate, so one model
 is in memory at a time.
 
-Departs: the best of each prompt is kept (the paper's other ranking, over all prompts together, is left out).
-A round is evaluated by the reward of greedy answers to held-out prompts: the reward of the kept answers
-themselves is near its maximum by selection alone.
+Departs: the best completion of each prompt is kept (the paper's other ranking, over all prompts together, is
+left out). A round is evaluated by the reward of greedy answers to held-out prompts, since the reward of the
+kept answers is near its maximum by selection alone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from luthier.registry import Range, nested, plan, spec
 METRIC = "generated_reward"
 
 
-@plan(paper="arXiv:2304.06767", row="raft")
+@plan(
+    paper="arXiv:2304.06767",
+    row="raft",
+    use_when="answers can be scored and you want reinforcement learning's gain by plain supervised steps.",
+    costs="at most `rounds` times sampling, scoring and a run.",
+)
 class RAFT(Plan):
-    """`rounds` times rollout, score, best, and then the recipe's objective (sft), each from where the last
-    one ended.
+    """`rounds` times rollout, score, best, and then the recipe's objective (sft), each continuing from the
+    last.
 
-    Stops as soon as the reward no longer rises; the best round stands. Where nothing measures it, for want of
-    held-out rows, all rounds are run and the last one stands.
+    Stops when the reward no longer rises, and returns the best round. Without held-out rows to measure it,
+    all rounds are run and the last one is returned.
     """
 
     rounds: Annotated[int, Field(ge=1), Range(2, 10)] = 5  # at most

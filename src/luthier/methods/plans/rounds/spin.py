@@ -2,9 +2,9 @@
 SFT rows.
 
 Each round samples from its own initial policy, which is also its reference: at the first step the loss is log
-2. From the second round on, the pairs of the round before are trained on again, as in the paper. Departs: one
-epoch count and one learning rate for all rounds, and the recipe's optimizer (the paper: RMSProp, 2 epochs, a
-smaller rate later).
+2. From the second round on, the pairs of the previous round are trained on again, as in the paper. Departs:
+one epoch count and one learning rate for all rounds, and the recipe's optimizer (the paper: RMSProp, 2
+epochs, a smaller rate later).
 """
 
 from __future__ import annotations
@@ -17,9 +17,15 @@ from luthier.methods.plans._base import Plan
 from luthier.registry import Range, plan
 
 
-@plan(paper="arXiv:2401.01335", row="spin")
+@plan(
+    paper="arXiv:2401.01335",
+    row="spin",
+    use_when="you have only SFT rows and SFT has ended: self-play against the model's own answers may"
+    " gain more.",
+    costs="`rounds` times sampling one answer for each row and a DPO run.",
+)
 class SPIN(Plan):
-    """`rounds` times against_self and dpo, each from where the last one ended."""
+    """`rounds` times against_self and dpo, each continuing from the last."""
 
     rounds: Annotated[int, Field(ge=1), Range(1, 4)] = 3  # number of self-play rounds
     beta: float | list[float] = 0.1  # of dpo (lambda in the paper); a list gives each round its own
@@ -29,7 +35,7 @@ class SPIN(Plan):
 
     def __post_init__(self):
         if isinstance(self.beta, list) and len(self.beta) != self.rounds:
-            raise ValueError(f"beta: {len(self.beta)} values for {self.rounds} rounds")
+            raise ValueError(f"beta: {len(self.beta)} values for {self.rounds} rounds; give one for each")
 
     def recipes(self, recipe):
         last = None

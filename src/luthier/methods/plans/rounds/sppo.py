@@ -1,7 +1,7 @@
 """SPPO: in rounds, samples answers, computes their win rates by a judge, and fits the policy to them.
 
-A round samples from its own start, which also plays the reference. Departs: every round sees all prompts (the
-paper gives each a third of them), and judges are rewards whose scores become win rates by `win_rates`.
+A round samples from its initial policy, which is also the reference. Departs: every round uses all prompts
+(the paper gives each a third of them), and judges are rewards whose scores become win rates by `win_rates`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from luthier.methods.plans._base import Plan
 from luthier.registry import Range, nested, plan, spec
 
 
-@plan(paper="arXiv:2405.00675", row="sppo")
+@plan(
+    paper="arXiv:2405.00675",
+    row="sppo",
+    use_when="you have prompts and a judge, and want iterative preference optimization.",
+    costs="`rounds` times sampling `n` answers, judging and a run.",
+)
 class SPPO(Plan):
-    """`rounds` times rollout, score, win_rates and the objective `sppo`, each from where the last
-    one ended.
-    """
+    """`rounds` times rollout, score, win_rates and the objective `sppo`, each continuing from the last."""
 
     rounds: Annotated[int, Field(ge=1), Range(1, 5)] = 3  # number of self-play rounds
     reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores answers

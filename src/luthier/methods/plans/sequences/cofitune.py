@@ -1,10 +1,10 @@
 """CoFiTune's coarse search: which layers, and which of their matrices, to train for the best specialist that
 keeps general skills.
 
-A tree is descended: quarters of the depth with all matrices, then attention or feed-forward in the best
-quarter, then single kinds of matrices, then halves of the quarter. Each candidate is a run; the best of a
-level is where the next level begins, and the best of all stands for the plan. Seven to eleven runs, where
-trying every range with every set would be dozens.
+The search descends a tree: quarters of the depth with all matrices, then attention or feed-forward in the
+best quarter, then single kinds of matrices, then halves of the quarter. Each candidate is a run; the best of
+a level is the root of the next, and the best of all is the plan's result. This takes seven to eleven runs,
+where trying every range with every set would take dozens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ TREE: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {  # a set of matrice
 }
 
 
-@plan(paper="arXiv:2404.10306", row="cofitune")
+@plan(
+    paper="arXiv:2404.10306",
+    row="cofitune",
+    use_when="you want to know which layers and matrices to train so that a specialist forgets little,"
+    " and can afford about ten runs.",
+    costs="seven to eleven runs.",
+)
 class CoFiTune(Plan):
     """Search over tuner 'cofitune', its layer_range and modules, whatever tuner the recipe names."""
 
@@ -35,7 +41,7 @@ class CoFiTune(Plan):
 
     def __post_init__(self):
         if not self.scores:
-            raise RecipeError("scores: name at least one metric")
+            raise RecipeError("scores: list at least one metric")
 
     def recipes(self, recipe):
         tuner: Any = (

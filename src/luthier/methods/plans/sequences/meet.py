@@ -1,10 +1,10 @@
 """MEET: trains control vectors for good and for bad answers alone, then together with the network.
 
 First run: the network is frozen, and each bin's vectors are trained to make its answers likely. Second run:
-they and the network, by the recipe's tuner, are trained from there on all bins, so that the network learns to
-use vectors that already carry information. Generation uses the last bin. Any scored rows will do: pairs,
+they and the network, by the recipe's tuner, are trained further on all bins, so that the network learns to
+use vectors that already carry information. Generation uses the last bin. Any scored rows work: pairs,
 ratings, good and bad. Departs: vectors only, where the paper also tries a LoRA for each kind of answer in the
-first run; the same number of steps in both runs unless set.
+first run; both runs have the same number of steps unless set.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from luthier.methods.plans._base import Plan
 from luthier.registry import plan, spec
 
 
-@plan(paper="arXiv:2310.00819", row="meet")
+@plan(
+    paper="arXiv:2310.00819",
+    row="meet",
+    use_when="rows have ratings or good and bad answers and you use tuner `control`.",
+    costs="two runs.",
+)
 class MEET(Plan):
     """Tuner `control`, alone and then with the recipe's tuner, on rows sorted by stage `buckets`."""
 

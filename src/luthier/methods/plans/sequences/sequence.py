@@ -1,7 +1,7 @@
 """One run after another; each starts from the adapter of the last.
 
-A run is a set of changes to the recipe around it. One that only says where to start and what to measure
-trains nothing: `{init_from: {merge: average, of: all}, evaluate: [loss]}` merges the runs before it.
+A run is a set of changes to the recipe. A run with only `init_from` and `evaluate` trains nothing:
+`{init_from: {merge: average, of: all}, evaluate: [loss]}` merges the runs before it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from luthier.registry import plan
 MEASURES_ONLY = {"init_from", "evaluate", "eval_data"}
 
 
-@plan(former_settings={"acts": "runs"})
+@plan(
+    former_settings={"acts": "runs"},
+    use_when="tuning has several steps, such as SFT and then DPO, or tasks after one another.",
+    costs="the sum of its runs.",
+)
 class Sequence(Plan):
-    """`plan: [{...}, {...}]` is short for it. `init_from: null` begins a run at the base model again."""
+    """`plan: [{...}, {...}]` is short for it. `init_from: null` starts a run at the base model again."""
 
     runs: list[dict[str, Any]]  # changes to the recipe, one set a run
 
@@ -33,7 +37,7 @@ class Sequence(Plan):
             init_from = changes.get("init_from", last)
             if isinstance(init_from, dict) and init_from.get("of") == "all":
                 if not folders:
-                    raise RecipeError(f"run {number} merges all runs before it, and there is none")
+                    raise RecipeError(f"run {number} merges all earlier runs, but there are none")
                 init_from = {**init_from, "of": list(folders)}
             changed = recipe.but(**{**changes, "init_from": init_from})
             if changes and changes.keys() <= MEASURES_ONLY:
@@ -42,8 +46,9 @@ class Sequence(Plan):
             if "init_from" not in changes and before not in (None, now):
                 what = "model" if now[0] != before[0] else "tuner"
                 raise RecipeError(
-                    f"run {number} has another {what} than the run before it, so it cannot start from that"
-                    " run's tensors: add `init_from: null` to begin at the base model"
+                    f"run {number} has another {what} than the run before it and cannot"
+                    " continue from its tensors; add `init_from: null` to start from the base"
+                    " model"
                 )
             report = yield changed
             folders.append(report.folder)

@@ -1,11 +1,11 @@
 """A Pareto front: one model for each weighting of several goals, so that the trade-off between them can be
 seen and chosen from.
 
-How goals enter depends on the recipe. On pairs by `modpo` (a recipe with `dpo` gets it): the first goal is
-the one that the pairs are ranked by, the others are margins. On fresh samples by the stage `score` under
-`online_stages`: goals are added up by weight and the recipe's objective learns from the sum. All models are
-measured on all goals; `hypervolume` says in one number how much of the space of goals the front reaches.
-Departs from the paper: weights are spread evenly over any number of goals.
+How goals are used depends on the recipe. With pairs, by `modpo` (a recipe with `dpo` gets it): the first goal
+is the one that ranks the pairs, the others are margins. With online samples, by the stage `score` under
+`online_stages`: goals are added with weights and the recipe's objective trains on the sum. All models are
+measured on all goals; `hypervolume` measures how much of the goal space the front dominates. Departs from the
+paper: weights are spread evenly over any number of goals.
 """
 
 from __future__ import annotations
@@ -32,12 +32,17 @@ EXAMPLE = (
 )
 
 
-@plan(paper="arXiv:2310.03708", row="modpo hpo-morl")
+@plan(
+    paper="arXiv:2310.03708",
+    row="modpo hpo-morl",
+    use_when="several goals conflict and you want to see and choose the trade-off.",
+    costs="`points` runs; fewer where `between` takes averages.",
+)
 class Front(Plan):
-    """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. Of the models the
-    one stands that is best in the middle: the largest product of what it reaches above `worst` in each goal.
-    `luthier search --goals hypervolume` (or `utility`, `sparsity`) looks for the configuration whose front is
-    best, as a mean over seeds (arXiv:2310.16487).
+    """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. The plan's result
+    is the most balanced model: the largest product of what it reaches above `worst` in each goal. `luthier
+    search --goals hypervolume` (or `utility`, `sparsity`) searches for the configuration with the best front,
+    as a mean over seeds (arXiv:2310.16487).
     """
 
     # name: a reward; not given: the rewards of the recipe's scoring stages
@@ -60,7 +65,7 @@ class Front(Plan):
                 build("reward", reward)
         for some in self.preferences or ():
             if any(w < 0 for w in some) or not sum(some):
-                raise ValueError(f"preferences: {some} are not weights of 0 or more")
+                raise ValueError(f"preferences: {some} must be weights of 0 or more")
         if unknown := [name for name in self.worst if self.goals and name not in self.goals]:
             raise ValueError(f"worst: there is no goal '{unknown[0]}'{did_you_mean(unknown[0], self.goals)}")
 
@@ -118,8 +123,8 @@ class Front(Plan):
         )
         if len(on_front) < len(reports):
             best.notes.append(
-                f"{len(reports) - len(on_front)} of {len(reports)} models are not on the front: another is as"
-                " good in every goal"
+                f"{len(reports) - len(on_front)} of {len(reports)} models are not on the Pareto"
+                " front: another is at least as good in every goal"
             )
         return best
 
@@ -150,15 +155,13 @@ class Front(Plan):
         elif not goals and (judge := _stage(recipe.stages, "score_with")):
             goals = {PAIRS: None, **_rewards(judge)}
         if not goals:
-            raise RecipeError(f"plan 'front' wants goals, a reward for each by name: {EXAMPLE}")
+            raise RecipeError(f"plan 'front' needs goals, each with a reward: {EXAMPLE}")
         if len(goals) < 2:
             raise RecipeError(
-                f"plan 'front' wants two goals or more, and {next(iter(goals))} is one: {EXAMPLE}"
+                f"plan 'front' needs at least two goals, not only {next(iter(goals))}: {EXAMPLE}"
             )
         if any(reward is None for reward in list(goals.values())[1:]):
-            raise RecipeError(
-                "plan 'front': only the first goal, by which the pairs are ranked, may be without a reward"
-            )
+            raise RecipeError("plan 'front': only the first goal, which ranks the pairs, may have no reward")
         return goals
 
     def vectors(self, goals: int) -> list[list[float]]:
@@ -167,13 +170,13 @@ class Front(Plan):
             for some in self.preferences:
                 if len(some) != goals:
                     raise RecipeError(
-                        f"plan 'front': preferences {some} hold {len(some)} weights for {goals} goals"
+                        f"plan 'front': preferences {some} have {len(some)} weights for {goals} goals"
                     )
             return [[w / sum(some) for w in some] for some in self.preferences]
         if goals * self.least >= 1:
             raise RecipeError(
-                f"plan 'front': {goals} goals of weight {self.least:g} at least leave nothing to vary; lower"
-                " `least`"
+                f"plan 'front': {goals} goals with a weight of at least {self.least:g} each"
+                " leave nothing to vary; lower `least`"
             )
         return self.raised(spread(goals, self.points))
 
@@ -197,21 +200,20 @@ def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> di
     """The changes that make a recipe go for goals by these weights."""
     if _stage(recipe.online_stages, "score"):
         if None in goals.values():
-            raise RecipeError("plan 'front': on samples every goal wants a reward")
+            raise RecipeError("plan 'front': with sampled completions, every goal needs a reward")
         score = {"reward": list(goals.values()), "names": list(goals), "reward_weights": list(weights)}
         stages = [{"name": "score", **score} if _name(s) == "score" else s for s in recipe.online_stages]
         return {"online_stages": stages}
     aim = spec(recipe.aim()) if recipe.objective is not None and hasattr(recipe.aim(), "kind") else {}
     if aim.get("name") not in ("dpo", "modpo"):
         raise RecipeError(
-            "plan 'front' weighs goals by objective 'modpo' (or 'dpo') on pairs, or by the stage 'score'"
-            " under `online_stages` on samples; this recipe has objective"
+            "plan 'front' weights goals by objective 'modpo' (or 'dpo') on pairs, or by the"
+            " stage 'score' under `online_stages` on samples; this recipe has objective"
             f" {aim.get('name') or recipe.objective} and no such stage"
         )
     if not weights[0]:
         raise RecipeError(
-            f"plan 'front': the pairs are ranked by '{next(iter(goals))}', so its weight cannot be 0 under"
-            " modpo"
+            f"plan 'front': '{next(iter(goals))}' ranks the pairs, so its weight cannot be 0 with modpo"
         )
     others = list(goals)[1:]
     there = _rewards(_stage(recipe.stages, "score_with")) if _stage(recipe.stages, "score_with") else {}

@@ -1,9 +1,9 @@
 """Intrinsic dimension of a task (d90): the smallest d with which tuner `intrinsic_dimension` reaches a share
 of full fine-tuning's metric.
 
-The first d whose metric reaches `share` of full tuning's is the answer; its run is the report, and its recipe
-says d. Where none does, the report is that of the largest. The recipe's learning rate is full tuning's; for
-each d the best of `learning_rates` counts.
+The first d whose metric reaches `share` of full fine-tuning's is the answer; its run is the plan's result,
+and its recipe has d. If none does, the result is the largest d. The recipe's learning rate is for full
+fine-tuning; for each d the best of `learning_rates` counts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from luthier.methods.plans._base import Plan, measured
 from luthier.registry import plan
 
 
-@plan(paper="arXiv:2012.13255", row="intrinsic-dimension", former_settings={"said": "structure_aware"})
+@plan(
+    paper="arXiv:2012.13255",
+    row="intrinsic-dimension",
+    former_settings={"said": "structure_aware"},
+    use_when="you ask how many free parameters your task takes.",
+    costs="one run for each dimension and each learning rate, and one of full fine-tuning.",
+)
 class IntrinsicDimension(Plan):
-    """The smallest d that is nearly as good as all weights."""
+    """The smallest d that is nearly as good as full fine-tuning."""
 
     # values of d, in ascending order
     dimensions: Annotated[tuple[int, ...], Field(min_length=1)] = (100, 200, 400, 800, 1600, 3200)

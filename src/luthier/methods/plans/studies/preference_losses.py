@@ -1,8 +1,9 @@
-"""Compares several preference losses on the same pairs: what each gains, and whether it gains by length.
+"""Compares several preference losses on the same pairs: the reward that each gains, and whether it gains by
+length.
 
-Of each the reward of greedy answers to held-out prompts, before and after, and how much longer they have
-become. A judge that can be played by length shows here: answers longer by `flag` are told. The loss that ends
-with the highest reward stands.
+For each loss, the reward of greedy answers to held-out prompts before and after, and how much longer the
+answers have become. A warning is given where they are longer by `flag`, as the judge may prefer length. The
+loss that ends with the highest reward is the plan's result.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ from luthier.methods.plans._base import Plan
 from luthier.registry import nested, plan, spec
 
 
-@plan(paper="arXiv:2410.07025", row="cxr-preference")
+@plan(
+    paper="arXiv:2410.07025",
+    row="cxr-preference",
+    use_when="you have pairs and do not know which preference loss suits them.",
+    costs="one run for each objective, and answers to `judged` prompts before and after.",
+)
 class PreferenceLosses(Plan):
-    """One run for each objective, all from the recipe's start. The table is told at the end, and kept in
-    report.json.
+    """One run for each objective, all from the recipe's initial model. The table is printed at the end and
+    stored in report.json.
     """
 
     objectives: Annotated[tuple[Any, ...], Field(min_length=1)] = (
@@ -49,8 +55,8 @@ class PreferenceLosses(Plan):
         for line in table:
             if line["length ratio"] > self.flag:
                 best.notes.append(
-                    f"{line['objective']}: answers are {line['length ratio']:.2f} times as long as before; is"
-                    " the judge fooled by length?"
+                    f"{line['objective']}: answers are {line['length ratio']:.2f} times as long"
+                    " as before; the judge may prefer length"
                 )
         return best
 

@@ -1,8 +1,8 @@
 """Compares several ways to specialise one model on several projects, every way on every project.
 
-The study of personalised models for unit tests: all weights, embeddings and output, the last decoder layer, a
-prefix. Each run begins at the base model. With `evaluate: [loss, cost]` the reports hold quality, operations
-per row and what a project's copy stores; the run with the lowest loss stands for the plan.
+The study of personalised models for unit tests: full fine-tuning, embeddings and output, the last decoder
+layer, a prefix. Each run starts at the base model. With `evaluate: [loss, cost]` the reports contain quality,
+operations per row and storage per project; the run with the lowest loss is the plan's result.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from luthier.registry import plan
 WAYS = ("full", {"name": "part", "part": "embeddings"}, {"name": "part", "part": "last_layer"}, "prompt")
 
 
-@plan(row="personalized-unit-test-models")
+@plan(
+    row="personalized-unit-test-models",
+    use_when="you choose how to specialise one model for several projects or customers.",
+    costs="one run for each project and each way.",
+)
 class Projects(Plan):
-    """`of` names each project's rows; `ways` the tuners that are tried on each."""
+    """`of` names each project's rows; `ways` the tuners that are compared on each."""
 
     of: list[dict[str, Any]]  # changes to the recipe, one set a project: {data: ..., eval_data: ...}
     # a tuner each, or changes to the recipe that hold a tuner: {tuner: ..., learning_rate: ...}
@@ -26,7 +30,7 @@ class Projects(Plan):
 
     def __post_init__(self):
         if not self.of or not self.ways:
-            raise ValueError("projects wants at least one project (of) and one way (ways)")
+            raise ValueError("projects needs at least one project (of) and one way (ways)")
 
     def recipes(self, recipe):
         changes = [w if isinstance(w, dict) and "tuner" in w else {"tuner": w} for w in self.ways]

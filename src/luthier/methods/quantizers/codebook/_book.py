@@ -1,8 +1,8 @@
 """Code books: each weight is coded as the nearest of a few fixed levels, times the largest magnitude of its
 block.
 
-Numbers and layout are those of bitsandbytes: blocks run along the rows of [out, in]; with double quantization
-the blocks' magnitudes, less their mean, are kept in 8 bits of a dynamic map, in blocks of 256.
+Levels and layout are those of bitsandbytes: blocks run along the rows of [out, in]; with double quantization
+the blocks' magnitudes, minus their mean, are stored in 8 bits of a dynamic map, in blocks of 256.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class CodeBook(Quantizer):
 
     def __post_init__(self):
         if self.block_size < 2 or self.block_size % 2:
-            raise RecipeError(f"block_size: {self.block_size} is no even number of weights")
+            raise RecipeError(f"block_size: {self.block_size} must be an even number of weights")
 
     def quantize(self, W, stats=None):
         flat = W.reshape(-1).float()

@@ -1,9 +1,9 @@
 """VQ: vector quantization. Each few weights in a row are coded as one of 2**bits learned vectors of their
 layer, fitted by k-means.
 
-One code book of AQLM (arXiv:2401.06118), with one scale to each output. Departs from it in how it is found:
-by k-means on the weights alone, not on what the layer makes of inputs, from points spread by size, so nothing
-is drawn.
+One code book of AQLM (arXiv:2401.06118), with one scale per output. Departs from it in how the code book is
+fitted: by k-means on the weights alone, not on the layer's outputs, with initial centroids spread by norm, so
+nothing is random.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from luthier.registry import quantizer
     provides=[QUANTIZED_WEIGHTS],
     contract={
         "idempotent": (
-            "k-means over vectors that k-means has found may find others: its starts are spread by size"
+            "k-means on the centroids of k-means may give other centroids, as its starts are chosen by norm"
         )
     },
+    use_when="you go to about 2 to 4 bits a weight by codes for several weights at once, to be"
+    " improved by `pv_tuning`.",
+    costs="nbits_per_codebook / in_group_size bits a weight plus a code book a layer; k-means at the start.",
 )
 class VQ(Quantizer):
     """A code for several weights at once: nbits_per_codebook / in_group_size bits each."""

@@ -1,16 +1,17 @@
 """LQ-LoRA's base: decomposes W into a NormalFloat part of few bits and a low-rank part, and distributes the
 bits over the matrices by an integer program.
 
-L1 L2 is the best approximation of rank r of what Q leaves over, Q is what is quantized of what L1 L2 leaves
-over, until the error rises. Which of the allowed forms each matrix's Q takes is an integer program: the least
-sum of errors within `target_bits` on average (scipy's milp). With `fisher` errors are weighted by the rows
-and columns of the squared gradients of -log p of single rows. Take tuner `{name: lora, r: rank,
-init_lora_weights: lq}` to train L1 and L2 themselves, as the paper does; any other tuner goes on from Q + L1
+In turn, L1 L2 is the best rank-r approximation of the residual of Q, and Q quantizes the residual of L1 L2,
+until the error rises. The format of each matrix's Q is chosen among the allowed ones by an integer program:
+the least sum of errors within `target_bits` on average (scipy's milp). With `fisher` errors are weighted by
+the rows and columns of the squared gradients of -log p of single rows. Use tuner `{name: lora, r: rank,
+init_lora_weights: lq}` to train L1 and L2 themselves, as the paper does; any other tuner starts from Q + L1
 L2.
 
-Departs from the paper: errors of the forms are measured after one turn; twelve of the paper's 432 forms are
-offered unless more are listed; magnitudes are kept in evenly spaced steps; the SVD is exact where a side is
-at most 1024; L1 and L2 stay in the base, frozen, so that switching off gives what training started from.
+Departs from the paper: errors of the formats are measured after one iteration; twelve of the paper's 432
+formats are considered unless more are listed; magnitudes are stored in evenly spaced steps; the SVD is exact
+where a side is at most 1024; L1 and L2 stay in the base, frozen, so that disabling the tuner gives what
+training started from.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ Bits = Literal[2, 3, 4, 8]
 @quantizer(
     paper="arXiv:2311.12023",
     row="lq-lora",
-    contract={"idempotent": "what was split once is split anew, into another Q and another L1 L2"},
+    contract={"idempotent": "quantizing again splits the weights again, into another Q, L1 and L2"},
+    use_when="you go below 4 bits a weight and want the adapter to start by repairing the quantization"
+    " error, with `init_lora_weights: lq`.",
+    costs="`target_bits` bits a weight on average plus the low-rank part; minutes of decompositions at"
+    " the start for large models.",
 )
 class LQLoRA(Quantizer):
     """Low-rank plus quantized."""
@@ -125,7 +130,7 @@ EXACT = 1024  # the smaller side up to which the SVD is exact
 
 
 class WeightedError:
-    """Errors in the weighted Frobenius norm ||D_r E D_c||; plain where nothing was seen."""
+    """Errors in the weighted Frobenius norm ||D_r E D_c||; unweighted where no gradients were measured."""
 
     def __init__(self, moments: tuple[Tensor, Tensor] | None):
         """moments: the squared gradients' means over each row [out] and each column [in]."""
@@ -167,8 +172,8 @@ def allocate(errors: list[list[float]], sizes: list[list[float]], budget: float)
     least = sum(min(s) for s in sizes)
     if least > budget * (1 + 1e-9):
         raise RecipeError(
-            f"target_bits: the smallest forms take {least / budget:.2f} times as much; raise it, or offer"
-            " smaller forms"
+            f"target_bits: the smallest formats take {least / budget:.2f} times as much; raise"
+            " target_bits, or allow smaller formats"
         )
     if all(len(e) == 1 for e in errors):
         return [0] * len(errors)

@@ -16,9 +16,13 @@ from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.registry import quantizer
 
 
-@quantizer(paper="arXiv:2311.12023")
+@quantizer(
+    paper="arXiv:2311.12023",
+    use_when="you want NormalFloat with other bits or block sizes than QLoRA's, such as 3 or 2 bits.",
+    costs="`num_bits_0` bits a weight plus the scales of its blocks.",
+)
 class NF(Quantizer):
-    """NormalFloat codes; magnitudes of blocks in whole numbers; their largest in a 16- or 32-bit float."""
+    """NormalFloat codes; block magnitudes as integers; their largest as a 16- or 32-bit float."""
 
     num_bits_0: Literal[2, 3, 4, 8] = 4  # of a weight's code
     num_bits_1: Literal[2, 3, 4, 8] = 8  # of a block's magnitude

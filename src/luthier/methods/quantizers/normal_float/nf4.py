@@ -1,8 +1,8 @@
 """NF4, the format of QLoRA: 16 levels at the quantiles of N(0, 1), one scale for each block of 64 weights,
 scales in 8 bits.
 
-4.127 bits a weight. Codes, scales and their layout are those of bitsandbytes. Under tuner `lora` this is
-QLoRA. Departs from it in the defaults: double quantization is on, and the optimizer's state is not paged.
+4.127 bits per weight. Codes, scales and their layout are those of bitsandbytes. With tuner `lora` this is
+QLoRA. Departs from it in the defaults: double quantization is on, and the optimizer state is not paged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from luthier.methods.quantizers.codebook._book import CodeBook, normal_float
 from luthier.registry import quantizer
 
 
-@quantizer(paper="arXiv:2305.14314", row="qlora")
+@quantizer(
+    paper="arXiv:2305.14314",
+    row="qlora",
+    use_when="a model does not fit in 16 bits: with tuner `lora` this is QLoRA, the usual way to"
+    " fine-tune on one GPU.",
+    costs="4.127 bits a weight; slower than 16 bits, as weights are expanded at each use.",
+)
 class NF4(CodeBook):
     """4-bit NormalFloat."""
 

@@ -1,9 +1,9 @@
 """GPTQ: rounds weights column by column and compensates for the error of each in the columns that follow.
 
-With H = X X' of what the layer reads on the first rows: the error of a column, over the diagonal of the
-Cholesky factor of H^-1, is spread over the rest along that factor's row. Columns are taken in their order, in
-blocks. Groups and their scales are those of RTN, set when a group is reached. Departs from the paper: all
-layers read what the unquantized model makes.
+With H = X X' of the layer's inputs on the first rows: the error of a column, over the diagonal of the
+Cholesky factor of H^-1, is spread over the rest along that factor's row. Columns are processed in their
+order, in blocks. Groups and their scales are those of RTN, set when a group is reached. Departs from the
+paper: the inputs of all layers are those of the unquantized model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from luthier.methods.quantizers.uniform.rtn import RTN
 from luthier.registry import quantizer
 
 
-@quantizer(paper="arXiv:2210.17323", row="llm-compression-survey", provides=[QUANTIZED_WEIGHTS])
+@quantizer(
+    paper="arXiv:2210.17323",
+    row="llm-compression-survey",
+    provides=[QUANTIZED_WEIGHTS],
+    use_when="you want few bits with less error than rounding, and can read some rows first.",
+    costs="`bits_per_weight` bits plus 32 bits for each group; one pass over `init_rows` rows and a"
+    " Cholesky factor per layer.",
+)
 class GPTQ(RTN):
-    """Rounding with second-order repair."""
+    """Rounding with second-order error compensation."""
 
     whole: ClassVar[bool] = True
     reads: ClassVar[str] = "hessian"
@@ -33,7 +40,8 @@ class GPTQ(RTN):
             return super().quantize(W)
         if W.shape[1] % self.group_size:
             raise RecipeError(
-                f"quantizer 'gptq': group_size {self.group_size} does not divide {W.shape[1]} inputs"
+                f"quantizer 'gptq': group_size {self.group_size} does not divide the"
+                f" {W.shape[1]} inputs of a layer"
             )
         W, H, top = W.float().clone(), stats.clone(), 2**self.bits_per_weight - 1
         H.diagonal().add_(self.damp_percent * H.diagonal().mean().clamp(min=1e-8))

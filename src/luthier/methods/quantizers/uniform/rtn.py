@@ -1,8 +1,8 @@
 """RTN, round to nearest: each group of weights is mapped to 2**bits evenly spaced numbers between its
 smallest and its largest.
 
-The plainest way to quantize, which every other is compared with. Departs from GPTQ's form of it: the least
-number of a group is kept as it is, not as a whole number of steps.
+The simplest quantizer and the baseline for all others. Departs from GPTQ's form of it: the minimum of a group
+is stored as it is, not as a whole number of steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.registry import quantizer
 
 
-@quantizer(row="llm-compression-survey", provides=[QUANTIZED_WEIGHTS])
+@quantizer(
+    row="llm-compression-survey",
+    provides=[QUANTIZED_WEIGHTS],
+    use_when="you want the plainest quantization: as a baseline, or as the base of `pv_tuning`. It"
+    " reads no rows.",
+    costs="`bits_per_weight` bits plus 32 bits for each group.",
+)
 class RTN(Quantizer):
     """Round to nearest, per group of a row's weights."""
 
@@ -31,7 +37,7 @@ class RTN(Quantizer):
 
     def __post_init__(self):
         if self.group_size < 2:
-            raise RecipeError(f"group_size: {self.group_size} weights make no group")
+            raise RecipeError(f"group_size: {self.group_size} must be at least 1 (or -1 for a whole row)")
 
     def quantize(self, W, stats=None):
         groups = self.groups(W)

@@ -1,5 +1,5 @@
-"""Length of a text: a rule to weigh other rewards against, or to test whether a judge can be gamed
-by length.
+"""Length of a text: a rule to combine with other rewards, or to test whether a judge can be
+gamed by length.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
 
 
-@reward()
+@reward(
+    use_when="length itself is a goal, such as brevity, or you test whether a judge can be gamed by it.",
+    costs="counting words.",
+)
 class Length(Reward):
     """scale * words (or characters). A negative scale rewards brevity."""
 

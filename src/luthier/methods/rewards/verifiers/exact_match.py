@@ -19,11 +19,16 @@ NUMBER = re.compile(
 )
 
 
-@reward(requires=[ANSWER])
+@reward(
+    requires=[ANSWER],
+    use_when="answers are short or end in a number or after a marker: arithmetic, facts, GSM8K.",
+    costs="a text comparison for each completion.",
+)
 class ExactMatch(Reward):
     """Compares the answer in the text with `answer`, which may be a list of answers that all count as right.
 
-    The row's answers are read as the texts are, so `answer` may be a worked solution that ends in `#### 42`.
+    The row's answers are parsed as the texts are, so `answer` may be a worked solution that ends in `####
+    42`.
     """
 
     extract: Literal["none", "last_number", "after"] = "none"  # where the answer is in the text
@@ -34,7 +39,7 @@ class ExactMatch(Reward):
 
     def __post_init__(self):
         if self.extract == "after" and not self.marker:
-            raise ValueError("extract: after wants a marker, such as '####' or '=>'")
+            raise ValueError("extract: `after` needs a marker, such as '####' or '=>'")
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """1.0 or 0.0 per text."""

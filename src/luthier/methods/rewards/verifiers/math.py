@@ -21,12 +21,16 @@ IDLE: list[Worker] = []  # workers nobody is using; list.pop and list.append are
 os.register_at_fork(after_in_child=IDLE.clear)  # a forked process must not share its parent's pipes
 
 
-@reward(requires=[ANSWER])
+@reward(
+    requires=[ANSWER],
+    use_when="answers are mathematics that may be written in several ways; needs the package math-verify.",
+    costs="a comparison in a process of its own for each completion, up to `timeout` seconds.",
+)
 class Math(Reward):
-    """Reads LaTeX, plain numbers, fractions, sets and intervals by the library math-verify.
+    """Parses LaTeX, plain numbers, fractions, sets and intervals with the library math-verify.
 
-    A comparison that runs too long scores 0: it runs in a process of its own that is killed, so this works in
-    any thread. The library's own limit is a signal, which only the main thread may set.
+    A comparison that takes too long scores 0: it runs in a separate process that is killed, so this works in
+    any thread. The library's own time limit is a signal, which only the main thread may set.
     """
 
     timeout: float = 5.0  # seconds for one text
@@ -34,9 +38,7 @@ class Math(Reward):
 
     def __post_init__(self):
         if find_spec("math_verify") is None:
-            raise RecipeError(
-                "reward 'math' needs a library that is missing: pip install 'math-verify[antlr4_13_2]'"
-            )
+            raise RecipeError("reward 'math' needs math-verify: pip install 'math-verify[antlr4_13_2]'")
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """1.0 or 0.0 per text."""
@@ -61,7 +63,7 @@ class Math(Reward):
             IDLE.append(worker)
         if verdict is None:
             warnings.warn(
-                f"reward 'math' cannot read {gold!r} as mathematics: compared as text", stacklevel=2
+                f"reward 'math' cannot parse the reference {gold!r}; it is compared as text", stacklevel=2
             )
             return float(text.strip().rsplit("\n", 1)[-1].strip() == gold.strip())
         return float(verdict)
@@ -85,7 +87,9 @@ class Worker:
         )
         self.alive = True
         if self.line(120) != "ready\n":
-            raise RuntimeError("the process that compares answers does not start: is math-verify complete?")
+            raise RuntimeError(
+                "the process that compares answers does not start; check the installation of math-verify"
+            )
 
     def ask(self, question: list[str], timeout: float) -> bool | None:
         """The worker's verdict; False, and the worker gone, where it took too long or died."""

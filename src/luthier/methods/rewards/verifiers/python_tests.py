@@ -13,13 +13,16 @@ from luthier.sandbox.code import extract_code
 from luthier.sandbox.sandbox import run_many
 
 
-@reward(requires=[TESTS])
+@reward(
+    requires=[TESTS],
+    use_when="answers are Python functions and rows have tests.",
+    costs="a sandboxed process for each completion, up to `timeout` seconds.",
+)
 class PythonTests(Reward):
     """`tests` is a list of assert statements, or one string of Python in which every assert counts.
 
-    The code is the last fenced block that defines something; without fences, the whole text. Read what the
-    sandbox is and is not (`luthier doctor` shows what this machine gives) before running what strangers
-    wrote.
+    The code is the last fenced block that defines something; without fences, the whole text. Before running
+    untrusted code, check what the sandbox protects from on this machine (`luthier doctor`).
     """
 
     all_or_nothing: bool = False  # 1 when every test passes, else 0, in place of the share
@@ -38,8 +41,7 @@ class PythonTests(Reward):
             and any(continues(start, text) for text in texts)
         ):
             raise RecipeError(
-                "reward 'python_tests': an answer is code only behind its prompt: say `prefix: prompt`, else"
-                " all would fail"
+                "reward 'python_tests': no answer is valid code without its prompt; set `prefix: prompt`"
             )
         programs = list(dict.fromkeys(before + extract_code(text) for text in texts))
         limits = {"timeout": self.timeout, "memory_mb": self.memory_mb, "packages": self.packages}
@@ -86,7 +88,8 @@ def split(tests: str | list[str]) -> list[str]:
             waiting = []
     if not checks:
         raise RecipeError(
-            f"reward 'python_tests': these tests check nothing, they only define: {tests[:80]!r}"
+            "reward 'python_tests': these tests check nothing, they only define functions or"
+            f" values: {tests[:80]!r}"
         )
     return checks
 
@@ -97,5 +100,5 @@ def parse(test: str) -> ast.Module:
         return ast.parse(test)
     except (SyntaxError, ValueError, TypeError) as error:
         raise RecipeError(
-            f"reward 'python_tests': a row's test is not Python ({error}): {str(test)[:80]!r}"
+            f"reward 'python_tests': a row's test is not valid Python ({error}): {str(test)[:80]!r}"
         ) from None

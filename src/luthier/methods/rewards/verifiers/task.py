@@ -10,7 +10,12 @@ from luthier.storage.toy import toy_package
 TASK = Column("task", says="rows of a toy task, whose column `task` names it")
 
 
-@reward(requires=[TASK], former="world")
+@reward(
+    requires=[TASK],
+    former="world",
+    use_when="rows are of a toy task, which has a verifier of its own.",
+    costs="the verifier's time; code runs in the sandbox.",
+)
 class Task(Reward):
     """Numbers are results, functions are run on unit tests, queries on the database, tool calls parsed and
     checked; a task with several scores (style) gives their mean, or the one that `objective` names."""

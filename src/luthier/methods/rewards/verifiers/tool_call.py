@@ -1,7 +1,7 @@
 """Scores a tool call by how it fails: the earlier the fault, the lower the score.
 
 The call is JSON with a name and arguments, bare or between <tool_call> marks; the row's `answer` is the right
-one, its `tools` say which parameters there are.
+call, and its `tools` define the parameters.
 """
 
 from __future__ import annotations
@@ -26,10 +26,17 @@ FAULTS = {  # (hallucinated, redundant, missing) parameters -> score
 }
 
 
-@reward(paper="arXiv:2412.15495", row="tl-training", requires=[ANSWER, TOOLS])
+@reward(
+    paper="arXiv:2412.15495",
+    row="tl-training",
+    requires=[ANSWER, TOOLS],
+    use_when="answers are tool calls with a known right call: partial scores tell how far off one is.",
+    costs="parsing JSON for each completion.",
+)
 class ToolCall(Reward):
-    """-2 no call that can be read, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not
-    exist, were not asked for or are missing; -0.25 a wrong value; 1 all right."""
+    """-2 no call that can be parsed, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not
+    exist, are superfluous or are missing; -0.25 a wrong value; 1 all right.
+    """
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         gold = call_in(self.column(row, "answer"))
@@ -38,7 +45,7 @@ class ToolCall(Reward):
             for t in self.column(row, "tools")
         }
         if gold is None:
-            raise ValueError(f"row {row.get('id')}: its answer is no tool call")
+            raise ValueError(f"row {row.get('id')}: its reference answer is not a tool call")
         return [self.judged(call_in(text), gold, parameters) for text in texts]
 
     def judged(self, call: dict | None, gold: dict, parameters: dict[str, set[str]]) -> float:

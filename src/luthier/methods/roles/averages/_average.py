@@ -1,4 +1,4 @@
-"""An average of what a tuner may train, kept beside it: what mean teachers keep."""
+"""A running average of the trainable parameters, as mean teachers use."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from luthier.methods.roles._base import Part
 
 
 class Averaged(Part):
-    """A tensor in fp32 for each one that may train; it begins at the policy's start. Subclasses say
-    `after_step`.
+    """A tensor in fp32 for each trainable parameter; it starts at the policy's initial value. Subclasses
+    define `after_step`.
 
-    It follows the tuner's phases: where a tensor has another name or shape than before, or entries of it
-    begin anew, their average begins anew.
+    It follows the tuner's phases: where a tensor's name or shape changes, or some of its entries are reset,
+    its average starts anew.
     """
 
     def __init__(self, tuned: Any):

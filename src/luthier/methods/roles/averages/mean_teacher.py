@@ -1,8 +1,8 @@
 """A mean teacher: the policy with an exponential moving average of its trainable parameters, updated after
 every step. It gets no gradient.
 
-average <- momentum * average + (1 - momentum) * tensors, beginning at the policy's start. What does not move
-costs no memory.
+average <- momentum * average + (1 - momentum) * parameters, starting at the policy's initial values. Frozen
+parameters take no additional memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from luthier.methods.roles.averages._average import Averaged
 from luthier.registry import role
 
 
-@role(paper="arXiv:1703.01780")
+@role(
+    paper="arXiv:1703.01780",
+    use_when="a steadier teacher is wanted without another model: an average of the policy over steps.",
+    costs="a copy of what moves, and a forward pass where it is asked.",
+)
 class MeanTeacher(Role):
     """The exponential moving average of the policy."""
 
@@ -32,7 +36,7 @@ class MeanTeacher(Role):
 
 
 class Running(Averaged):
-    """Over all steps, the later the more."""
+    """Over all steps, recent ones more."""
 
     def __init__(self, tuned: Any, momentum: float):
         super().__init__(tuned)

@@ -1,8 +1,8 @@
 """The mean of the policy's last snapshots, more of them the longer it has trained: OGEN's teacher.
 
-A snapshot is taken at intervals (once an epoch in the paper) and the last m are averaged, m growing from
-`least` to `most` along a cosine: an early snapshot that has learned little soon drops out, and late
-overfitting is averaged out.
+A snapshot is taken at intervals (once an epoch in the paper) and the last m are averaged, with m growing from
+`least` to `most` along a cosine: an early, undertrained snapshot soon drops out, and late overfitting is
+averaged out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from luthier.methods.roles.averages._average import Averaged, _flat
 from luthier.registry import role
 
 
-@role(former="recent", paper="arXiv:2401.15914", row="ogen")
+@role(
+    former="recent",
+    paper="arXiv:2401.15914",
+    row="ogen",
+    use_when="objective `ogen` needs it, or a teacher that averages the last snapshots rather than all"
+    " steps.",
+    costs="one copy of what moves for each of up to `most` snapshots.",
+)
 class SnapshotAverage(Role):
-    """An average over a window of snapshots. Each costs a copy of what moves."""
+    """An average over a window of snapshots. Each takes a copy of the trainable parameters."""
 
     most: Annotated[int, Field(ge=1)] = 9  # snapshots that are averaged in the end
     least: Annotated[int, Field(ge=1)] = 2  # and at first
@@ -29,7 +36,7 @@ class SnapshotAverage(Role):
 
     def __post_init__(self):
         if self.least > self.most:
-            raise RecipeError("least: the window grows, so it is not above most")
+            raise RecipeError("least: must not be above most, since the window grows")
 
     def parts(self, policy):
         return {"snapshots": Snapshots(policy.attached, self)}

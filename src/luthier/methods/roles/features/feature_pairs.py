@@ -1,8 +1,8 @@
-"""A memory bank of paired features: of the rows read last, the state from which each is answered in the
+"""A memory bank of paired features: for the rows read last, the hidden states that predict the answer in the
 reference and in the policy.
 
-As role `memory` keeps them: what is remembered at a step is seen from the next one on; filled before the
-first step.
+As in role `memory`, what is stored at a step is available from the next step on; the bank is filled before
+the first step.
 """
 
 from __future__ import annotations
@@ -25,9 +25,15 @@ FEATURE_PAIRS = Capability(
 )
 
 
-@role(former="paired", paper="arXiv:2308.12058", row="dr-tune")
+@role(
+    former="paired",
+    paper="arXiv:2308.12058",
+    row="dr-tune",
+    use_when="objective `dr_tune` needs it.",
+    costs="`size` pairs of feature vectors.",
+)
 class FeaturePairs(Role):
-    """[size, 2 * width], and the token that begins each answer."""
+    """[size, 2 * width], and the first token of each answer."""
 
     size: Annotated[int, Field(ge=2)] = 2048  # pairs that are kept
 

@@ -1,10 +1,10 @@
-"""A generator of features for classes that no row has: it predicts the network's hidden state for such an
+"""A generator of features for classes that no row has: it predicts the model's hidden state for such an
 answer.
 
-normalise(FFN(Q) + attention(Q, K, V)): Q the feature of the class that is asked for, K those of its nearest
-classes, V states of these. A class's feature is the row of the output layer for the first token of its name,
-so names begin differently. Statistics of states, a mean and a spread for each known class, are taken before
-the first step and follow as states move.
+normalise(FFN(Q) + attention(Q, K, V)): Q is the feature of the requested class, K those of its nearest
+classes, V hidden states of these. A class's feature is the row of the output layer for the first token of its
+name, so names must begin differently. Statistics of hidden states, a mean and a standard deviation per known
+class, are computed before the first step and updated during training.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ GENERATOR = Capability(
     paper="arXiv:2401.15914",
     row="ogen",
     former_settings={"known": "base_classes", "unknown": "new_classes"},
+    use_when="objective `ogen` needs it.",
+    costs="a small attention network that trains along.",
 )
 class Generator(Role):
-    """Cross attention from a class to its neighbours, trained along."""
+    """Cross attention from a class to its neighbours, trained along with the policy."""
 
     base_classes: list[str]  # classes that the rows have, as they are answered
     new_classes: list[str]  # classes that no row has
@@ -49,17 +51,16 @@ class Generator(Role):
 
     def __post_init__(self):
         if len(self.base_classes) < 2 or not self.new_classes or {*self.base_classes} & {*self.new_classes}:
-            raise RecipeError("generator: name at least two known classes and one unknown, none of them both")
+            raise RecipeError(
+                "generator: name at least two base classes and one new class, and none in both lists"
+            )
 
     def parts(self, policy):
         if policy.model.get_output_embeddings() is None:
-            raise RecipeError(
-                "role 'generator' wants a network that answers with words: a classifier has no features of"
-                " classes it never saw"
-            )
+            raise RecipeError("role 'generator' needs a model that answers with words, not a classifier")
         width = width_of(policy)
         if width % self.num_heads:
-            raise RecipeError(f"num_heads: {self.num_heads} heads do not share a width of {width}")
+            raise RecipeError(f"num_heads: {self.num_heads} does not divide the width {width}")
         generator = Features(
             width, self.base_classes, self.new_classes, self.k, self.num_heads, self.momentum
         )
@@ -70,7 +71,7 @@ class Generator(Role):
 
 
 class Features(Part):
-    """[N, q, d], [N, k, d], [N, k, d] -> [N, q, d] of length one; and what is known of the classes."""
+    """[N, q, d], [N, k, d], [N, k, d] -> [N, q, d] of length one; and the class statistics."""
 
     tokens: Tensor
     mean: Tensor
@@ -145,8 +146,8 @@ class Features(Part):
         )
         if len(set(self.tokens.tolist())) < len(self.tokens):
             raise RecipeError(
-                "generator: two classes begin with the same token, so the state before it cannot tell them"
-                " apart"
+                "generator: two class names begin with the same token, so they cannot be told"
+                " apart; rename one"
             )
         for i in range(0, min(len(rows), 1024), 16):
             batch = roles.batch(rows[i : i + 16])
@@ -157,8 +158,7 @@ class Features(Part):
         absent = sorted({*range(len(self.base_classes))} - {c for c, _ in self.pending.values()})
         if absent:
             raise RecipeError(
-                "generator: none of the first 1,024 rows is of the known class"
-                f" '{self.base_classes[absent[0]]}'"
+                f"generator: none of the first 1,024 rows has the base class '{self.base_classes[absent[0]]}'"
             )
         self.after_step(roles.clock, momentum=0.0)
 

@@ -1,9 +1,9 @@
-"""A memory bank of features: the state from which each of the rows read last is answered, and the class of
-its answer.
+"""A memory bank of features: for each of the rows read last, the hidden state that predicts its answer, and
+the answer's class.
 
-What is remembered at a step is seen from the next one on, so a loss does not depend on how a batch is split.
-A row that is remembered already is renewed, not doubled; the oldest leave. Before the first step it is filled
-from the run's own rows.
+What is stored at a step is available from the next step on, so a loss does not depend on how a batch is
+split. A row that is stored already is replaced, not duplicated; the oldest are removed. Before the first step
+the bank is filled from the run's own rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ MEMORY = Capability(
 )
 
 
-@role()
+@role(
+    use_when="an objective compares rows with many others than those of its batch (`look`).",
+    costs="`size` feature vectors.",
+)
 class Memory(Role):
     """Features [size, width] with their classes."""
 
@@ -41,7 +44,7 @@ class Memory(Role):
 
 
 class Features(Part):
-    """A queue of features; `count` of its `size` places are filled."""
+    """A queue of features; `count` of its `size` entries are filled."""
 
     features: Tensor
     classes: Tensor
@@ -65,7 +68,8 @@ class Features(Part):
         """[N], [N], [N, d]: seen from the next step on. Said twice in a step, it counts once."""
         if features.shape[1] != self.features.shape[1]:
             raise RecipeError(
-                f"the memory is {self.features.shape[1]} wide and the network's states {features.shape[1]}"
+                f"the memory has width {self.features.shape[1]} but the hidden states have"
+                f" {features.shape[1]}"
             )
         self.pending.update(
             zip(rows.tolist(), zip(classes.tolist(), features.detach().float(), strict=True), strict=True)

@@ -12,7 +12,10 @@ from luthier.model.batch import Batch
 from luthier.registry import role
 
 
-@role()
+@role(
+    use_when="the reference's log-probabilities were stored by stage `cache_logprobs`.",
+    costs="neither memory nor a forward pass.",
+)
 class Column(Role):
     """Per-token log-probabilities from a column of the rows (the stage `cache_logprobs` writes one)."""
 
@@ -47,7 +50,7 @@ class ColumnOutputs:
 
     def __getattr__(self, name: str):
         raise RecipeError(
-            f"roles.{self.who.role}: column '{self.who.column}' holds the probability of each token that was"
-            f" said; this recipe also asks for '{name}', which only a model knows: e.g. `roles:"
-            f" {{{self.who.role}: start}}`"
+            f"roles.{self.who.role}: column '{self.who.column}' has only the log-probabilities"
+            f" of the supervised tokens, but this recipe also needs '{name}', which only a model"
+            f" gives: e.g. `roles: {{{self.who.role}: initial}}`"
         )

@@ -1,6 +1,6 @@
-"""Another model, frozen: a teacher, a reference of its own, a reward model. It reads the policy's tokens, so
-both must write text with the same ones. A run's folder or an exported adapter is that tuned model. Of a
-teacher with other tokens, stage `teacher_spans` and objective `alm` compare the text instead.
+"""Another model, frozen: a teacher, a separate reference, a reward model. It reads the policy's tokens, so
+both need the same tokenizer. A run's folder or an exported adapter loads as that tuned model. For a teacher
+with another tokenizer, stage `teacher_spans` and objective `alm` compare spans of text instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from luthier.registry import build, role
 AnyQuantizer = Annotated[Any, BeforeValidator(lambda v: v if v is None else build("quantizer", v))]
 
 
-@role()
+@role(
+    use_when="another model is to teach, to be the reference or to score: a folder, a run, an adapter"
+    " or a hub name with the policy's tokenizer.",
+    costs="that model in memory; `quantization: nf4` takes about a quarter of 16 bits.",
+)
 class Model(Role):
     """Loaded with the policy's architecture and precision; its tokenizer must be the policy's."""
 
@@ -33,12 +37,12 @@ class Model(Role):
     def __post_init__(self):
         if self.quantization is not None and (self.quantization.reads or self.quantization.whole):
             raise RecipeError(
-                f"a role's weights become codes one by one, and quantizer '{self.quantization.name}' looks at"
-                " more; take nf4, fp4 or int8"
+                "a role's weights are quantized one tensor at a time, which quantizer"
+                f" '{self.quantization.name}' does not support; use nf4, fp4 or int8"
             )
         if self.quantization is not None and self.tuned:
             raise RecipeError(
-                f"role 'model': {self.model} was tuned on a base of its own; leave quantization out"
+                f"role 'model': {self.model} was tuned on its own quantized base; leave quantization out"
             )
 
     @property
@@ -66,10 +70,10 @@ class Model(Role):
                 else f"{len(own):,} tokens each"
             )
             raise RecipeError(
-                f"roles.{name}: {self.model} and the policy have tokenizers of their own ({words},"
-                f" {len(differ):,} not the same, e.g. {differ[0]!r}): a role reads the policy's tokens. To"
-                f" learn from it all the same: `stages: [{{name: teacher_spans, model: {self.model}}}]` with"
-                " `objective: alm`"
+                f"roles.{name}: {self.model} and the policy have different tokenizers ({words};"
+                f" {len(differ):,} tokens differ, e.g. {differ[0]!r}), but a role reads the"
+                " policy's tokens. To distill across tokenizers: `stages: [{name:"
+                f" teacher_spans, model: {self.model}}}]` with `objective: alm`"
             )
 
     def play(self, name, policy):
@@ -98,7 +102,7 @@ class Model(Role):
         words = [len(m.get_input_embeddings().weight) for m in (network, policy.model)]
         if words[0] != words[1]:
             raise RecipeError(
-                f"roles.{name}: {self.model} has {words[0]} tokens and the policy {words[1]}: they must share"
-                " a tokenizer"
+                f"roles.{name}: {self.model} has {words[0]} tokens and the policy {words[1]};"
+                " they must have the same tokenizer"
             )
         return Policy(policy.architecture, network, attached, name, nullcontext)

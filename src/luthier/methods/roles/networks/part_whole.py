@@ -1,8 +1,8 @@
 """Two heads between a whole and its parts: one composes the embeddings of the parts into the whole's, the
 other decomposes it.
 
-Both begin as the plainest answer, the mean of the parts and the whole itself for each part, and learn what to
-add to it.
+Both start with the simplest answer, the mean of the parts and the whole itself for each part, and learn a
+correction to it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ PART_HEADS = Capability(
 )
 
 
-@role()
+@role(
+    use_when="objective `adam_v2` needs it.",
+    costs="two small heads that train along.",
+)
 class PartWhole(Role):
     """A composer and a decomposer, trained with the policy."""
 

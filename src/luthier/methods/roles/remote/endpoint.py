@@ -1,8 +1,8 @@
 """A model behind a URL that speaks the chat completions protocol (vLLM, llama.cpp, Ollama, hosted ones), used
 by text alone.
 
-It gives text alone, so it can judge, write or propose, and cannot be a reference. The key is read from the
-environment, and never from a recipe, which is kept in the run's folder.
+It returns text only, so it can judge, write or propose, but cannot be a reference. The API key is read from
+the environment, never from a recipe, which is stored in the run's folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from luthier.methods.roles._base import Role
 from luthier.registry import role
 
 
-@role()
+@role(
+    use_when="a model behind a URL is to judge, write or propose: a hosted model, vLLM, llama.cpp or Ollama.",
+    costs="requests over the network; no memory here.",
+)
 class Endpoint(Role):
     """POST base_url/chat/completions."""
 
@@ -33,16 +36,16 @@ class Endpoint(Role):
 
     def __post_init__(self):
         if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url: '{self.base_url}' is no address such as http://localhost:8000/v1")
+            raise ValueError(f"base_url: '{self.base_url}' is not a URL such as http://localhost:8000/v1")
         if not self.model:
-            raise ValueError("model: name the model at that address")
+            raise ValueError("model: set the name of the model at that URL")
 
     def play(self, name, policy):
         return EndpointModel(self)
 
 
 class EndpointModel:
-    """The model behind the address."""
+    """The model behind the URL."""
 
     def __init__(self, settings: Endpoint):
         self.settings, self.name = settings, f"{settings.base_url}#{settings.model}"
@@ -62,7 +65,7 @@ class EndpointModel:
             return answer["choices"][0]["message"]["content"] or ""
         except (KeyError, IndexError, TypeError):
             raise RecipeError(
-                f"{self.name} answered with something else than a chat completion: {json.dumps(answer)[:200]}"
+                f"{self.name} did not return a chat completion: {json.dumps(answer)[:200]}"
             ) from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
@@ -71,7 +74,7 @@ class EndpointModel:
         except ValueError as error:
             if isinstance(error, RecipeError):
                 raise
-            raise NoAnswer(self.name, f"it is no JSON: {error}") from None
+            raise NoAnswer(self.name, f"invalid JSON: {error}") from None
 
     def fetch(self, path: str, body: dict[str, Any] | None = None) -> bytes:
         """What the address answers, POST with a body, else GET. Raises NoAnswer."""
@@ -100,7 +103,7 @@ class EndpointModel:
 
 
 class NoAnswer(RecipeError):
-    """The address does not answer, or refuses to."""
+    """The URL does not answer, or refuses the request."""
 
     def __init__(self, name: str, why: str):
         super().__init__(f"{name} gave no answer: {why}")

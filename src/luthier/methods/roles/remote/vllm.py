@@ -1,15 +1,14 @@
-"""vLLM writes in the policy's place: its server samples, with the policy's LoRA adapter sent to it whenever
-that has moved.
+"""vLLM generates the policy's samples: its server gets the policy's LoRA adapter whenever that has changed.
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16
 
 Written from vLLM's documentation and source (docs/features/lora.md, entrypoints/openai/completion), and
-tested against a server that follows them, not against vLLM itself. What the policy gets is what its own
-writing gives: token ids that end with the stop token where one was written. Their log-probabilities come
-along, at temperature 1 (vLLM's usual `--logprobs-mode raw_logprobs`); those of the first draw are compared
-with the policy's own. An adapter gets a new name each time it is sent, since a name is what vLLM keeps
-prefixes under. Sample k of a prompt is drawn under the prompt's seed + k; vLLM does not promise that company
-in a batch changes nothing.
+tested against a server that follows them, not against vLLM itself. The policy gets the same as from its own
+generation: token ids that end with the stop token where one was generated, with their log-probabilities at
+temperature 1 (vLLM's usual `--logprobs-mode raw_logprobs`); those of the first samples are compared with the
+policy's own. An adapter gets a new name each time it is sent, since vLLM caches prefixes by adapter name.
+Sample k of a prompt is drawn with the prompt's seed + k; vLLM does not guarantee that results are independent
+of the other requests in a batch.
 """
 
 from __future__ import annotations
@@ -39,7 +38,13 @@ HOW = "start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --e
 Answers = list[list[tuple[list[int], list[float]]]]
 
 
-@role(requires=[LOW_RANK])
+@role(
+    requires=[LOW_RANK],
+    use_when="rollouts are the slow part and a GPU is free for a vLLM server that writes in the"
+    " policy's place. It was tested against a server that follows vLLM's documentation, not against vLLM"
+    " itself.",
+    costs="a server with the base model; the adapter is sent whenever it has moved.",
+)
 class VLLM(Endpoint):
     """POST base_url/completions and base_url/load_lora_adapter; for `online_stages: [{name: rollout, sampler:
     NAME OF THIS ROLE}]`.
@@ -66,7 +71,7 @@ class Sampler(EndpointModel):
         served = {m["id"]: m for m in json.loads(self.fetch("/models"))["data"]}
         if settings.model not in served:
             raise RecipeError(
-                f"{settings.base_url} serves no model '{settings.model}'; it serves: {', '.join(served)}"
+                f"{settings.base_url} does not serve model '{settings.model}'; it serves: {', '.join(served)}"
             )
         self.limit: int | None = served[settings.model].get("max_model_len")
         self.home = Path(tempfile.mkdtemp(prefix="luthier-", dir=settings.adapter_dir))
@@ -92,7 +97,9 @@ class Sampler(EndpointModel):
                 "/load_lora_adapter", {"lora_name": name, "lora_path": str((self.home / name).resolve())}
             )
         except NoAnswer as error:
-            raise RecipeError(f"{self.settings.base_url} took no LoRA adapter ({error.why}); {HOW}") from None
+            raise RecipeError(
+                f"{self.settings.base_url} refused the LoRA adapter ({error.why}); {HOW}"
+            ) from None
         self.adapter, self.sent = name, {k: p.clone() for k, p in now.items()}
 
     # --- writing
@@ -114,8 +121,8 @@ class Sampler(EndpointModel):
         longest = max(map(len, prompts), default=0)
         if self.limit is not None and self.limit <= longest:
             raise RecipeError(
-                f"a prompt of {longest} tokens leaves no room to write: {self.name} holds {self.limit}"
-                " (--max-model-len)"
+                f"the prompt has {longest} tokens, which leaves none to generate: {self.name}"
+                f" has {self.limit} positions (--max-model-len)"
             )
         options = {  # whatever is left open, the server takes from the model's generation_config.json
             "model": self.adapter,
@@ -150,13 +157,13 @@ class Sampler(EndpointModel):
             ]
         except (KeyError, TypeError):
             raise RecipeError(
-                f"{self.name} gave no token ids with log-probabilities: is it a vLLM that knows"
-                " return_token_ids?"
+                f"{self.name} returned no token ids with log-probabilities; use a vLLM version"
+                " with return_token_ids"
             ) from None
         if len(samples) != n or any(not ids or len(ids) != len(logprobs) for ids, logprobs in samples):
             raise RecipeError(
-                f"{self.name} gave {len(samples)} completions where {n} were asked for, or not one"
-                " log-probability a token"
+                f"{self.name} returned {len(samples)} completions instead of {n}, or not one"
+                " log-probability per token"
             )
         return samples
 
@@ -166,8 +173,9 @@ class Sampler(EndpointModel):
         gap = sum(gaps) / max(1, len(gaps))
         if not gap <= FAR:
             raise RecipeError(
-                f"{self.name} and the policy find the same tokens unlike likely, by {gap:.2f} nats on"
-                " average: is it the base that is tuned here, with --logprobs-mode raw_logprobs?"
+                f"{self.name} and the policy give different log-probabilities to the same"
+                f" tokens ({gap:.2f} nats on average); check that it serves the base model of"
+                " this recipe with --logprobs-mode raw_logprobs"
             )
         self.compared = True
 
@@ -183,6 +191,6 @@ def suits(folder: Path) -> None:
     odd += ["bias"] * (config.get("bias", "none") != "none")
     if odd:
         raise RecipeError(
-            "role 'vllm': vLLM reads LoRA of one rank and scale for all layers and nothing beside it, and"
-            f" here is {odd[0]}"
+            "role 'vllm': vLLM supports only LoRA with one rank and scale for all layers, but"
+            f" this adapter has {odd[0]}"
         )

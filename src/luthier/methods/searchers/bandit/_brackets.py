@@ -1,7 +1,7 @@
 """Brackets of successive halving: many configurations after few steps, the better ones further, a few to the
 end.
 
-A run that goes on is not begun anew: it is paused at a share of its steps and only the difference is paid.
+A run is paused at a fraction of its steps and resumed, so only the difference is paid.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Shares(Searcher):
 
 @family
 class Brackets(Shares):
-    """Family: `bracket` says the rungs of the n-th bracket."""
+    """Family: `bracket` returns the rungs of the n-th bracket."""
 
     inner: Annotated[Any, nested("searcher")] = "random"  # who proposes new configurations
 

@@ -1,5 +1,5 @@
-"""Successive halving: n configurations after a share of their steps, the best n / eta of them further, up to
-the end.
+"""Successive halving: n configurations after a fraction of their steps, the best n / eta of them further, up
+to the end.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from luthier.methods.searchers.bandit._brackets import Brackets
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:1502.07943")
+@searcher(
+    paper="arXiv:1502.07943",
+    use_when="you want the plainest early stopping: many configurations briefly, the best ones further.",
+    costs="nothing between runs; paused runs keep their checkpoints.",
+)
 class Halving(Brackets):
-    """One kind of bracket, again and again."""
+    """The same bracket, repeated."""
 
     n: Annotated[int, Field(ge=1)] = 9  # configurations of a bracket
 

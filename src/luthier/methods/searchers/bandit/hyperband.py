@@ -1,8 +1,8 @@
-"""Hyperband: successive halving with many configurations after few steps, then with fewer after more, and
-around again.
+"""Hyperband: successive halving with many configurations after few steps, then with fewer after more, and so
+on.
 
 With `inner: random` it is the paper's; with `inner: tpe`, the default, new configurations are proposed from
-what was seen after the largest telling share, as BOHB does (arXiv:1807.01774).
+the observations at the largest fraction that has enough of them, as in BOHB (arXiv:1807.01774).
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from luthier.methods.searchers.bandit._brackets import Brackets
 from luthier.registry import nested, searcher
 
 
-@searcher(paper="arXiv:1603.06560")
+@searcher(
+    paper="arXiv:1603.06560",
+    use_when="you do not know how early runs can be judged: it tries several trade-offs between many"
+    " short and few long runs.",
+    costs="nothing between runs; paused runs keep their checkpoints.",
+)
 class Hyperband(Brackets):
     """Brackets s = s_max .. 0: ceil((s_max + 1) / (s + 1) * eta^s) configurations that begin at eta^-s."""
 

@@ -1,9 +1,9 @@
-"""DEHB: differential evolution inside Hyperband. Each share of the steps has a population; mutants come from
-the better half of the population below. v = a + factor (b - c), and a child takes each setting from its
+"""DEHB: differential evolution inside Hyperband. Each fraction of the steps has a population; mutants come
+from the better half of the population below. v = a + factor (b - c), and a child takes each setting from its
 parent with `crossover`.
 
-Departs from the paper: the first bracket's survivors go on from where they were paused; a share's
-population fills with the first configurations measured there.
+Departs from the paper: the first bracket's survivors resume where they were paused; the population of a
+fraction is filled with the first configurations measured there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from luthier.methods.searchers.bandit.hyperband import Hyperband
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:2105.09821", row="autorl-hpo")
+@searcher(
+    paper="arXiv:2105.09821",
+    row="autorl-hpo",
+    use_when="the space has many settings and choices and you can afford many short runs.",
+    costs="nothing between runs; paused runs keep their checkpoints.",
+)
 class DEHB(Hyperband):
     """With min_share 1 it is differential evolution."""
 

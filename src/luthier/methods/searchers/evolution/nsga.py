@@ -1,4 +1,6 @@
-"""NSGA-II: a population, selected by fronts and by how crowded they are, crossed and mutated. Optuna's."""
+"""NSGA-II: a population, selected by Pareto rank and crowding distance, with crossover and
+mutation. Optuna's.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from luthier.methods.searchers._optuna import OptunaSearcher
 from luthier.registry import searcher
 
 
-@searcher(paper="doi:10.1109/4235.996017")
+@searcher(
+    paper="doi:10.1109/4235.996017",
+    use_when="several goals and a budget of many runs; the evolutionary baseline.",
+    costs="nothing between runs; needs the extra `search`.",
+)
 class NSGA(OptunaSearcher):
     """The evolutionary baseline for several goals."""
 

@@ -1,4 +1,4 @@
-"""What measuring a configuration promises, and where that is most. Smaller values are better throughout."""
+"""Acquisition functions and their optimisation over the space. Smaller values are better throughout."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is believed of a goal between the configurations that were measured: a Gaussian process.
+"""A Gaussian process as the model of a goal between the measured configurations.
 
-f = mu + g, with g of a Matern-5/2 kernel with a length scale for each setting. Everything is fitted at its
+f = mu + g, with g of a Matern-5/2 kernel with a length scale for each setting. All hyperparameters are
 maximum a posteriori; values are standardised first, so priors have no unit.
 """
 
@@ -22,7 +22,7 @@ VARIANCE, NOISE = (0.0, 1.0), (-5.0, 1.5)  # normal priors of logarithms
 
 @dataclass(frozen=True)
 class Process:
-    """A prior over functions of [.., settings], without what was seen."""
+    """A prior over functions of [.., settings], without observations."""
 
     scales: np.ndarray  # [settings] length scales
     variance: float  # of g
@@ -44,7 +44,7 @@ def squares(A: np.ndarray, B: np.ndarray) -> np.ndarray:
 
 
 class Surrogate:
-    """A process after what was seen of it. Takes and gives values in their own units."""
+    """A process conditioned on observations. Takes and returns values in their own units."""
 
     def __init__(self, process: Process, X: np.ndarray, y: np.ndarray):
         """process: of the standardised values."""

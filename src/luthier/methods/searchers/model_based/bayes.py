@@ -1,16 +1,16 @@
-"""Bayesian optimization as the tutorial has it: a Gaussian process with Matern-5/2 kernel, then the expected
+"""Bayesian optimization as in the tutorial: a Gaussian process with Matern-5/2 kernel, then the expected
 improvement.
 
-2 (d + 1) points first. One goal: the expected improvement in closed form where values have no noise; else the
+2 (d + 1) initial points. One goal: the expected improvement in closed form if values have no noise; else the
 improvement of the best posterior mean, simulated, which is the same without noise; or the knowledge gradient.
-Several goals: a process for each, and the expected improvement of the hypervolume over draws of what was
-seen, which is the noisy one of AutoPEFT (arXiv:2301.12132). With limits: times the probability that they are
-kept to.
+Several goals: a process for each, and the expected improvement of the hypervolume over posterior samples of
+the observations, the noisy form of AutoPEFT (arXiv:2301.12132). With constraints: times the probability that
+they are met.
 
-Departs: length scales at their maximum a posteriori (AutoPEFT: sampled, from the sparse prior that `sparse`
-has here); the hypervolume is measured along random directions in place of boxes; the next point is the best
-of many drawn ones and their neighbours, as settings are whole numbers and choices as often as not, where the
-tutorial climbs gradients.
+Departs: length scales are maximum a posteriori (AutoPEFT: sampled, from the sparse prior that is `sparse`
+here); the hypervolume is estimated along random directions instead of boxes; the next point is the best of
+many random ones and their neighbours, since settings are often integers and choices, where the tutorial
+follows gradients.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ from luthier.methods.searchers.model_based._surrogates import fit
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:1807.02811", row="bayesopt-tutorial")
+@searcher(
+    paper="arXiv:1807.02811",
+    row="bayesopt-tutorial",
+    use_when="runs are few and costly, settings up to about twenty, and nothing should be installed for it.",
+    costs="2 (d + 1) configurations are spread evenly first; then a model is fitted between runs.",
+)
 class Bayes(Searcher):
-    """Few and costly runs, up to some twenty settings; nothing to install."""
+    """For few and costly runs, up to about twenty settings; needs no further package."""
 
     # what is measured next, where the goal is one
     acquisition: Literal["improvement", "knowledge_gradient"] = "improvement"

@@ -1,11 +1,11 @@
 """Noisy expected hypervolume improvement over Gaussian processes, by BoTorch; with the sparse prior of
 AutoPEFT.
 
-The first 2 (d + 1) configurations are drawn at random. Then each goal has a process of its own, `saas` with a
-prior that lets few settings count (an ensemble of MAP estimates under different strengths, where the paper
-draws by NUTS), and the next configuration has the highest improvement expected over what was measured
-(logarithmic forms; noise is inferred). The space is searched as it is, choices and whole numbers included:
-many random points, then neighbours of the best.
+The first 2 (d + 1) configurations are random. Then each goal has its own process, with `saas` under a prior
+by which few settings matter (an ensemble of MAP estimates under different strengths, where the paper samples
+with NUTS), and the next configuration has the highest expected improvement over the observations (logarithmic
+forms; noise is inferred). The space is searched directly, including choices and integers: many random points,
+then neighbours of the best.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ NEAR = 0.1  # how far a neighbour's settings lie from where they were, of their 
 CHUNK = 256  # points whose improvement is computed at once
 
 
-@searcher(paper="arXiv:2301.12132")
+@searcher(
+    paper="arXiv:2301.12132",
+    use_when="runs are costly, goals several and noisy, and only few settings count; needs the extra"
+    " `botorch`.",
+    costs="Gaussian processes are fitted between runs.",
+)
 class BoTorch(Searcher):
-    """Costly runs and several noisy goals; settings of which few count."""
+    """For costly runs and several noisy goals; many settings, of which few matter."""
 
     # drawn at random first; null: 2 (settings + 1)
     n_startup_trials: Annotated[int, Field(ge=2)] | None = None

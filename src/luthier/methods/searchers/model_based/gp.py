@@ -1,7 +1,6 @@
-"""A Gaussian process and the improvement expected of it (of the hypervolume, where there are several goals).
-Optuna's.
+"""A Gaussian process and its expected improvement (of the hypervolume, with several goals). Optuna's.
 
-It knows no settings that count only sometimes: those that do not are filled in with their defaults.
+It does not support conditional settings: inactive ones are set to their defaults.
 """
 
 from __future__ import annotations
@@ -15,9 +14,13 @@ from luthier.methods.searchers._optuna import OptunaSearcher
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:1807.02811")
+@searcher(
+    paper="arXiv:1807.02811",
+    use_when="runs are few and costly, settings up to about ten, with Optuna's Gaussian process.",
+    costs="a Gaussian process is fitted between runs; needs the extra `search`.",
+)
 class GP(OptunaSearcher):
-    """Few and costly runs, up to some ten settings."""
+    """For few and costly runs, up to about ten settings."""
 
     conditional: ClassVar[bool] = False
 

@@ -1,7 +1,6 @@
 """TPE: densities of good and of poor configurations; the next one is where their ratio is highest. Optuna's.
 
-Settings are modelled together (multivariate), those that count under one tuner apart from those of another
-(group).
+Settings are modelled together (multivariate), those of different tuners separately (group).
 """
 
 from __future__ import annotations
@@ -15,7 +14,11 @@ from luthier.methods.searchers._optuna import OptunaSearcher
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:2304.11127")
+@searcher(
+    paper="arXiv:2304.11127",
+    use_when="some dozens of runs over mixed settings, with choices that depend on each other.",
+    costs="nothing noticeable between runs; needs the extra `search`.",
+)
 class TPE(OptunaSearcher):
     """Tree-structured Parzen estimators, one goal or several, with constraints."""
 

@@ -1,11 +1,11 @@
 """UL2's mixture of denoisers: turns a text into an input with masked spans, after a mode token, and the
 masked spans as target.
 
-R hides short spans of 15 %, X long spans or half of the text, S everything behind a random place (a prefix
-LM). Each text gets one denoiser, drawn from (seed, step, row). A row with a prompt is read as one text with
-it. Spans are of tokens, as in T5: their lengths are random compositions of the share that is hidden. On an
-encoder-decoder and on a causal model alike; the latter reads its input causally, or from both sides as a
-prefix LM (`architecture: {name: causal, prefix: true}`), as UL2R does.
+R masks short spans of 15 %, X long spans or half of the text, S everything after a random position (a prefix
+LM). Each text gets one denoiser, drawn from (seed, step, row). A row with a prompt is treated as one text.
+Spans are of tokens, as in T5: their lengths are random compositions of the masked share. It works on
+encoder-decoders and causal models; the latter read their input causally, or bidirectionally as a prefix LM
+(`architecture: {name: causal, prefix: true}`), as UL2R does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from luthier.registry import stage
 DENOISERS = {"R": ((3, 0.15), (8, 0.15)), "X": ((3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5))}
 
 
-@stage(paper="arXiv:2205.05131", row="ul2 architecture-objective-study", requires=[COMPLETIONS])
+@stage(
+    paper="arXiv:2205.05131",
+    row="ul2 architecture-objective-study",
+    requires=[COMPLETIONS],
+    use_when="you pretrain further on plain text and want infilling as well as continuation.",
+    costs="no model is read.",
+)
 class UL2(Stage):
     """Texts become prompt and completion, by one of seven denoisers."""
 
@@ -43,7 +49,7 @@ class UL2(Stage):
         odd = {*self.shares, *self.modes} - {"R", "X", "S"}
         if odd or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
             raise RecipeError(
-                "shares and modes are of R, X and S, and shares are not"
+                "shares and modes must have the keys R, X and S and must not be"
                 f" negative{f'; not {sorted(odd)}' if odd else ''}"
             )
 
@@ -62,7 +68,7 @@ class UL2(Stage):
                         "mode": mode,
                     }
                 )
-        self.left(roles, len(rows) - len(out), len(rows), "they are no plain texts, or several")
+        self.left(roles, len(rows) - len(out), len(rows), "they are not one plain text")
         return out
 
     def denoised(self, text, key, roles):

@@ -25,10 +25,13 @@ BEFORE = "@before"  # ends the id of a pair that an earlier round made
     requires=[COMPLETIONS, GENERATE],
     provides=[PAIRS, SCORES],
     removes=[CACHED_LOGPROBS, OLD_LOGPROBS],
+    use_when="you have only SFT rows and want preference pairs from them: the row's answer against the"
+    " model's own (SPIN).",
+    costs="one sample for each row.",
 )
 class AgainstSelf(Stage):
-    """completions = [the given one, a sample of the policy]; scores = [1, 0]. Columns about the given one
-    alone are dropped.
+    """completions = [the given answer, a sample of the policy]; scores = [1, 0]. Columns that only concern
+    the given answer are dropped.
     """
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of the sample at most
@@ -59,7 +62,8 @@ class AgainstSelf(Stage):
             )
         if alike:
             self.warn(
-                roles, f"{alike} of {len(out)} samples are the given answer itself: these rows teach nothing"
+                roles,
+                f"{alike} of {len(out)} samples equal the given answer; these pairs do not train anything",
             )
         return [*out, *self.before()]
 
@@ -70,8 +74,8 @@ class AgainstSelf(Stage):
         path = Path(self.earlier) / "rows.jsonl"
         if not path.is_file():
             raise RecipeError(
-                f"stage 'against_self': earlier: {self.earlier} holds no rows.jsonl, the pairs of the round"
-                " before"
+                f"stage 'against_self': earlier: {self.earlier} has no rows.jsonl, the pairs of"
+                " the previous round"
             )
         return [
             {**r, "id": f"{r['id']}{BEFORE}"} for r in read_rows(path) if not str(r["id"]).endswith(BEFORE)

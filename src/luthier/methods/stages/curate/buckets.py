@@ -1,9 +1,9 @@
 """Sorts completions into quality bins by their scores: every completion becomes a row with its bin, 0 for the
 worst.
 
-Of a row with several completions the best is of the last bucket and the worst of the first, those between by
-their rank. Rows with one are compared with each other: by their different scores where there are no more of
-these than buckets (good and bad), else by quantiles.
+Of a row with several completions the best gets the last bin and the worst the first, those between by rank.
+Rows with a single completion are compared with each other: by their distinct scores if there are no more of
+these than bins (good and bad), else by quantiles.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.stages._base import Stage, pick
 from luthier.registry import Column, stage
 
-QUALITY_BIN = Column("quality_bin", says="rows with a `quality_bin` (stage buckets)")
+QUALITY_BIN = Column("quality_bin", says="rows with a `quality_bin` (stage buckets)", former="bucket")
 
 
-@stage(paper="arXiv:2310.00819", row="meet", requires=[COMPLETIONS, SCORES], provides=[QUALITY_BIN])
+@stage(
+    paper="arXiv:2310.00819",
+    row="meet",
+    requires=[COMPLETIONS, SCORES],
+    provides=[QUALITY_BIN],
+    use_when="completions have scores and tuner `control` is to learn from good and bad ones.",
+    costs="nothing beside reading the scores.",
+)
 class Buckets(Stage):
     """Completions with a score become rows with a `quality_bin`."""
 
@@ -59,7 +66,7 @@ class Buckets(Stage):
                         "quality_bin": self.spread(levels.index(score), len(levels)),
                     }
                 )
-        self.left(roles, same, len(rows), "their completions score alike")
+        self.left(roles, same, len(rows), "all their completions have the same score")
         return out
 
     def spread(self, place: int, levels: int) -> int:

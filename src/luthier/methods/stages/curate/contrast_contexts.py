@@ -1,6 +1,4 @@
-"""Lays out two answers, each right in its own context, as the six readings that objective `s_vco`
-compares.
-"""
+"""Prepares two answers, each right in its own context, as the six inputs that objective `s_vco` compares."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ CONTEXTS = Column(
 )
 CONTRASTS = Column(
     "contrasts",
-    says="answers read with the right context, with none and with the wrong one (column `contrasts`)",
+    says="answers with the right context, without it and with the wrong one (column `contrasts`)",
     example=([0, 1],),
 )
 
@@ -26,6 +24,8 @@ CONTRASTS = Column(
     requires=[COMPLETIONS, CONTEXTS],
     provides=[CONTRASTS],
     removes=[SCORES, PAIRS, ANSWER],
+    use_when="rows hold two answers with a context each, for objective `s_vco`.",
+    costs="no model is read; each row becomes six readings.",
 )
 class ContrastContexts(Stage):
     """Each answer after its own context and the question, after the question alone, and after the other's
@@ -50,7 +50,7 @@ class ContrastContexts(Stage):
             rest = {k: v for k, v in row.items() if k not in ("scores", "contexts")}
             out.append({**rest, "prompt": [], "completions": readings, "contrasts": answers})
         self.left(
-            roles, len(rows) - len(out), len(rows), "they do not hold two contexts and two answers as text"
+            roles, len(rows) - len(out), len(rows), "they do not have two contexts and two answers as text"
         )
         return out
 

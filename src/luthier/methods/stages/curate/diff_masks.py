@@ -25,7 +25,14 @@ TOKEN_MASK = Column(
 )
 
 
-@stage(paper="arXiv:2503.16913", row="fait", requires=[PAIRS], provides=[LINE_MASK, TOKEN_MASK])
+@stage(
+    paper="arXiv:2503.16913",
+    row="fait",
+    requires=[PAIRS],
+    provides=[LINE_MASK, TOKEN_MASK],
+    use_when="rows hold a right and a wrong program, for objective `fait`.",
+    costs="a text comparison for each row.",
+)
 class DiffMasks(Stage):
     """Columns `line_mask` and `token_mask`: for each completion 1.0 at supervised tokens that differ between
     the best and the worst, else 0.0.

@@ -1,4 +1,4 @@
-"""Empties the prompts: the model learns from the form of answers alone."""
+"""Empties the prompts: the model learns from the answers alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from luthier.registry import stage
     paper="arXiv:2409.14254",
     row="implicit-instruction-tuning",
     requires=[COMPLETIONS],
+    use_when="you test or want response tuning: the model learns the form of answers alone, without"
+    " instructions.",
+    costs="nothing; rows become shorter.",
 )
 class DropPrompt(Stage):
     """User and system turns become empty; the chat template stays. A prompt of plain text becomes an empty

@@ -1,9 +1,8 @@
 """Gives more weight to the tokens that decide a tool call: where its name differs from the other tools'
 names, and where each argument begins.
 
-Their weight is as much as evens them out with all other tokens, at most `most`. With `sft` and normalize:
-weights it is the paper's loss. Departs: where names part is found by characters, so no other tool's name need
-be encoded.
+Their weight balances them with all other tokens, up to `most`. With `sft` and normalize: weights it is the
+paper's loss. Departs: where names differ is found by characters, so other tools' names need not be tokenized.
 """
 
 from __future__ import annotations
@@ -21,7 +20,15 @@ from luthier.registry import Column, stage
 TOKEN_WEIGHTS = Column("token_weights", per="token", says="a weight for each supervised token")
 
 
-@stage(paper="arXiv:2412.15495", row="tl-training", requires=[COMPLETIONS, TOOLS], provides=[TOKEN_WEIGHTS])
+@stage(
+    paper="arXiv:2412.15495",
+    row="tl-training",
+    requires=[COMPLETIONS, TOOLS],
+    provides=[TOKEN_WEIGHTS],
+    use_when="you train tool calling and the tokens that decide a call (its name, the start of each"
+    " argument) should weigh more.",
+    costs="no model is read.",
+)
 class KeyTokens(Stage):
     """Column `token_weights`: min(others / keys, most) at key tokens, 1 elsewhere, for each
     supervised token.

@@ -15,12 +15,17 @@ STEP_TARGETS = Column(
 
 
 @stage(
-    paper="arXiv:2305.20050", requires=[STEPS], provides=[COMPLETIONS, STEP_TARGETS], removes=[SCORES, PAIRS]
+    paper="arXiv:2305.20050",
+    requires=[STEPS],
+    provides=[COMPLETIONS, STEP_TARGETS],
+    removes=[SCORES, PAIRS],
+    use_when="rows hold solutions in steps with marks, for objective `process_reward`.",
+    costs="tokenization alone.",
 )
 class MarkSteps(Stage):
     """The completion as token ids, step by step with a line break after each, and `step_targets`: at the last
-    token of a step 1.0 where it is right and 0.0 where not, -1.0 elsewhere. Rows as the format `stepwise`
-    reads them; too long ones leave.
+    token of a step 1.0 if it is right and 0.0 if not, -1.0 elsewhere. Rows are those of the format
+    `stepwise`; too long ones are dropped.
     """
 
     def __call__(self, rows, roles):

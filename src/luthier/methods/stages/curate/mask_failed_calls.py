@@ -1,6 +1,4 @@
-"""Masks tool calls that failed: an assistant turn that a tool answers with an error is read and not trained
-on.
-"""
+"""Masks tool calls that failed: an assistant turn that a tool answers with an error is not trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +16,13 @@ ERRORS = (
 )
 
 
-@stage(paper="arXiv:2412.15495", row="tl-training", requires=[COMPLETIONS])
+@stage(
+    paper="arXiv:2412.15495",
+    row="tl-training",
+    requires=[COMPLETIONS],
+    use_when="conversations with tools contain calls that failed, and these should be read but not learned.",
+    costs="no model is read.",
+)
 class MaskFailedCalls(Stage):
     """Sets "loss": false at every assistant turn that a tool answers with one of `errors`. Rows with nothing
     left to train on are dropped.
@@ -40,7 +44,7 @@ class MaskFailedCalls(Stage):
                 not isinstance(c, list) or not isinstance(c[0], dict) or any(map(learned, c)) for c in turned
             ):
                 out.append({**row, "completions": turned})
-        self.left(roles, len(rows) - len(out), len(rows), "every call in them failed")
+        self.left(roles, len(rows) - len(out), len(rows), "every tool call in them failed")
         return out
 
     def masked(self, turns: list[dict]) -> list[dict]:

@@ -11,7 +11,13 @@ from luthier.methods.stages._base import Stage, best_first, pick
 from luthier.registry import stage
 
 
-@stage(requires=[COMPLETIONS, SCORES], provides=[PAIRS])
+@stage(
+    requires=[COMPLETIONS, SCORES],
+    provides=[PAIRS],
+    use_when="rows have several scored completions and you want to train `dpo` or its kin on best"
+    " against worst.",
+    costs="nothing beside reading the scores.",
+)
 class Pairs(Stage):
     """Two completions per row, the better first, with their scores. Rows whose completions have equal scores
     are dropped.
@@ -28,5 +34,5 @@ class Pairs(Stage):
             if row["scores"][order[0]] - row["scores"][order[-1]] > self.margin:
                 pairs.append(pick(row, (order[0], order[-1])))
         gap = f" (they differ by {self.margin:g} or less)" if self.margin else ""
-        self.left(roles, len(rows) - len(pairs), len(rows), f"all their completions score alike{gap}")
+        self.left(roles, len(rows) - len(pairs), len(rows), f"all their completions have the same score{gap}")
         return pairs

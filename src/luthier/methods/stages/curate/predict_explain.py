@@ -1,9 +1,9 @@
 """Distilling step by step: a row with an answer and a rationale becomes two rows, one to answer and one to
 explain.
 
-Learn them as two tasks, `0.5*task_sft(answer) + 0.5*task_sft(rationale)`: the answer gains from the
-rationale, which is never written when the model is asked. Departs from the paper: prompts that want an answer
-carry no prefix, so that held-out rows and users ask as they always did.
+Train them as two tasks, `0.5*task_sft(answer) + 0.5*task_sft(rationale)`: the answer benefits from the
+rationale, which is not generated at inference. Departs from the paper: prompts for an answer have no prefix,
+so that held-out rows and users need none.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from luthier.registry import stage
     row="distilling-step-by-step",
     requires=[COMPLETIONS, RATIONALE],
     removes=[PAIRS, SCORES],
+    use_when="rows have answers and rationales (for example from a large model) and a small model"
+    " should answer better without writing rationales (distilling step by step).",
+    costs="twice as many rows.",
 )
 class PredictExplain(Stage):
     """(prompt -> answer), task answer; (explain + prompt -> rationale), task rationale."""
@@ -58,6 +61,6 @@ class PredictExplain(Stage):
             roles,
             len(rows) - len(out) // 2,
             len(rows),
-            f"they have no `{self.column}`, no answer, or a prompt of turns",
+            f"they have no `{self.column}`, no answer, or a prompt of several turns",
         )
         return out

@@ -20,6 +20,9 @@ TASKS = Column(
     requires=[COMPLETIONS, RATIONALE],
     provides=[TASKS],
     removes=[PAIRS, SCORES],
+    use_when="rows have answers and rationales that are to be learned as two tasks after one prompt,"
+    " for objective `morepair`.",
+    costs="a second completion for each row.",
 )
 class Rationale(Stage):
     """completions = [the answer, `before` and the rationale]; tasks = ["answer", "rationale"]. Rows without

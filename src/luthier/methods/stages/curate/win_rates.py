@@ -1,8 +1,8 @@
 """Win rates of each completion against the others of its row, computed from scores.
 
-A is preferred to B with probability sigmoid((score A - score B) / temperature), as Bradley and Terry have it
-(PairRM's use in SPPO's paper); against itself with 1/2. A preference that no score can tell (rock, paper,
-scissors) comes as a column instead.
+A is preferred to B with probability sigmoid((score A - score B) / temperature), as in Bradley-Terry (and as
+SPPO's paper uses PairRM); against itself with 1/2. For preferences that no score can express (cycles),
+provide the column instead.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from luthier.methods.formats._base import SCORES
 from luthier.methods.stages._base import Stage
 from luthier.registry import Column, stage
 
-WIN_RATES = Column("win_rates", per="completion", says="how often each completion beats the others")
+WIN_RATES = Column("win_rates", per="completion", says="how often each completion wins against the others")
 
 
-@stage(paper="arXiv:2405.00675", row="sppo", requires=[SCORES])
+@stage(
+    paper="arXiv:2405.00675",
+    row="sppo",
+    requires=[SCORES],
+    use_when="completions have scores and objective `sppo` needs win rates.",
+    costs="nothing beside reading the scores.",
+)
 class WinRates(Stage):
     """Column `win_rates`: the mean probability of being preferred over the row's completions, itself
     included.

@@ -1,7 +1,7 @@
 """Turns classification into questions: each label, described in words, becomes a question that is answered
 yes or no.
 
-What is tuned so on many tasks answers questions about labels it has never seen.
+A model that is tuned this way on many tasks can answer questions about labels it has not seen.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from luthier.registry import stage
     paper="arXiv:2104.04670",
     row="meta-tuning",
     requires=[COMPLETIONS],
+    use_when="you have classification sets with label names and want a model that answers questions"
+    " about labels it has not seen.",
+    costs="one row for each label and each of its questions.",
 )
 class YesNo(Stage):
     """One row for each label and each of its descriptions: the question, a line break, the text; yes or no.
-    Columns `task`, `question` and `asked` (the label) are kept beside. Labels are the classes' names, as the
-    completion says them.
+    Columns `task`, `question` and `asked` (the label) are added. Labels are the class names, as in the
+    completion.
     """
 
     asks_model = False

@@ -1,5 +1,5 @@
 """Stores the untuned policy's log-probabilities with the rows: a reference that takes no memory and no time
-later.
+during training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from luthier.methods.stages._base import CACHED_LOGPROBS, Stage, completion_logp
 from luthier.registry import stage
 
 
-@stage(former="remember", requires=[COMPLETIONS, LOGPROBS], provides=[CACHED_LOGPROBS])
+@stage(
+    former="remember",
+    requires=[COMPLETIONS, LOGPROBS],
+    provides=[CACHED_LOGPROBS],
+    use_when="a reference is needed and would take memory or time at every step: its log-probabilities"
+    " are computed once.",
+    costs="one forward pass over all rows before training, and a number for each supervised token.",
+)
 class CacheLogprobs(Stage):
     """Per-token log-probabilities of every completion; use them with `roles: {reference: column}`."""
 

@@ -1,6 +1,6 @@
 """Scores completions by the log-ratio of a DPO-tuned model to the reference, stored with the rows.
 
-For `modpo`: a policy trained on another aim judges the pairs of this one, and leaves the machine.
+For `modpo`: a policy trained for another goal scores the pairs of this one, and its model is then freed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from luthier.methods.stages._base import REWARDS, Stage, completion_logprobs
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2310.03708", row="modpo", requires=[COMPLETIONS, REFERENCE, LOGPROBS], provides=[REWARDS])
+@stage(
+    paper="arXiv:2310.03708",
+    row="modpo",
+    requires=[COMPLETIONS, REFERENCE, LOGPROBS],
+    provides=[REWARDS],
+    use_when="several goals are traded against each other by `modpo` and one goal has a policy tuned"
+    " by DPO but no reward model.",
+    costs="a forward pass of that policy and of the reference over all completions, once.",
+)
 class ImplicitReward(Stage):
     """Column `rewards`, beside those already there: {role: beta * (log p_role - log p_reference)} of each
     completion.

@@ -18,6 +18,8 @@ from luthier.registry import stage
     requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     provides=[SCORES],
     removes=[PAIRS],
+    use_when="you train by rewards and want the KL to the reference inside the reward, as in PPO-style"
+    " training.",
 )
 class KLPenalty(Stage):
     """scores - kl_coef * (log p_policy - log p_reference), summed over the tokens of each completion."""

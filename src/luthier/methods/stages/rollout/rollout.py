@@ -1,9 +1,8 @@
 """Samples n completions of each prompt from the policy, as token ids that end with the stop token where one
 was generated.
 
-A draw follows from the seed, the step and the row's id. So a resumed run draws what it would have drawn, and
-which rows are batched together does not matter. Columns about earlier completions (scores, ...) are dropped
-with them.
+A sample depends on the seed, the step and the row's id only, so a resumed run draws the same samples, and
+batching does not matter. Columns about earlier completions (scores, ...) are dropped with them.
 """
 
 from __future__ import annotations
@@ -34,6 +33,9 @@ from luthier.registry import Capability, Range, stage
     requires=[GENERATE],
     provides=[COMPLETIONS, SAMPLES, TRUNCATED, OLD_LOGPROBS],
     removes=[PAIRS, SCORES, CACHED_LOGPROBS],
+    use_when="the policy's own samples are needed: under `online_stages` for reinforcement learning,"
+    " under `stages` for rejection sampling.",
+    costs="`n` samples of up to `max_new_tokens` tokens for each prompt; usually most of a run's time.",
 )
 class Rollout(Stage):
     """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also
@@ -79,7 +81,8 @@ class Rollout(Stage):
             room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt))
             if room < 1:
                 bad.append(
-                    f"the prompt of {len(prompt)} tokens leaves no room for an answer (max_length {limit})"
+                    f"the prompt has {len(prompt)} tokens, which leaves none for an answer"
+                    f" (max_length {limit})"
                 )
                 continue
             answerable, prompts, rooms = [*answerable, row], [*prompts, prompt], [*rooms, room]
@@ -104,8 +107,8 @@ class Rollout(Stage):
         if cut:
             self.warn(
                 roles,
-                f"{cut} of {len(out) * self.n} completions reached no stop token within {self.max_new_tokens}"
-                " tokens",
+                f"{cut} of {len(out) * self.n} completions did not reach a stop token within"
+                f" {self.max_new_tokens} tokens",
             )
         who = getattr(roles, self.sampler)
         if who is not roles.policy and not who.compared:
@@ -126,8 +129,8 @@ class Rollout(Stage):
             return [[(ids, []) for ids in answers] for answers in who.generate(prompts, **how)]
         if not hasattr(who, "answers"):
             raise RecipeError(
-                f"stage 'rollout': whoever plays '{self.sampler}' does not write in the policy's place; role"
-                " vllm does"
+                f"stage 'rollout': role '{self.sampler}' cannot generate samples for the"
+                " policy; use role vllm"
             )
         return who.answers(prompts, **how)
 
@@ -144,5 +147,6 @@ class Rollout(Stage):
         for row in rows:
             if [len(x) for x in row["old_logprobs"]] != [len(x) for x in row["completions"]]:
                 raise RecipeError(
-                    f"stage 'rollout': row {row['id']} is cut when it is read again; lower max_new_tokens"
+                    f"stage 'rollout': row {row['id']} is truncated when it is encoded again;"
+                    " lower max_new_tokens"
                 )

@@ -1,4 +1,4 @@
-"""Scores completions by a reward, the higher the better. Several rewards are added up by weight."""
+"""Scores completions by a reward, the higher the better. Several rewards are added with weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from luthier.methods.stages._base import Stage, text_of
 from luthier.registry import nested_list, stage
 
 
-@stage(requires=[COMPLETIONS], provides=[SCORES], removes=[PAIRS])
+@stage(
+    requires=[COMPLETIONS],
+    provides=[SCORES],
+    removes=[PAIRS],
+    use_when="completions need scores from a reward: rules, verifiers or a reward model.",
+    costs="one call of each reward for each completion.",
+)
 class Score(Stage):
     """Column `scores`; of several rewards also `rewards`, each by its name."""
 
@@ -21,7 +27,7 @@ class Score(Stage):
 
     def __post_init__(self):
         if not self.reward:
-            raise ValueError("give at least one reward")
+            raise ValueError("reward: give at least one reward")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
             raise ValueError(
                 f"reward_weights: {len(self.reward_weights)} weights for {len(self.reward)} rewards"
@@ -30,7 +36,7 @@ class Score(Stage):
             len(self.names) != len(self.reward) or len(set(self.names)) < len(self.names)
         ):
             raise ValueError(
-                f"names: {self.names} are not a name of its own for each of {len(self.reward)} rewards"
+                f"names: {self.names} must have one distinct name for each of the {len(self.reward)} rewards"
             )
 
     def __call__(self, rows, roles):
@@ -48,8 +54,8 @@ class Score(Stage):
         scores = [float(s) for s in judge.scores(row, texts)]
         if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
             raise RecipeError(
-                f"reward '{judge.name}' gave {scores[:8]} for the {len(texts)} completions of row"
-                f" {row['id']}: it must give each a finite number"
+                f"reward '{judge.name}' returned {scores[:8]} for the {len(texts)} completions"
+                f" of row {row['id']}; it must return one finite number for each"
             )
         return scores
 

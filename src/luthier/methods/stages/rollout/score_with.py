@@ -1,4 +1,4 @@
-"""Scores completions by further rewards, stored beside their scores and not in place of them, for `modpo`."""
+"""Scores completions by further rewards, stored in addition to their scores, for `modpo`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from luthier.methods.stages.rollout.score import Score
 from luthier.registry import stage
 
 
-@stage(former="judge", requires=[COMPLETIONS], provides=[REWARDS])
+@stage(
+    former="judge",
+    requires=[COMPLETIONS],
+    provides=[REWARDS],
+    use_when="completions have scores already and further goals are to be scored beside them, for `modpo`.",
+    costs="one call of each reward for each completion.",
+)
 class ScoreWith(Score):
     """Column `rewards`, beside those already there: {name of the reward: a number for each completion}."""
 

@@ -1,9 +1,10 @@
 """Pairs from the step at which a wrong solution goes wrong: before it the policy could still reach the
 answer, after it less often.
 
-Of a wrong solution, the value of each prefix is how often the policy ends right from there; the step of
-lowest advantage is the pit. Rejected is what follows from the pit on, chosen a right continuation from just
-before it. Trained on with `dpo`, this weights steps by their advantage, which positives alone cannot.
+The value of each prefix of a wrong solution is how often the policy reaches the right answer from there; the
+step of lowest advantage is selected. The rejected completion is the solution from this step on, the chosen
+one a right continuation from just before it. Trained on with `dpo`, this weights steps by their advantage,
+which right solutions alone cannot do.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from luthier.registry import Range, nested, stage
     requires=[COMPLETIONS, GENERATE],
     provides=[PAIRS, SCORES],
     removes=[OLD_LOGPROBS, CACHED_LOGPROBS, SAMPLES],
-    contract={"gives": "a model that never ends right finds no way out, and its rows leave"},
+    contract={
+        "gives": "a model that never reaches the right answer finds no right continuation, so all rows are"
+        " dropped"
+    },
+    use_when="the policy often solves a problem wrongly from some step on and answers can be checked:"
+    " it finds that step and makes a pair there.",
+    costs="`n` samples from each prefix of each wrong solution: the most costly stage.",
 )
 class StepPairs(Stage):
     """Columns `prefix` (shared, not trained on), `completions` [chosen, rejected], `advantages` of the wrong
@@ -66,7 +73,7 @@ class StepPairs(Stage):
             roles,
             len(rows) - len(out),
             len(rows),
-            "nothing in them is wrong, or nothing right was found before it goes wrong",
+            "they have no wrong step, or no right continuation was sampled before it",
         )
         return out
 

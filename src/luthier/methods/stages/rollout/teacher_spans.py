@@ -1,9 +1,9 @@
 """Stores the log-probabilities that a teacher with another tokenizer gives to spans of each completion, as a
 column; then its model is freed.
 
-Both tokenizations cut the same text. Where both cut, a span ends: of each the teacher's tokens are added up.
-Prompts go through the teacher's own chat template. A completion that the teacher's tokenizer cannot write as
-it is leaves with its row.
+A span ends where both tokenizations have a token boundary; the teacher's log-probabilities of its tokens are
+summed per span. Prompts use the teacher's own chat template. Rows with a completion whose text the teacher's
+tokenizer does not reproduce are dropped.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ INSIDE, OUTSIDE = 1.0, 2.0
     paper="arXiv:2503.20083",
     requires=[COMPLETIONS, LOGPROBS],
     provides=[TEACHER_SPANS],
-    contract={"gives": "it asks a teacher, whom a recipe names"},
+    contract={"gives": "it needs a teacher model, which the recipe names"},
+    use_when="the teacher has another tokenizer than the student, for objective `alm`.",
+    costs="one forward pass of the teacher over all rows; then its memory is free.",
 )
 class TeacherSpans(Stage):
     """Column teacher_spans: for each token of a completion the teacher's log-probability of the span that
-    ends there, else 1, or 2 where no span reaches.
+    ends there, else 1, or 2 where no span covers it.
     """
 
     model: str = "toy:lm"  # the teacher: a run's folder, a model's folder, a hub name or toy:NAME
@@ -63,7 +65,7 @@ class TeacherSpans(Stage):
         ]
         encoded, bad, _ = teacher.policy.architecture.encode_all(plain, teacher.renderer)
         self.left(
-            roles, len(bad), len(rows), f"the teacher cannot read them: {bad[0]['reason']}" if bad else ""
+            roles, len(bad), len(rows), f"the teacher cannot encode them: {bad[0]['reason']}" if bad else ""
         )
         own, out, spans, covered = {r["id"]: r for r in rows}, [], 0, [0, 0]
         for read, values in zip(
@@ -92,17 +94,17 @@ class TeacherSpans(Stage):
             roles,
             len(encoded) - len(out),
             len(rows),
-            "the teacher's tokenizer does not write them as they are",
+            "the teacher's tokenizer does not reproduce their text",
         )
         if not out:
             raise RecipeError(
-                f"stage 'teacher_spans': {self.model} writes none of the completions as the policy does;"
-                " nothing can be aligned"
+                "stage 'teacher_spans': no completion has the same text under the tokenizers"
+                f" of {self.model} and of the policy, so nothing can be aligned"
             )
         self.warn(
             roles,
-            f"{spans:,} spans of {covered[0] / max(1, spans):.1f} tokens, {covered[0] / covered[1]:.1%} of"
-            " all tokens",
+            f"{spans:,} spans of {covered[0] / max(1, spans):.1f} tokens, covering"
+            f" {covered[0] / covered[1]:.1%} of all tokens",
         )
         return out
 

@@ -1,9 +1,8 @@
 """Stores the teacher's k most likely tokens at every position as columns, so that its model need not stay in
 memory (FIRST).
 
-With temperature: auto the probabilities are tempered first, p^(1/T) over its sum, with the T of a grid under
-which the teacher is as sure as it is right on these rows (least expected calibration error).
-Log-probabilities keep 16 bits.
+With temperature: auto the probabilities are calibrated first, p^(1/T) renormalised, with the T of a grid that
+has the lowest expected calibration error on these rows. Log-probabilities are stored in 16 bits.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from luthier.registry import Column, build, stage
 TEACHER_IDS = Column(
     "teacher_ids",
     per="token",
-    says="a teacher's likeliest tokens, stored with the rows",
+    says="a teacher's most likely tokens, stored with the rows",
     example=([1, 7, 3], [9, 2, 4], [11, 5, 8]),
 )
 TEACHER_LOGPROBS = Column(
     "teacher_logprobs",
     per="token",
-    says="a teacher's log-probabilities of them",
+    says="a teacher's log-probabilities of its most likely tokens",
     example=([-0.5, -1.5, -2.5], [-0.2, -2.0, -3.0]),
 )
 
@@ -42,7 +41,10 @@ GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
     row="first-trustworthy-distillation",
     requires=[COMPLETIONS, TEACHER, TOPK],
     provides=[TEACHER_IDS, TEACHER_LOGPROBS],
-    contract={"gives": "it asks a teacher, whom a recipe names"},
+    contract={"gives": "it needs a teacher model, which the recipe names"},
+    use_when="the teacher does not fit beside the student, for objective `first`.",
+    costs="one forward pass of the teacher over all rows, and k ids and log-probabilities a token;"
+    " then its memory is free.",
 )
 class TeacherTop(Stage):
     """Columns teacher_ids and teacher_logprobs: [tokens][k] for each completion."""
@@ -68,8 +70,8 @@ class TeacherTop(Stage):
         t = self.temperature if self.temperature != "auto" else calibrated(logprobs, ids[:, 0] == labels)
         self.warn(
             roles,
-            f"the teacher's {self.k} likeliest tokens hold {float(logprobs.exp().sum(1).mean()):.1%} of its"
-            f" probability; T = {t:g}",
+            f"the teacher's top {self.k} tokens have {float(logprobs.exp().sum(1).mean()):.1%}"
+            f" of its probability; T = {t:g}",
         )
         tempered = (logprobs / t).log_softmax(-1).half().tolist() if t != 1 else logprobs.half().tolist()
         ids, sizes, out, place = ids.tolist(), iter(lengths), [], 0

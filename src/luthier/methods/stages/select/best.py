@@ -7,9 +7,16 @@ from luthier.methods.stages._base import Stage, best_first, pick
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2304.06767", requires=[COMPLETIONS, SCORES], removes=[PAIRS])
+@stage(
+    paper="arXiv:2304.06767",
+    requires=[COMPLETIONS, SCORES],
+    removes=[PAIRS],
+    use_when="rows have several scored completions and only the best one should be learned (rejection"
+    " sampling).",
+    costs="nothing beside reading the scores.",
+)
 class Best(Stage):
-    """One completion per row, the one with the highest score (of equals the first). Rows without a good
+    """One completion per row, the one with the highest score (the first of equals). Rows without a good
     enough one are dropped.
     """
 

@@ -1,4 +1,4 @@
-"""Keeps the rows of some groups only, so that whole tasks can be held out."""
+"""Keeps only the rows of some groups, so that whole tasks can be held out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from luthier.methods.stages._base import Stage
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2104.04670", row="meta-tuning")
+@stage(
+    paper="arXiv:2104.04670",
+    row="meta-tuning",
+    use_when="rows have a column that names their task or group, and whole groups are to be held out"
+    " or dropped.",
+    costs="nothing.",
+)
 class Groups(Stage):
-    """Keeps rows whose column is one of `keep` (all where empty) and none of `drop`."""
+    """Keeps rows whose column is one of `keep` (all if empty) and none of `drop`."""
 
     asks_model = False
 
@@ -23,5 +29,5 @@ class Groups(Stage):
             for r in rows
             if (not self.keep or r.get(self.column) in self.keep) and r.get(self.column) not in self.drop
         ]
-        self.left(roles, len(rows) - len(chosen), len(rows), f"their {self.column} is not asked for")
+        self.left(roles, len(rows) - len(chosen), len(rows), f"their {self.column} is not selected")
         return chosen

@@ -1,7 +1,8 @@
-"""IFD: keeps the rows whose prompt helps least with their answer, while it still helps; these teach most.
+"""IFD: keeps the rows whose prompt helps least, but still helps, to predict their answer; the paper finds
+these the most instructive.
 
 Departs: the answer alone is read after the tokenizer's first token (else its stop token), so that the same
-tokens are scored with and without the prompt; of several completions the best-scored counts.
+tokens are scored with and without the prompt; of several completions the one with the best score counts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from luthier.registry import Range, stage
 from luthier.text.encode import Encoded
 
 
-@stage(example={"share": 1.0}, paper="arXiv:2308.12032", requires=[COMPLETIONS, LOGPROBS])
+@stage(
+    example={"share": 1.0},
+    paper="arXiv:2308.12032",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="you have far more instruction rows than you want to train on, and no scores: it keeps"
+    " those whose instruction matters most.",
+    costs="two forward passes over each answer, with and without its prompt.",
+)
 class IFD(Stage):
     """Keeps the share of rows with the highest ppl(answer | prompt) / ppl(answer) below one; column `ifd`."""
 
@@ -44,14 +52,14 @@ class IFD(Stage):
             roles,
             len(rows) - len(fit),
             len(rows),
-            "their prompt does not make their answer likelier (ifd of 1 or more)",
+            "the prompt does not make the answer more likely (IFD of 1 or more)",
         )
         chosen = fit[: max(1, round(self.share * len(rows)))]
         self.left(
             roles,
             len(fit) - len(chosen),
             len(rows),
-            f"they are beyond the {self.share:g} of the rows that teach most",
+            f"they are not among the {self.share:g} of the rows with the highest IFD",
         )
         return [scored[k] for k in sorted(chosen)]
 

@@ -1,17 +1,17 @@
-"""BIB: improves scored completions by gradients through the frozen network, without asking for any further
-score.
+"""BIB: improves scored completions by gradients through the frozen network, without further scores.
 
-A linear head on the network's features is fitted to all scores in closed form. A candidate is moved so that
-the head gives it a very high score (forward), and so that a head fitted to the candidate alone, with this
-score, gives the known completions theirs (backward): what only fools the first fails the second. How much
-each counts (gamma) is learned candidate by candidate: up the gradient of what an auxiliary model says of the
-candidate after the step. A place holds a mixture of the tokens that stand in completions, and in the end the
-likeliest of them; tokens of the prompt and special tokens stay, so lengths do. Each letter should be a token
-of its own. From the authors' code: Adam on mixtures and on gamma, the target, the relative ridge, an ensemble
-of perceptrons as the auxiliary. Departs: features are the mean of the last states over the completion,
-standardized; gamma's gradient is taken after the step, as the paper writes it, and not before; the ridge and
-the steps are larger, as sets and networks are smaller; the network reads the mixture, which begins near its
-completion (`hard: true, lead: 0` as in their code).
+A linear head on the network's features is fitted to all scores in closed form. A candidate is changed so that
+the head predicts a very high score for it (forward), and so that a head fitted to the candidate alone, with
+this score, predicts the scores of the known completions (backward): a candidate that only fools the first
+head fails the second. The balance of the two (gamma) is learned per candidate, along the gradient of an
+auxiliary model's score for the candidate after the step. Each position holds a mixture of the tokens that
+occur in completions, and in the end the most likely of them; tokens of the prompt and special tokens stay, so
+lengths do not change. Each letter should be a token of its own. As in the authors' code: Adam on mixtures and
+on gamma, the target, the relative ridge, an ensemble of perceptrons as the auxiliary model. Departs: features
+are the mean of the last hidden states over the completion, standardized; gamma's gradient is taken after the
+step, as the paper writes it, and not before; the ridge and the steps are larger, as sets and networks are
+smaller; the network reads the mixture, which starts near its completion (`hard: true, lead: 0` as in their
+code).
 """
 
 from __future__ import annotations
@@ -52,10 +52,13 @@ RATES = (1e-3, 5.0)  # times learning_rate: where a learned rate may lie
     requires=[COMPLETIONS, SCORES, HIDDEN],
     provides=[COMPLETIONS],
     removes=[PAIRS, SCORES, REWARDS, CACHED_LOGPROBS, SAMPLES, OLD_LOGPROBS, TRUNCATED],
+    use_when="completions are costly to score (designs, sequences), a scored set exists, and you want"
+    " better candidates without new scores. Each letter should be a token of its own.",
+    costs="`steps` gradient steps through the frozen network for each of `n` completions.",
 )
 class BIB(Stage):
-    """New rows in place of the given ones: the best completions, improved. Column `proxy`: the predicted
-    score of each.
+    """New rows instead of the given ones: the best completions, improved. Column `proxy`: the
+    predicted score of each.
     """
 
     n: Annotated[int, Field(ge=1)] = 32  # completions that are improved, the best first
@@ -77,21 +80,20 @@ class BIB(Stage):
     def __call__(self, rows, roles):
         if getattr(roles.policy.model.config, "is_encoder_decoder", False):
             raise RecipeError(
-                "stage 'bib' reads a completion as part of one text: it wants a decoder or an encoder alone,"
-                " not both"
+                "stage 'bib' reads prompt and completion as one text; it needs a decoder-only"
+                " or encoder-only model"
             )
         scored = [one for row in self.usable(rows, roles) for one in _each(row, roles)]
         scores = torch.tensor([one.score for one in scored], dtype=torch.float64)
         if len(scored) < 3 or not scores.isfinite().all() or scores.std() == 0:
             raise RecipeError(
-                "stage 'bib' learns from scores: three completions or more, not all of the same score, and no"
-                " score that is no number"
+                "stage 'bib' needs three or more completions with finite scores that are not all equal"
             )
         special = set(roles.renderer.tokenizer.all_special_ids)
         letters = sorted({t for one in scored for t in one.ids} - special)
         if len(letters) < 2:
             raise RecipeError(
-                "stage 'bib' chooses among the tokens of the completions, and they hold fewer than two"
+                "stage 'bib' chooses among the tokens of the completions, but they have fewer than two"
             )
         with eval_mode(roles.policy.model):
             body = Body(roles, torch.tensor(letters))
@@ -123,8 +125,8 @@ class BIB(Stage):
         moved = sum(row["completions"][0] != one.ids for row, one in zip(out, best, strict=True))
         self.warn(
             roles,
-            f"{moved} of {len(out)} designs differ from the completion they began as, of {len(scored)} with"
-            " scores",
+            f"{moved} of {len(out)} designs differ from their initial completion, of"
+            f" {len(scored)} with scores",
         )
         return out
 
@@ -302,7 +304,7 @@ def auxiliary(features: Tensor, scores: Tensor, clock: Any) -> Callable[[Tensor]
 
 
 class Adam:
-    """Adam's direction, of a gradient that comes in step by step."""
+    """Adam's direction, for a gradient that arrives step by step."""
 
     def __init__(self):
         self.t, self.m, self.v = 0, torch.zeros(()), torch.zeros(())

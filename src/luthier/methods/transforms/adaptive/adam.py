@@ -6,7 +6,12 @@ from luthier.methods.transforms._base import Each
 from luthier.registry import transform
 
 
-@transform(paper="arXiv:1412.6980")
+@transform(
+    paper="arXiv:1412.6980",
+    use_when="you write a chain of your own: it is the rescaling within `adamw`.",
+    costs="two fp32 numbers for each trainable parameter.",
+    starting_rate="that of the tuner; AdamW's rates are meant everywhere in these pages.",
+)
 class Adam(Each):
     """m / (sqrt(v) + eps), both corrected for their zero start."""
 

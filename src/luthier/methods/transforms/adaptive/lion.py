@@ -4,7 +4,13 @@ from luthier.methods.transforms._base import Each
 from luthier.registry import transform
 
 
-@transform(paper="arXiv:2302.06675", row="lion")
+@transform(
+    paper="arXiv:2302.06675",
+    row="lion",
+    use_when="you write a chain of your own and want half of Adam's state.",
+    costs="one fp32 number for each trainable parameter.",
+    starting_rate="a third to a tenth of AdamW's.",
+)
 class Lion(Each):
     """sign(beta1 m + (1 - beta1) g) with the old m, which then becomes beta2 m + (1 - beta2) g."""
 

@@ -4,7 +4,11 @@ from luthier.methods.transforms._base import Each
 from luthier.registry import transform
 
 
-@transform()
+@transform(
+    use_when="you write an SGD chain of your own.",
+    costs="one number for each trainable parameter.",
+    starting_rate="that of `sgd`.",
+)
 class Momentum(Each):
     """m becomes momentum m + g, as in torch.optim.SGD."""
 

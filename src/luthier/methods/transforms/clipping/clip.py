@@ -1,6 +1,4 @@
-"""Clipping by global norm: scales all gradients of a step down together where their joint norm is
-too large.
-"""
+"""Clipping by global norm: scales all gradients of a step down together if their joint norm is too large."""
 
 import torch
 
@@ -8,7 +6,11 @@ from luthier.methods.transforms._base import LazyGradients, Transform
 from luthier.registry import transform
 
 
-@transform(paper="arXiv:1211.5063")
+@transform(
+    paper="arXiv:1211.5063",
+    use_when="always, in front of the rescaling: single large gradients do no harm then.",
+    costs="nothing.",
+)
 class Clip(Transform):
     """g * min(1, max_grad_norm / |g|), over all trainable tensors."""
 

@@ -2,9 +2,9 @@
 has only that many rows.
 
 Every `update_proj_gap` steps the directions are computed anew from the gradient's SVD, on its shorter side;
-`inner` works on the projected gradient, and its update is projected back. Matrices in layers only:
-embeddings, head, vectors and what is no larger than `rank` go to `inner` unprojected, so with full rank the
-step is that of `inner`.
+`inner` processes the projected gradient, and its update is projected back. Only matrices in layers are
+projected: embeddings, head, vectors and matrices no larger than `rank` go to `inner` unprojected, so with
+full rank the step is that of `inner`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from luthier.registry import nested_list, transform
 IN_LAYER = re.compile(r"\.\d+\.")
 
 
-@transform(paper="arXiv:2403.03507")
+@transform(
+    paper="arXiv:2403.03507",
+    use_when="you fine-tune all weights and the optimizer's state does not fit.",
+    costs="optimizer state of `rank` rows for each matrix, and a singular value decomposition of each"
+    " gradient every `update_proj_gap` steps.",
+    starting_rate="start with that of `full`; `scale` multiplies it for projected matrices.",
+)
 class GaLore(Transform):
     """Gradient low-rank projection."""
 

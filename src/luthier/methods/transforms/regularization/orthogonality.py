@@ -1,10 +1,10 @@
 """Orthogonality: keeps the rows of A and the columns of B of a low-rank tuner near orthonormal, as AdaLoRA
 needs.
 
-Adds the gradient of weight * (|A A' - 1|^2 + |B' B - 1|^2) to theirs, which is the same as adding the term to
-the loss, whatever the accumulation. Stands before the rescaling: `optim: [orthogonality, clip, adam]`.
-Departs from PEFT's AdaLoRA, which takes the norms without their square (the paper has them squared), and
-their mean over all matrices.
+Adds the gradient of weight * (|A A' - 1|^2 + |B' B - 1|^2) to theirs, which equals adding the term to the
+loss, whatever the gradient accumulation. Place it before the rescaling: `optim: [orthogonality, clip, adam]`.
+Departs from PEFT's AdaLoRA, which uses the norms without the square (the paper has it), and their mean over
+all matrices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from luthier.methods.transforms._base import Transform
 from luthier.registry import Range, transform
 
 
-@transform(paper="arXiv:2303.10512")
+@transform(
+    paper="arXiv:2303.10512",
+    use_when="tuner is `adalora`, whose ranks should stay near orthogonal.",
+    costs="two small matrix products for each module and step.",
+    starting_rate="that of `adalora`.",
+)
 class Orthogonality(Transform):
     """A pull of A A' and B' B towards the identity; other tensors pass unchanged."""
 

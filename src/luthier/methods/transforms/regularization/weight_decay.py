@@ -4,9 +4,13 @@ from luthier.methods.transforms._base import Each
 from luthier.registry import transform
 
 
-@transform(paper="arXiv:1711.05101")
+@transform(
+    paper="arXiv:1711.05101",
+    use_when="weights or factors grow too large, or you write AdamW by hand; behind the rescaling.",
+    costs="nothing.",
+)
 class WeightDecay(Each):
-    """update + weight_decay * p. Comes after the rescaling (adam, lion) to be decoupled from it."""
+    """update + weight_decay * p. Place it after the rescaling (adam, lion) to decouple it."""
 
     pointwise = True
 

@@ -1,9 +1,9 @@
 """Layer-wise learning rates: the top layer has the full rate, and each layer below `decay` times that of the
 one above it (as in ELECTRA).
 
-A layer is known by its number in a list of layers, among everything that the tuner may move. What lies in
-none goes with the end of the network it stands at: embeddings below the first layer, heads and final norms at
-the top. Stands behind the transforms that rescale (adam), which would undo it.
+A layer is identified by its number in a list of layers, among all parameters that the tuner may train.
+Parameters outside the layers follow the end of the network they belong to: embeddings below the first layer,
+heads and final norms at the top. Place it after the transforms that rescale (adam), which would undo it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ LAYER = re.compile(r"\b(?:layers?|h|blocks?)\.(\d+)\b")
 BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
 
 
-@transform(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical")
+@transform(
+    paper="doi:10.1016/j.patter.2023.100729",
+    row="stable-ft-biomedical",
+    use_when="you fine-tune a pretrained encoder on few rows and lower layers should move less.",
+    costs="nothing.",
+    starting_rate="that of `full`, for the top layer.",
+)
 class LayerwiseDecay(Transform):
     """update * decay^(layers above)."""
 

@@ -1,7 +1,7 @@
 """LoRA+: a higher learning rate for factor B of a low-rank update, which starts at zero, than for factor A.
 
-Stands behind the transforms that rescale (adam), which would undo it. `learning_rate` is A's; what has no
-factors steps with it. Departs from PEFT's optimizer, which has a rate of its own for embeddings.
+Place it after the transforms that rescale (adam), which would undo it. `learning_rate` is A's, and that of
+parameters without factors. Departs from PEFT's optimizer, which has a separate rate for embeddings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from luthier.methods.transforms._base import Transform
 from luthier.registry import Range, transform
 
 
-@transform(paper="arXiv:2402.12354")
+@transform(
+    paper="arXiv:2402.12354",
+    use_when="a LoRA learns slowly: B gets a higher rate than A.",
+    costs="nothing.",
+    starting_rate="it is A's: start below that of `lora`, since B takes `loraplus_lr_ratio` times as much.",
+)
 class LoraPlus(Transform):
     """update of B * loraplus_lr_ratio."""
 
@@ -27,8 +32,7 @@ class LoraPlus(Transform):
     def bind(self, attached):
         if not any("B" in group.params for group in attached.all_param_groups()):
             raise RecipeError(
-                "transform 'lora_plus' finds no factor B of a low-rank update; it goes with tuner lora and"
-                " its kin"
+                "transform 'lora_plus' finds no LoRA factor B; use it with tuner lora or a variant of it"
             )
         return self
 

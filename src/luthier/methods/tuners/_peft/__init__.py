@@ -1,8 +1,8 @@
-"""The bridge to PEFT: every Delta as a real PEFT type, and any PEFT type on a model. The only place that
-knows PEFT.
+"""The bridge to PEFT: every Delta as a PEFT type, and any PEFT type on a model. All use of PEFT's internals
+is here.
 
 Importing it registers all Deltas, so that `PeftModel.from_pretrained` and `transformers.load_adapter` know
-them (compat/peft.py sees to it that this happens). Method files import it only inside `attach`.
+them (compat/peft.py triggers the import). Method files import it only inside `attach`.
 """
 
 from __future__ import annotations

@@ -57,11 +57,12 @@ def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
     start = settings.get("init_lora_weights", True)
     if key == "LORA" and start not in (True, "gaussian", "orthogonal"):
         raise RecipeError(
-            f"config: init_lora_weights {start} changes the base or wants data; use tuner 'lora'"
+            f"config: init_lora_weights {start} changes the base weights or needs data; use tuner 'lora'"
         )
     if key.startswith("LUTHIER_"):
         raise RecipeError(
-            f"type: {name} is luthier's own: write `tuner: {key.removeprefix('LUTHIER_').lower()}`"
+            f"type: {name} is one of luthier's own tuners; write `tuner:"
+            f" {key.removeprefix('LUTHIER_').lower()}`"
         )
     try:
         with warnings.catch_warnings():

@@ -1,6 +1,4 @@
-"""A module under one or several Deltas, as PEFT's kind of layer, and the PEFT model class that puts it in
-place.
-"""
+"""A module with one or several Deltas, as a PEFT layer, and the PEFT model class that inserts it."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ class DeltaParams(nn.Module):
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
-    """A module under one or several Deltas."""
+    """A module with one or several Deltas."""
 
     slot: str  # "luthier_ssf_tensors": the attribute that holds adapter name -> DeltaParams
 
@@ -70,7 +68,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         fits = isinstance(base, (*method.kinds, Conv1D)) and base.weight.is_floating_point()
         if not fits or base.weight.ndim > 2:
-            raise ValueError(f"tuner '{method.name}' cannot sit on a {type(base).__name__}")
+            raise ValueError(f"tuner '{method.name}' does not support modules of type {type(base).__name__}")
         self.methods[adapter] = method
         self.adapter_params[adapter] = DeltaParams(method.init(oriented(base).detach()))
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -129,7 +127,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if isinstance(base, Quantized) and "weight" not in base._parameters:
             raise ValueError(
-                "a weight that is kept as codes takes no change: open the module first (luthier.quantizers)"
+                "a quantized weight cannot be changed in place; dequantize the module first"
+                " (luthier.quantizers)"
             )
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.adapter_params:
@@ -183,7 +182,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
 
 class DeltaModel(BaseTuner):
-    """Puts DeltaLayers in place."""
+    """Inserts DeltaLayers."""
 
     target_module_mapping = TARGETS
     tuner_layer_cls: type[DeltaLayer]

@@ -47,7 +47,7 @@ def _make_classes(cls: type) -> tuple[type, type]:
             if isinstance(getattr(self, k), (list, tuple)):
                 setattr(self, k, set(getattr(self, k)))
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform wants target_modules as a list of names")
+            raise ValueError("layers_to_transform needs target_modules as a list of names")
 
     def settings(self) -> Any:
         values = {k: getattr(self, k) for k in own}
@@ -93,7 +93,9 @@ def register() -> None:
         try:
             cls = find("tuner", name)
         except Exception as error:  # another package's tuner must not break `import peft`
-            warnings.warn(f"luthier's tuner '{name}' is not known to PEFT: {error}", stacklevel=2)
+            warnings.warn(
+                f"luthier's tuner '{name}' could not be registered with PEFT: {error}", stacklevel=2
+            )
             continue
         if issubclass(cls, Delta):
             config_of(cls)

@@ -1,4 +1,4 @@
-"""Which modules a network has, and whether the modules that settings name are among them."""
+"""Which modules a network has, and whether the modules named in settings are among them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ends_one(name: str, every: Any) -> bool:
 
 
 class ModuleNames:
-    """The modules of a model before anything is put into it."""
+    """The modules of a model before anything is inserted."""
 
     def __init__(self, model: Network):
         self.names = [n for n, _ in model.named_modules() if n]

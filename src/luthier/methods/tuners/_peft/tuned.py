@@ -1,4 +1,4 @@
-"""A model under a PEFT type, ours or PEFT's own: what a run asks of it, and its export."""
+"""A model with a PEFT type, luthier's or PEFT's own: the interface to a run, and its export."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class PeftTunedModel(TunedModel):
-    """A PEFT type on a model. The model stays the transformers model, with layers put into it."""
+    """A PEFT type on a model. The model stays a transformers model, with layers inserted."""
 
     def __init__(self, settings: Any, model: Network, config: PeftConfig):
         super().__init__(settings, model)
@@ -55,8 +55,8 @@ class PeftTunedModel(TunedModel):
         for name in target_parameters:
             if any(n.endswith("." + name.rpartition(".")[2]) for n in coded):
                 raise RecipeError(
-                    f"tuner '{settings.name}': target_parameters '{name}' is quantized, and is no parameter"
-                    " any more: quantization.skip_modules: [experts] keeps the experts dense"
+                    f"tuner '{settings.name}': target_parameters '{name}' is quantized; keep"
+                    " the experts unquantized with quantization.skip_modules: [experts]"
                 )
         mode = model.training
         with warnings.catch_warnings(record=True) as caught:
@@ -101,8 +101,8 @@ class PeftTunedModel(TunedModel):
         for index in as_list(getattr(config, "layers_to_transform", None)):
             if not any(f".{index}." in h for h in hit):
                 raise RecipeError(
-                    f"tuner '{self.settings.name}': layers_to_transform {index} matches none of {len(hit)}"
-                    " modules"
+                    f"tuner '{self.settings.name}': layers_to_transform {index} matches none of"
+                    f" the {len(hit)} modules"
                 )
         whole = [n for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for group in tied:
@@ -111,8 +111,8 @@ class PeftTunedModel(TunedModel):
                 other = next((n for n in group if n not in touched), group[-1])
                 raise RecipeError(
                     f"tuner '{self.settings.name}': {touched[0]} shares its weight with {other}"
-                    " (tie_word_embeddings), so the two would part in silence; leave it out of"
-                    " target_modules and modules_to_save, or tune whole weights (full, lisa)"
+                    " (tie_word_embeddings), and training would separate them; leave it out of"
+                    " target_modules and modules_to_save, or use full or lisa"
                 )
 
     @property
@@ -198,8 +198,8 @@ class PeftTunedModel(TunedModel):
         share = sum(k for _, k in fused + coded) / (
             sum(p.numel() for p in self.model.parameters()) + numbers(self.model)
         )
-        reach = "tuner 'lora' reaches them with target_parameters"
-        reach += " where quantization.skip_modules: [experts] keeps them dense" if coded else ""
+        reach = "tuner 'lora' trains them with target_parameters"
+        reach += " if quantization.skip_modules: [experts] keeps them unquantized" if coded else ""
         return (
             (
                 f"all-linear leaves out {len(fused + coded)} fused expert weights ({(fused + coded)[0][0]},"
@@ -330,8 +330,8 @@ class PeftTunedModel(TunedModel):
         for key, value in mine.items():
             if key in saved and key not in COMPATIBLE and saved[key] != value:
                 raise RecipeError(
-                    f"the adapter in {folder} was made with {key}={saved[key]}, and this recipe says"
-                    f" {key}={value}"
+                    f"the adapter in {folder} was trained with {key}={saved[key]}, but this"
+                    f" recipe has {key}={value}"
                 )
 
     def export_lora(self, folder: Path | str, rank: int | None = None) -> float:
@@ -397,8 +397,8 @@ class PeftTunedModel(TunedModel):
             if odd:
                 kind = type(self.model).__name__
                 raise RecipeError(
-                    f"merged, tuner '{self.settings.name}' makes {odd[0]}, for which {kind} has no place:"
-                    " keep the adapter"
+                    f"merging tuner '{self.settings.name}' adds {odd[0]}, which {kind} has no"
+                    " parameter for; keep the adapter unmerged"
                 )
             self.model.save_pretrained(folder, state_dict=state)
 

@@ -12,7 +12,15 @@ from luthier.methods.tuners.adapters._bottleneck import ATTENTION, FFN, Bottlene
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:1902.00751", provides=[DISABLE_ADAPTER])
+@tuner(
+    paper="arXiv:1902.00751",
+    provides=[DISABLE_ADAPTER],
+    use_when="you want classic bottleneck adapters at both places of a layer, for comparison with the"
+    " literature or for keeping many tasks beside one encoder.",
+    costs="two modules of width d / `reduction_factor` a layer, in training and in inference (not"
+    " mergeable).",
+    starting_rate="the paper tries 3e-5, 3e-4 and 3e-3.",
+)
 class Houlsby(Bottleneck):
     """Two serial adapters per layer."""
 

@@ -1,12 +1,12 @@
 """(IA)3: learned scales on the outputs of keys and values and on the inputs of the second feed-forward
 matrix. Uses PEFT's own layers.
 
-A number for each channel, one at the start, so few that many tasks' are kept beside one model; all fold into
-weights. Unless modules are named they are found by their names in a layer: k and v (a fused q, k and v is
-scaled as one) and the matrix that leaves the feed-forward part, of every layer, cross-attention included.
-PEFT's own lists take q for k in several families, and attention's output in BERT as well. A gated
-feed-forward part is scaled after its gate. Departs from the paper: no length normalisation or unlikelihood
-beside the loss; they are objectives.
+There is one number per channel, initially 1, so few that those of many tasks can be stored beside one model;
+all fold into the weights. Unless modules are named, they are found by name in every layer, including
+cross-attention: k and v (a fused q, k and v is scaled as one) and the last matrix of the feed-forward block.
+PEFT's own lists use q instead of k in several families, and the attention output as well in BERT. A gated
+feed-forward block is scaled after its gate. Departs from the paper: there is no length normalisation or
+unlikelihood term; those are objectives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from luthier.model.anatomy import LAYER, part_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2205.05638", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2205.05638",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you have few rows and many tasks: it trains one scale for each channel, a few hundred"
+    " thousand numbers for a large model, and folds into the weights.",
+    costs="the smallest optimizer state of the adapters; merged, inference costs nothing more.",
+    starting_rate="far above LoRA's: 3e-3 with Adafactor in the paper.",
+)
 class IA3(Tuner):
     """Inhibit and amplify inner activations."""
 
@@ -41,8 +48,8 @@ class IA3(Tuner):
         inner, down = within(model, "k", "v", "qkv"), within(model, "down")
         if self.target_modules is None and not inner:
             raise RecipeError(
-                f"tuner 'ia3' finds no keys and values in {type(model).__name__}: name target_modules and"
-                " feedforward_modules"
+                "tuner 'ia3' does not know the key and value modules of"
+                f" {type(model).__name__}; set target_modules and feedforward_modules"
             )
         settings: dict[str, Any] = {
             "target_modules": pattern(inner + down) if self.target_modules is None else self.target_modules,

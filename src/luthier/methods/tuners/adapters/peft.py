@@ -1,10 +1,10 @@
 """Any layer type of the PEFT library by its name, e.g. {name: peft, type: vera, config: {r: 256}}. Settings
 are PEFT's own.
 
-Types that put vectors before the text (prompt, prefix and p-tuning) go through PEFT's own forward, which
-packed batches do not; types that need a run's help (AdaLoRA's allocator, X-LoRA, Poly) are refused in a
-sentence, too. docs/tuners.md goes through the methods that two surveys name: these types, luthier's own, and
-what is not here.
+Types that put vectors before the text (prompt, prefix and p-tuning) need PEFT's own forward, which packed
+batches do not use, and are refused; so are types that need support from the trainer (AdaLoRA's allocator,
+X-LoRA, Poly). docs/tuners.md lists the methods of two surveys: these types, luthier's own, and what is not
+available.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE, Tuner
 from luthier.registry import tuner
 
 
-@tuner(row="peft-survey peft-fm-survey", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    row="peft-survey peft-fm-survey",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you need an adapter type of the PEFT library that has no file of its own here, such as"
+    " VeRA, BOFT, LoHa or FourierFT.",
+    costs="that of the PEFT type.",
+    starting_rate="that of the PEFT type; its recipe here (`vera`) takes 0.01 on a toy model.",
+)
 class PEFT(Tuner):
-    """PEFT's layers on a model; read and written as PEFT does."""
+    """PEFT's layers on a model; saved and loaded as PEFT does."""
 
     on_quantized: ClassVar[bool] = True
 

@@ -1,7 +1,7 @@
 """Pfeiffer adapters: one bottleneck per layer, after the feed-forward block, before the residual connection.
 
-Departs: the paper's adapter stands behind the residual's norm of post-norm encoders; here it stands where it
-also fits networks that normalise first. `up` starts at exactly zero.
+Departs: the paper's adapter is placed behind the residual's norm of post-norm encoders; this position also
+suits pre-norm networks. `up` starts at exactly zero.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from luthier.methods.tuners.adapters._bottleneck import FFN, Bottleneck
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2005.00247", provides=[DISABLE_ADAPTER])
+@tuner(
+    paper="arXiv:2005.00247",
+    provides=[DISABLE_ADAPTER],
+    use_when="you want one bottleneck adapter per layer, half of Houlsby's size, as AdapterHub's tasks"
+    " mostly use.",
+    costs="one module a layer, in training and in inference (not mergeable).",
+    starting_rate="start with that of `houlsby`.",
+)
 class Pfeiffer(Bottleneck):
     """One serial adapter per layer."""
 

@@ -1,9 +1,9 @@
 """SSF: scales and shifts the output of every chosen module, y * scale + shift, with one pair of numbers per
 channel.
 
-Folds into W and b. Departs from the paper: scale starts at 1 and shift at 0 exactly (the paper draws them
-from N(1, 0.02) and N(0, 0.02)), as every tuner here starts as the base model. Modules are the linear ones
-unless named: LayerNorms may be named, too; RMSNorms have no place for a shift and are refused.
+Folds into W and b. Departs from the paper: scale starts at exactly 1 and shift at 0 (the paper draws them
+from N(1, 0.02) and N(0, 0.02)), so that training starts at the base model. Modules are the linear ones unless
+named: LayerNorms can be named, too; RMSNorms have no shift and are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from luthier.methods.tuners._delta import Delta
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2210.08823", row="ssf", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2210.08823",
+    row="ssf",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you want a tiny tuner that merges away completely: a scale and a shift for each output"
+    " channel.",
+    costs="two trainable numbers per output channel; merged, inference costs nothing more.",
+    starting_rate="several times LoRA's: its recipe here takes 0.01 where that of `lora` has 0.002.",
+)
 class SSF(Delta):
     """Scale and shift features: two trainable numbers per output channel."""
 

@@ -1,11 +1,11 @@
 """Re-initialisation: draws the weights of the top layers anew, then trains all weights.
 
-The top of a pretrained network is most specific to its pretraining task, which on a few rows can hinder
-fine-tuning: it then fails with some seeds and not with others. Layers are re-initialised by the network's own
-rule (normal of its initializer range, norms at one, biases at zero; a pooler goes with them) when a run
-begins, so the tuner itself starts as the base. The study's other stabilisers: `telly` freezes the lowest
-layers, transform `layerwise_decay` slows them, `max_steps` trains longer. Departs from the study: layers are
-counted in any network's list of layers; in an encoder-decoder in that of the decoder.
+The top of a pretrained network is most specific to its pretraining task, which can hinder fine-tuning on few
+rows: it then fails with some seeds and not with others. Layers are re-initialised by the network's own rule
+(normal with its initializer range, norms at one, biases at zero; a pooler as well) when a run begins, so the
+tuner itself starts as the base. The study's other stabilisers: `telly` freezes the lowest layers, transform
+`layerwise_decay` slows them, `max_steps` trains longer. Departs from the study: layers are counted in the
+network's list of layers; in an encoder-decoder in that of the decoder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical", provides=[MERGE])
+@tuner(
+    paper="doi:10.1016/j.patter.2023.100729",
+    row="stable-ft-biomedical",
+    provides=[MERGE],
+    use_when="you fine-tune an encoder on a few hundred rows and some seeds fail: the top layers, most"
+    " specific to pretraining, start anew.",
+    costs="as full fine-tuning.",
+    starting_rate="start with that of `full`.",
+)
 class Reinit(Tuner):
     """Full fine-tuning with re-initialised top layers. On small data sets one or two layers help most."""
 
@@ -41,8 +49,8 @@ class ReinitializedModel(TunedWeights):
         depth = sum(stack == order[-1][0] for stack, _ in order) if order else 0
         if settings.layers > depth:
             raise RecipeError(
-                f"tuner 'reinit': layers: {settings.layers}, but {type(model).__name__} has {depth} to draw"
-                " anew"
+                f"tuner 'reinit': layers: {settings.layers}, but {type(model).__name__} has"
+                f" only {depth} to re-initialize"
             )
         self.anew = [f"{stack}.{i}" for stack, i in order[-settings.layers :]]
         self.anew += [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]

@@ -1,9 +1,9 @@
-"""LoRA-SB: trains only R, r by r numbers, in W + B R A, where B and A are orthonormal and frozen.
+"""LoRA-SB: trains only R, an r by r matrix, in W + B R A, where B and A are orthonormal and frozen.
 
 B, R and A start as the truncated SVD of the first step that full fine-tuning would take, -first_step *
 sign(G), with G the mean gradient over `init_rows` rows. B'B = A A' = 1, so R's gradient is B' G A', the best
-that rank r allows: there is no scale to tune. Departs from the paper: G is of -log p of the completions,
-whatever the objective is; and before rows are read R is zero, so the tuned model starts as the base.
+that rank r allows, and there is no scale to tune. Departs from the paper: G is the gradient of -log p of the
+completions, whatever the objective is; before rows are read R is zero, so the tuned model starts as the base.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from luthier.registry import Range, tuner
     paper="arXiv:2411.19557",
     row="lora-sb",
     provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you want close to full fine-tuning's updates from very few trainable parameters, and"
+    " rows to measure its first gradient on.",
+    costs="r * r trainable numbers a matrix; before training, the full gradient over `init_rows` rows,"
+    " a few layers at a time.",
+    starting_rate="start with that of `lora`.",
 )
 class LoRASB(Delta):
-    """r * r trainable numbers per module, in the directions of full fine-tuning's first step."""
+    """r * r trainable parameters per module, in the directions of full fine-tuning's first step."""
 
     reads: ClassVar[str] = "gradients"
 

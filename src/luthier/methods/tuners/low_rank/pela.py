@@ -2,9 +2,9 @@
 decomposition, and trains these.
 
 W = B A of rank in * out / (compress_ratio * (in + out)), so that both together have 1 / compress_ratio of its
-entries. Recover it first against the full model (objective `pela`, whose teacher is role `base`), then tune
-it for a task, or put any tuner on the merged model. Switching off gives the full model. Departs: the full
-weight stays in memory while it is tuned.
+entries. First recover it against the full model (objective `pela`, with role `base` as teacher), then
+fine-tune it on a task, or put any tuner on the merged model. Disabling the tuner gives the full model.
+Departs: the full weight stays in memory during training.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ from luthier.registry import Range, tuner
     provides=[DISABLE_ADAPTER, MERGE],
     contract={
         "starts_as_base": (
-            "a matrix of low rank is not the one that it stands for; with compress_ratio near 0 it is"
+            "a low-rank matrix only approximates the original one; with compress_ratio near 0 they are equal"
         )
     },
+    use_when="the model itself is to become smaller: every matrix is replaced by a product of two"
+    " narrow ones, recovered against the full model and then tuned.",
+    costs="the full weights stay in memory while the factors train; the merged model has 1 /"
+    " `compress_ratio` of the matrices' parameters.",
 )
 class PELA(Delta):
-    """x A^T B^T + b in the place of x W^T + b."""
+    """x A^T B^T + b instead of x W^T + b."""
 
     # entries of a matrix for one entry of the two that replace it
     compress_ratio: Annotated[float, Field(gt=0), Range(1.5, 4)] = 2.0

@@ -1,17 +1,17 @@
-"""AutoPEFT: serial adapters, parallel adapters and a prefix together, described by one vector of numbers that
-a search can vary.
+"""AutoPEFT: serial adapters, parallel adapters and a prefix together, described by one configuration vector
+that a search can vary.
 
 The vector: for each layer whether it has modules (`insert`, shared by the three kinds), and for the whole
-network the width of the serial bottlenecks, that of the parallel ones and the length of the prefix; 0 takes a
-kind away, and with nothing left it is the frozen model. How many numbers move follows from the vector alone
-(`numbers`). `luthier search` goes over all of it toward `quality,parameters`; searchers `botorch` and `bayes`
-are the paper's kind. A recipe that was found is moved to another task by `luthier tune found-1.yaml
-data=...`, or, by `--from`, is where that task's own search begins.
+network the width of the serial bottlenecks, that of the parallel ones and the length of the prefix; 0 removes
+a kind, and with none left it is the frozen model. The number of trainable parameters follows from the vector
+(`numbers`). `luthier search` varies all of it with goals `quality,parameters`; searchers `botorch` and
+`bayes` are the paper's kind. A configuration that was found is used on another task with `luthier tune
+found-1.yaml data=...`, or as the start of that task's own search with `--from`.
 
-Departs: both adapters stand at the last matrix of the feed-forward part, the serial one behind it and the
-parallel one beside it, so that one reads what the matrix says and the other what it reads (the paper's
-parallel adapter reads what the whole feed-forward part reads). The prefix is tuner `prefix` without its
-projection. `up` starts at exactly zero.
+Departs: both adapters are at the last matrix of the feed-forward block, the serial one behind it and the
+parallel one beside it, so that one reads the matrix's output and the other its input (the paper's parallel
+adapter reads the input of the whole feed-forward block). The prefix is tuner `prefix` without its projection.
+`up` starts at exactly zero.
 """
 
 from __future__ import annotations
@@ -40,13 +40,17 @@ POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wi
     provides=[DISABLE_ADAPTER],
     contract={
         "starts_as_base": (
-            "a prefix takes its share of every attention from the first step on; without one it starts as the"
-            " base"
+            "a prefix takes part in every attention from the first step on; without one the"
+            " start is the base model"
         ),
         "modules_of_every_kind": (
-            "its parts stand where keys are made and behind the feed-forward part, and nowhere else"
+            "its parts are placed at the key projections and behind the feed-forward block only"
         ),
     },
+    use_when="you want `luthier search` to decide where adapters and prefixes go and how wide they"
+    " are, rather than choosing a single adapter type.",
+    costs="as the adapters and the prefix that are switched on; not mergeable, so inference stays"
+    " slower by them.",
 )
 class AutoPEFT(Delta):
     """Three kinds of modules, and which layers have them."""
@@ -102,8 +106,8 @@ class AutoPEFT(Delta):
         )
         if self.insert is not None and len(self.insert) != layers:
             raise RecipeError(
-                f"tuner 'autopeft': insert holds {len(self.insert)} flags, and {type(model).__name__} has"
-                f" {layers} layers"
+                f"tuner 'autopeft': insert has {len(self.insert)} flags, but"
+                f" {type(model).__name__} has {layers} layers"
             )
         sizes = {
             "serial": self.serial,
@@ -117,8 +121,7 @@ class AutoPEFT(Delta):
         for setting, slot in (("serial", "serial"), ("parallel", "parallel"), ("num_virtual_tokens", "keys")):
             if sizes[setting] and slot not in there:
                 raise RecipeError(
-                    f"tuner 'autopeft': {type(model).__name__} has no module where {setting} could stand; set"
-                    " it to 0"
+                    f"tuner 'autopeft': {type(model).__name__} has no module for {setting}; set it to 0"
                 )
         return attached
 
@@ -144,7 +147,7 @@ class AutoPEFT(Delta):
 
 
 class FrozenModel(TunedModel):
-    """The vector of zeros: the frozen model, without trainable parameters."""
+    """The zero vector: the frozen model, without trainable parameters."""
 
     def all_param_groups(self):
         return []

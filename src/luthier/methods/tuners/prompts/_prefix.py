@@ -1,8 +1,8 @@
-"""Keys and values before those of every text: where they are kept, and which networks can take them.
+"""Keys and values before those of every text: where they are stored, and which networks support them.
 
-They lie at the module that makes an attention's keys, and luthier's attention (kernels/attention.py) asks for
-them there. So every packed row sees them, no position moves, and a cache of keys and values holds the text
-alone.
+They are attached to the module that computes an attention's keys, where luthier's attention
+(kernels/attention.py) looks for them. So every packed row attends to them, positions do not shift, and a KV
+cache holds the text only.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def taken(model: Network, name: str) -> None:
     if not ready or kinds != {NAME}:
         others = ", ".join(sorted(kinds - {NAME}))
         raise ValueError(
-            f"{type(model).__name__} takes no keys and values before the text (attention: {others}); {name}"
-            " wants a network of which every part has transformers' sdpa attention and one config"
+            f"{type(model).__name__} accepts no keys and values before the text (attention:"
+            f" {others}); {name} needs a model whose parts all use transformers' sdpa attention"
+            " and one config"
         )

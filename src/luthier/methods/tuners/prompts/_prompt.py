@@ -1,5 +1,5 @@
-"""Trained vectors before every sequence: the layout keeps `virtual` positions free, and the tuned model fills
-them.
+"""Trained vectors before every sequence: the layout leaves `virtual` positions free, and the tuned model
+fills them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SoftPrompt(TunedModel):
             return super().read(folder)
         file = load_file(str(path))
         if set(file) != {"prompt_embeddings"}:
-            raise RecipeError(f"the adapter in {folder} is no soft prompt: it holds {sorted(file)[0]}")
+            raise RecipeError(f"the adapter in {folder} is not a soft prompt: it has {sorted(file)[0]}")
         return {"prompt.embeddings": file["prompt_embeddings"]}
 
 
@@ -70,5 +70,5 @@ def words_of(model: Network, text: str) -> list[int]:
         ]
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"prompt_tuning_init: text wants a tokenizer beside the model: {str(error).splitlines()[0]}"
+            f"prompt_tuning_init: text needs the model's tokenizer: {str(error).splitlines()[0]}"
         ) from None

@@ -1,9 +1,9 @@
 """Control vectors: one soft prompt per quality bin of answers, put before the rows of that bin; generation
 uses the prompt of the best bin.
 
-A row's bin is its column `quality_bin` (stage `buckets`), 0 the worst; rows without one are read under the
-last. With `tuner` the network is trained as well, by that tuner: the second run of plan `meet`. Saved beside
-all of them is the last one alone, as PEFT's PROMPT_TUNING.
+A row's bin is its column `quality_bin` (stage `buckets`), 0 the worst; rows without one use the last. With
+`tuner` the network is trained as well, by that tuner: the second run of plan `meet`. The last prompt alone is
+also saved as PEFT's PROMPT_TUNING.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ FILE = "control.safetensors"
     paper="arXiv:2310.00819",
     row="meet",
     provides=[DISABLE_ADAPTER],
-    contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
+    contract={"starts_as_base": "vectors before the text change the output from the first step on"},
+    use_when="rows come with ratings or as good and bad answers, and one model is to learn from all of"
+    " them while answering only like the best.",
+    costs="a soft prompt for each quality bin: `num_virtual_tokens` more tokens in every sequence.",
+    starting_rate="soft prompts take a high one: plan `meet` takes 0.01 while they are trained alone.",
 )
 class Control(Tuner):
     """One soft prompt per quality bin of rows."""
@@ -45,9 +49,11 @@ class Control(Tuner):
 
     def __post_init__(self):
         if self.texts and len(self.texts) != self.buckets:
-            raise RecipeError(f"texts: {len(self.texts)} for {self.buckets} buckets")
+            raise RecipeError(f"texts: {len(self.texts)} texts for {self.buckets} buckets")
         if self.tuner is not None and self.tuner.name in ("control", "prompt"):
-            raise RecipeError(f"control: tuner '{self.tuner.name}' puts vectors before the text, too")
+            raise RecipeError(
+                f"control: tuner '{self.tuner.name}' also puts vectors before the text; use another"
+            )
 
     @property
     def active_provides(self):
@@ -60,7 +66,7 @@ class Control(Tuner):
         for b in range(self.buckets):
             ids = words_of(model, self.texts[b]) if self.texts else torch.randperm(len(table.weight)).tolist()
             if not ids:
-                raise RecipeError(f"texts: that of bucket {b} holds no token")
+                raise RecipeError(f"texts: the text of bucket {b} has no tokens")
             vectors.append(table(torch.tensor((ids * -(-n // len(ids)))[:n], device=table.weight.device)))
         return ControlPrompts(self, model, torch.cat(vectors))
 
@@ -87,8 +93,7 @@ class ControlPrompts(SoftPrompt):
         odd = [b for b in buckets if not 0 <= b < self.settings.buckets]
         if odd:
             raise RecipeError(
-                f"a row is of bucket {odd[0]}, and tuner 'control' has {self.settings.buckets}, counted"
-                " from 0"
+                f"a row has bucket {odd[0]}, but tuner 'control' has {self.settings.buckets}, counted from 0"
             )
         return self.each()[buckets]
 
@@ -104,7 +109,7 @@ class ControlPrompts(SoftPrompt):
     @contextmanager
     def off(self):
         if DISABLE_ADAPTER not in self.settings.active_provides:
-            raise RecipeError(f"tuner 'control' with '{self.settings.tuner.name}' cannot be switched off")
+            raise RecipeError(f"tuner 'control' with '{self.settings.tuner.name}' cannot be disabled")
         network = nullcontext() if self.network is None else self.network.off()
         with super().off(), network:
             yield

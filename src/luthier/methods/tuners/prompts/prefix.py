@@ -2,9 +2,9 @@
 itself is frozen.
 
 With `prefix_projection` they are the output of a small network on smaller vectors, which is how the paper
-trains them. Departs: that network is one for each layer, not one for all; and the positions of the text do
-not shift, so a prefix has the same distance from every token and takes nothing of the context length. So it
-is an adapter type of its own, and not PEFT's PREFIX_TUNING, which counts positions from behind the prefix.
+trains them. Departs: that network is one per layer, not one for all; and the positions of the text do not
+shift, so a prefix has the same distance from every token and uses no context length. It is therefore an
+adapter type of its own and not PEFT's PREFIX_TUNING, which counts positions from the end of the prefix.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from luthier.registry import Range, tuner
     paper="arXiv:2101.00190",
     provides=[DISABLE_ADAPTER],
     contract={
-        "starts_as_base": "keys before the text take their share of every attention from the first step on",
-        "modules_of_every_kind": "it stands where keys are made, and at no other module",
+        "starts_as_base": "keys before the text take part in every attention from the first step on",
+        "modules_of_every_kind": "it is attached to key projections and to no other module",
     },
+    use_when="weights must stay untouched and rows are few, and soft prompts at the input alone (tuner"
+    " `prompt`) learn too little: it trains keys and values before the text in every layer.",
+    costs="`num_virtual_tokens` more keys and values a layer in every sequence; not mergeable.",
+    starting_rate="above LoRA's; its recipe here was chosen on a toy model.",
 )
 class Prefix(Delta):
     """Keys and values before the text."""
@@ -54,8 +58,7 @@ class Prefix(Delta):
     def init(self, W):
         if self.part not in ("k", "qkv"):
             raise ValueError(
-                "a prefix stands where keys are made: leave out target_modules, or name modules that make"
-                " keys"
+                "a prefix is attached to key projections; leave out target_modules, or name key projections"
             )
         wide = width(W.shape[0], W.shape[1], self.part)
         tensors = drawn(self.num_virtual_tokens, wide)

@@ -1,8 +1,8 @@
-"""Sub-networks of one network: the first heads and feed-forward units of each layer, or no layer at all. As
-masks, and sliced.
+"""Sub-networks of one network, as masks and as sliced models: the first heads and feed-forward units of each
+layer, or no layer at all.
 
 A shape is a tuple with (groups of heads, feed-forward units) of each layer; (0, 0) is a layer that is left
-out. A group is what shares keys and values: one head, or with grouped queries several.
+out. A group consists of the heads that share keys and values: one head, or several with grouped queries.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ COLUMNS = {"o": 0, "down": 1}  # parts that lose columns
 
 
 class Anatomy:
-    """Where the matrices of each layer are. Raises RecipeError where a network is not made of separate q, k,
-    v, o, up and down.
+    """Where the matrices of each layer are. Raises RecipeError where a network has no separate q, k, v, o, up
+    and down.
     """
 
     def __init__(self, model: Any):
@@ -44,8 +44,8 @@ class Anatomy:
             not {"q", "k", "v", "o", "up", "down"} <= layer.keys() for layer in self.layers
         ):
             raise RecipeError(
-                f"{type(model).__name__} has no separate q, k, v, o, up and down in each layer, so it has no"
-                " parts to leave out"
+                f"{type(model).__name__} has no separate q, k, v, o, up and down modules in"
+                " each layer, so no parts can be left out"
             )
         self.width = model.get_submodule(self.layers[0]["down"]).in_features
         first = next(iter(places))
@@ -70,12 +70,12 @@ class Anatomy:
         )
         if not fits or not any(a for a, _ in shape):
             raise RecipeError(
-                f"{shape} is no sub-network: {len(whole)} layers of up to {whole[0]} (groups of heads,"
-                " units), or (0, 0)"
+                f"{shape} is not a valid sub-network: expected {len(whole)} layers of up to"
+                f" {whole[0]} (groups of heads, units), or (0, 0)"
             )
         if not self.skips and any(a == 0 for a, _ in shape):
             raise RecipeError(
-                "this network's norms come after what they norm, so none of its layers can be left out"
+                "this model applies its norms after each block (post-norm), so no layer can be left out"
             )
 
 

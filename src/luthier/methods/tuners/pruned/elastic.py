@@ -3,9 +3,9 @@ work as well.
 
 Before the first step the heads and feed-forward units of each layer are sorted by importance, the norm of a
 unit's output on a few rows times the norm of the weights that read it; the network's output is unchanged.
-Estimator `elastic` then trains the full network and sub-networks drawn at each step, evaluator `pareto`
-searches for the best of them, and `sliced` makes one a model of its own. Departs from the paper: heads are
-left out by groups that share keys and values, and layers only where norms come first.
+Estimator `elastic` then trains the full network and sub-networks sampled at each step, evaluator `pareto`
+searches for the best of them, and `sliced` turns one into a separate model. Departs from the paper: heads are
+left out in groups that share keys and values, and layers only in pre-norm networks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,17 @@ ELASTIC = Capability("elastic", says="a tuner with sub-networks (`elastic`)")
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 
 
-@tuner(example={"init_rows": 2}, paper="arXiv:2308.15609", row="instatune", provides=[MERGE, ELASTIC])
+@tuner(
+    example={"init_rows": 2},
+    paper="arXiv:2308.15609",
+    row="instatune",
+    provides=[MERGE, ELASTIC],
+    use_when="one tuned model is to serve at several sizes: after training, smaller sub-networks are"
+    " cut out of it without further training.",
+    costs="as full fine-tuning, plus one more forward and backward pass for each sub-network that"
+    " estimator `elastic` draws.",
+    starting_rate="start with that of `full`.",
+)
 class Elastic(Tuner):
     """Full fine-tuning of a network with sub-networks."""
 
@@ -52,8 +62,8 @@ class ElasticModel(TunedWeights):
         self.anatomy = Anatomy(model)
         if min(settings.depth) < 1 and not self.anatomy.skips:
             raise RecipeError(
-                "tuner 'elastic': this network's norms come after what they norm, so no layer can be left"
-                " out: depth: [1.0]"
+                "tuner 'elastic': this model applies its norms after each block (post-norm),"
+                " so no layer can be left out; set depth: [1.0]"
             )
 
     # --- what there is to choose
@@ -124,8 +134,8 @@ class ElasticModel(TunedWeights):
         """A sub-network whose layers are alike, as a plain model on disk. Raises RecipeError for another."""
         if len({s for s in shape if s[0]}) > 1:
             raise RecipeError(
-                "a plain model has layers of one size, and this sub-network's differ: use `sliced` in Python,"
-                " or another shape"
+                "a plain model has layers of equal size, but those of this sub-network differ;"
+                " use `sliced` in Python, or another shape"
             )
         self.sliced(shape).save_pretrained(folder)
 

@@ -1,14 +1,15 @@
 """Pruned: sets the least important weights of every matrix to zero before training and keeps them zero; all
 others are trained.
 
-For sparse fine-tuning of a model that is to be small and fast. The initial model is kept by role `initial`,
-so the dense model can teach (`squarehead`, `distill`). Importance is `magnitude`; `wanda` (arXiv:2306.11695),
-|w| times the norm of its input on the first rows; or `sparsegpt` (arXiv:2301.00774), w^2 over the diagonal of
-the inverse of X X', where later columns also compensate for the error of each zero. Zeros are counted in each
-row of a matrix (sparsegpt: in each block of columns), or, with a pattern, n of every m neighbours are kept,
-which hardware runs faster. To raise sparsity in steps, write a plan whose runs have a higher one each.
-Departs: pruning is done at once, and the matrices that are measured in one pass over the rows (all, in a
-small model) read the activations of the dense model, where the papers prune layer after layer.
+For sparse fine-tuning of a model that should be small and fast. Role `initial` holds the model before
+pruning, so that it can teach (`squarehead`, `distill`). Importance is `magnitude`; `wanda`
+(arXiv:2306.11695), |w| times the norm of its input on the first rows; or `sparsegpt` (arXiv:2301.00774), w^2
+over the diagonal of the inverse of X X', where later columns also compensate for the error of each zero. The
+number of zeros is fixed per row of a matrix (sparsegpt: per block of columns), or, with a pattern, n of every
+m neighbouring weights are kept, which some hardware computes faster. To raise sparsity in steps, write a plan
+whose runs have increasing sparsity. Departs: pruning is done at once, and matrices that are measured in the
+same pass over the rows (all, in a small model) use the activations of the dense model, where the papers prune
+layer after layer.
 """
 
 from __future__ import annotations
@@ -31,9 +32,18 @@ from luthier.registry import tuner
 PATTERN = re.compile(r"(\d+):(\d+)")
 
 
-@tuner(example={"init_rows": 2}, paper="arXiv:2310.06927", row="squarehead", provides=[MERGE])
+@tuner(
+    example={"init_rows": 2},
+    paper="arXiv:2310.06927",
+    row="squarehead",
+    provides=[MERGE],
+    use_when="the model is to end with a fixed share of zeros (such as 2:4) and must recover its"
+    " quality by fine-tuning with them in place.",
+    costs="as full fine-tuning, plus the mask; `wanda` and `sparsegpt` read `init_rows` rows first.",
+    starting_rate="start with that of `full`.",
+)
 class Pruned(Tuner):
-    """All weights; the matrices of the layers with zeros that stay zero."""
+    """All weights are trained; zeros in the matrices of the layers stay zero."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5  # share of every matrix that is zero
     # e.g. "2:4": of every four neighbours in a row two are kept, in place of sparsity
@@ -48,9 +58,7 @@ class Pruned(Tuner):
         if self.pattern is not None:
             match = PATTERN.fullmatch(self.pattern)
             if not match or not 0 < int(match[1]) < int(match[2]):
-                raise RecipeError(
-                    f"pattern: '{self.pattern}' is not of the form kept:neighbours, such as 2:4"
-                )
+                raise RecipeError(f"pattern: '{self.pattern}' must have the form kept:group, such as 2:4")
 
     def attach(self, model):
         return PrunedModel(self, model)

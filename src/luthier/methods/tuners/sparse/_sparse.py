@@ -1,9 +1,10 @@
-"""Sparse deltas: W + S, where S has k entries. Kept as k places and k values; added up, adapters compose.
+"""Sparse deltas: W + S, where S has k entries, stored as k positions and k values. Adapters compose by
+addition.
 
-Nothing of a weight's size outlives its layer: S is spread out to multiply with and let go, and so is the
-gradient of W' in the backward pass, of which the k entries remain. `p.watch`, where it is set, sees that
-gradient before it goes: this is how supports grow from gradients. Quantized bases are never unpacked, since S
-only adds to what they say.
+No tensor of a weight's size outlives its layer: S is materialised for the multiplication and freed, and so is
+the gradient of W' in the backward pass, of which only the k entries are kept. `p.watch`, if set, receives
+that gradient before it is freed, so that new positions can be chosen by gradient. Quantized bases are never
+dequantized as a whole, since S is only added to their output.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from luthier.registry import Range, family
 
 @family
 class Sparse(Delta):
-    """Family: some entries of every chosen weight are trained, each by its own number."""
+    """Family: some entries of every chosen weight are trained."""
 
     # S is multiplied with as W is: its values stay in fp32, and x S' has the model's precision
     precise: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""The modules that a sparse tuner's settings choose, before anything is put into the model."""
+"""The modules that a sparse tuner's settings choose, before anything is inserted into the model."""
 
 from __future__ import annotations
 

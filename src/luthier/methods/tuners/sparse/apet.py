@@ -1,9 +1,8 @@
-"""APET: trains n single weights at random positions, drawn evenly from all chosen matrices.
+"""APET: trains n single weights at random positions, drawn uniformly from all chosen matrices.
 
-For studies of how much of tuning is owed to structure and how much to the mere number of trainable
-parameters: set n to the number that another tuner trains and compare. Positions follow from the seed alone.
-Departs from the paper: positions lie in linear modules and embeddings (its counts of biases and norms are
-tuner 'bitfit').
+For studies of how much of fine-tuning is due to structure and how much to the number of trainable parameters:
+set n to the number that another tuner trains and compare. Positions depend on the seed alone. Departs from
+the paper: positions are in linear modules and embeddings (its biases and norms are tuner 'bitfit').
 """
 
 from __future__ import annotations
@@ -19,17 +18,25 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.sparse._sparse import Sparse
-from luthier.registry import tuner
+from luthier.registry import INTERNAL, tuner
 
 
-@tuner(row="apet", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    row="apet",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you study whether a tuner's structure matters: it trains the same number of parameters"
+    " at random positions, as the baseline.",
+    costs="one trainable number and one index for each position; the gradient of a chosen weight is"
+    " computed whole before its entries are taken.",
+)
 class APET(Sparse):
     """Random positions, n in total."""
 
     # trainable entries, over all chosen modules; null: density of them
     n: Annotated[int, Field(ge=1)] | None = None
     selection_seed: int = 0  # of the draw of positions
-    counts: dict[str, int] | None = None  # how many entries of each module; filled in when attached
+    # how many entries of each module; filled in when attached
+    counts: Annotated[dict[str, int] | None, INTERNAL] = None
 
     def attach(self, model):
         from luthier.methods.tuners.sparse._targets import chosen_modules
@@ -40,7 +47,9 @@ class APET(Sparse):
         total = sum(sizes.values())
         n = self.n or max(1, round(self.density * total))
         if n > total:
-            raise RecipeError(f"tuner 'apet': n: {n} positions, and the chosen modules have {total} weights")
+            raise RecipeError(
+                f"tuner 'apet': n: {n} parameters, but the chosen modules have {total}; lower n"
+            )
         fitted = replace(self, n=n, counts=spread_over(sizes, n, Clock(self.selection_seed).rng("apet")))
         return Delta.attach(
             replace(fitted, target_modules=[k for k, v in (fitted.counts or {}).items() if v]), model

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class TunedWeights(TunedModel):
-    """The model's own weights, chosen by a rule. Where few are trained, their initial values are kept, which
-    makes `off` exact.
+    """The model's own weights, chosen by a rule. Where few are trained, their initial values are stored,
+    which makes `off` exact.
     """
 
     def __init__(
@@ -38,7 +38,9 @@ class TunedWeights(TunedModel):
             if p.requires_grad:
                 self.names.append(name)
         if not self.names:
-            raise RecipeError(f"tuner '{settings.name}' found nothing to move in {type(model).__name__}")
+            raise RecipeError(
+                f"tuner '{settings.name}' found no parameters to train in {type(model).__name__}"
+            )
         self.start = {k: p.detach().clone() for k, p in self.parameters().items()} if keep_start else None
 
     def all_param_groups(self) -> list[ParamGroup]:
@@ -48,7 +50,7 @@ class TunedWeights(TunedModel):
     @contextmanager
     def off(self):
         if self.start is None:
-            raise RecipeError(f"tuner '{self.settings.name}' cannot be switched off")
+            raise RecipeError(f"tuner '{self.settings.name}' cannot be disabled")
         with self.using({**self.start, **self.memory()}):
             yield
 
@@ -59,7 +61,8 @@ class TunedWeights(TunedModel):
     def export_lora(self, folder: Path | str, rank: int | None = None) -> float:
         """Whole weights have no LoRA form. Raises RecipeError."""
         raise RecipeError(
-            f"tuner '{self.settings.name}' moves whole weights, which have no LoRA form: export them merged"
+            f"tuner '{self.settings.name}' trains full weights, which have no LoRA form; export"
+            " with --as merged"
         )
 
     def save(self, folder: Path) -> None:
@@ -72,7 +75,7 @@ class TunedWeights(TunedModel):
         saved = self._saved(folder)
         for name in self.names:
             if name not in saved or not torch.equal(saved[name], self.model.get_parameter(name).cpu()):
-                raise RuntimeError(f"{folder}: {name} was not saved as it is")
+                raise RuntimeError(f"{folder}: {name} differs from what was saved")
 
     def _as_named(self, folder: Path) -> bool:
         """Compare what moves with a file that has it under the names it has here; False where there

@@ -1,7 +1,7 @@
 """BitFit: trains only the biases.
 
-The initial biases are kept, so switching off gives the base bit for bit. Networks without biases (Llama,
-Mistral, ...) are refused: `also: [norms]` trains their norms' weights instead.
+The initial biases are stored, so disabling the tuner gives the base bit for bit. Networks without biases
+(Llama, Mistral, ...) are refused: `also: [norms]` trains the weights of their norms instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2106.10199", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2106.10199",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="the model has biases (BERT, GPT-2, OPT) and each task's copy must be tiny, below 0.1 %"
+    " of the parameters. Llama-like models have none: there `also: [norms]` trains the norms.",
+    costs="gradients and optimizer state of the biases alone; merged, inference costs nothing more.",
+    starting_rate="about ten times that of full fine-tuning; the paper tries 1e-4 to 1e-3.",
+)
 class BitFit(Tuner):
     """Every bias of the network, and the weights in `also`."""
 
@@ -34,8 +41,8 @@ class BitFit(Tuner):
         if "head" in self.also and head is not None:
             if head.weight is model.get_input_embeddings().weight:
                 raise RecipeError(
-                    "tuner 'bitfit': the head shares its weight with the input embeddings; leave `head` out"
-                    " of `also`"
+                    "tuner 'bitfit': the head shares its weight with the input embeddings;"
+                    " remove `head` from `also`"
                 )
             modules.append(head)
         moving = {id(p) for m in modules for p in m.parameters(recurse=False)}

@@ -4,12 +4,12 @@ skills depend on.
 Coarse: the feed-forward up and down matrices of the second quarter of the layers, unless set otherwise (plan
 'cofitune' searches). Fine: the importance I of a row is |d KL / d gate| of a gate of 1 on its output, between
 two passes over the rows with different dropout, averaged over rows before the absolute value; per layer it is
-standardised and squashed to [0, 1) by |tanh|. The row's gradient is multiplied by 1 - I. The initial values
-of what is trained are kept: switching off gives the base. Departs from the paper: the dropout of those two
-passes is ours, on the gated neurons, for today's models have none. Heads are not masked (nor are they by
-default in the reference). Note that Adam's step does not depend on a gradient's scale, so under it only an I
-near 1 has an effect; under sgd or lion's momentum, or where rows differ within a clipped gradient, all of it
-has.
+standardised and mapped to [0, 1) by |tanh|. The row's gradient is multiplied by 1 - I. The initial values of
+the trained matrices are stored: disabling the tuner gives the base. Departs from the paper: luthier adds the
+dropout of those two passes, on the gated neurons, since current models have none. Heads are not masked (nor
+are they by default in the reference). Note that Adam's step does not depend on a gradient's scale, so with
+Adam only an I near 1 has an effect; with sgd or lion's momentum, or where rows differ within a clipped
+gradient, all of it has.
 """
 
 from __future__ import annotations
@@ -40,7 +40,17 @@ Part = Literal["qkv", "o", "up", "gate", "down"]
 Edge = Annotated[float, Field(ge=0, le=1)]
 
 
-@tuner(example={"init_rows": 2}, paper="arXiv:2404.10306", row="cofitune", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    example={"init_rows": 2},
+    paper="arXiv:2404.10306",
+    row="cofitune",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you tune a specialist and must keep general skills: it trains a few matrices of some"
+    " layers and slows the rows that general skills depend on.",
+    costs="gradients and optimizer state of the chosen matrices, and two passes over `init_rows` rows"
+    " before the first step.",
+    starting_rate="start with that of `full`.",
+)
 class CoFiTune(Tuner):
     """Coarse-to-fine selection of weights."""
 

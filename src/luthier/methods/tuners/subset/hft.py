@@ -3,9 +3,9 @@
 In every layer 2 of W_q, W_k, W_v, W_o are trained; of up, gate and down 1 in half of the layers and 2 in the
 others; one of two norms. The half is drawn at the start of a run, and another one in the next run that starts
 from it (the runs of a plan: SFT, DPO, task after task). Frozen weights have no gradient and no optimizer
-state. Departs from the paper: of several random draws the one nearest to the ratio in parameters is taken, so
+state. Departs from the paper: of several random draws the one closest to the ratio in parameters is used, so
 that it is half also where matrices differ in size (grouped queries, GPT-2's fused c_attn). The initial
-weights are not kept, so the tuner cannot be switched off. See also merger 'half_reset'.
+weights are not stored, so the tuner cannot be disabled. See also merger 'half_reset'.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from luthier.registry import tuner
 DRAWS = 32  # random halves of which the best balanced one is taken
 
 
-@tuner(paper="arXiv:2404.18466", row="hft", provides=[MERGE])
+@tuner(
+    paper="arXiv:2404.18466",
+    row="hft",
+    provides=[MERGE],
+    use_when="full fine-tuning forgets too much, and you tune in several rounds or on several tasks:"
+    " half of the weights stay as they were in each round.",
+    costs="about half of the gradients and optimizer state of full fine-tuning.",
+    starting_rate="start with that of `full`.",
+)
 class HFT(Tuner):
     """Half fine-tuning."""
 

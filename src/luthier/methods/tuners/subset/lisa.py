@@ -2,8 +2,8 @@
 `interval` steps.
 
 The optimizer state of a layer is dropped when the layer is frozen, so memory is that of the trained layers.
-Departs from LMFlow: a draw follows from seed and step, so nothing about it needs saving. The initial weights
-are not kept, so the tuner cannot be switched off.
+Departs from LMFlow: a draw depends on seed and step only, so nothing about it is saved. The initial weights
+are not stored, so the tuner cannot be disabled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from luthier.methods.tuners.subset._subset import LayerwiseWeights
 from luthier.registry import tuner
 
 
-@tuner(example={"n_layers": 1}, paper="arXiv:2403.17919", row="lisa", provides=[MERGE])
+@tuner(
+    example={"n_layers": 1},
+    paper="arXiv:2403.17919",
+    row="lisa",
+    provides=[MERGE],
+    use_when="memory is too small for full fine-tuning and LoRA learns too little: it trains all"
+    " weights of a few layers at a time.",
+    costs="optimizer state of embeddings, head and `n_layers` layers; activations as in full fine-tuning.",
+    starting_rate="start with that of `full`.",
+)
 class LISA(Tuner):
     """Layerwise importance sampling."""
 

@@ -6,7 +6,7 @@ half, low-rank steps in the drawn layers, is transform 'galore': `optim: [clip, 
 Embeddings, head and final norm are always trained, and the optimizer state of a layer is dropped when it is
 frozen. Departs from the reference: densities are measured on the user's rows, not read from a file. Fused
 experts are not measured: the density of their layer is that of its other matrices. The initial weights are
-not kept, so the tuner cannot be switched off.
+not stored, so the tuner cannot be disabled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from luthier.model.statistics import gather
 from luthier.registry import tuner
 
 
-@tuner(example={"init_rows": 2, "n_layers": 1}, paper="arXiv:2405.18380", row="owlore", provides=[MERGE])
+@tuner(
+    example={"init_rows": 2, "n_layers": 1},
+    paper="arXiv:2405.18380",
+    row="owlore",
+    provides=[MERGE],
+    use_when="you would use LISA but expect some layers to matter more: layers with many outlier"
+    " weights are drawn more often.",
+    costs="as `lisa` with `n_layers` layers, plus one pass over `init_rows` rows; with transform"
+    " `galore` less optimizer state.",
+    starting_rate="start with that of `full`.",
+)
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""
 

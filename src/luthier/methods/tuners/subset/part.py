@@ -1,8 +1,8 @@
 """Trains one part of the network: its token embeddings and output layer, or its last layer (of the decoder,
 in an encoder-decoder).
 
-Two ways of specialising a model to one project that lie between full fine-tuning and a prefix: L-EO and
-L-LDB. The initial values of what is trained are kept, so switching off gives the base bit for bit.
+Two ways of specialising a model to one project, between full fine-tuning and a prefix: L-EO and L-LDB. The
+initial values of the trained weights are stored, so disabling the tuner gives the base bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
 
-@tuner(row="personalized-unit-test-models", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    row="personalized-unit-test-models",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you specialise one model for many projects and want the plainest partial tuning as a"
+    " comparison: the embeddings and output layer, or the last layer.",
+    costs="gradients and optimizer state of that part; `last_layer` needs no backward pass below it.",
+    starting_rate="start with that of `full`.",
+)
 class Part(Tuner):
     """Embeddings and output, or the last layer."""
 

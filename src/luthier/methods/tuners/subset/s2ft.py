@@ -1,12 +1,12 @@
 """S2FT: trains a few feed-forward channels and attention heads of every layer, as one small dense matrix per
 weight.
 
-What reads a channel (down, o) gains columns: y + x[.., chosen] S'. What writes one (up, gate, v) gains rows:
-y[.., chosen] += x S'. Only S has a gradient, and only the chosen inputs are kept for it. Heads and channels
-are drawn once per layer, so up, gate and down share theirs, and v's heads are those whose queries o reads
-(with grouped queries, too). Departs from the paper: chosen columns are gathered where they stand; nothing is
-permuted, which computes the same and leaves the model alone, and so adapters are in everyone's coordinates
-and those of unlike channels add up. Heads and channels are drawn at random (S2FT-R).
+Weights that read a channel (down, o) are trained in columns: y + x[.., chosen] S'. Weights that write one
+(up, gate, v) are trained in rows: y[.., chosen] += x S'. Only S has a gradient, and only the chosen inputs
+are stored for it. Heads and channels are drawn once per layer, so up, gate and down use the same, and v's
+heads are those whose queries o reads (with grouped queries, too). Departs from the paper: chosen columns are
+gathered in place and nothing is permuted, which computes the same, leaves the model unchanged and allows
+adapters with different channels to be added. Heads and channels are drawn at random (S2FT-R).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
 from luthier.model.anatomy import kind_of, layer_of, part_of
-from luthier.registry import Range, family, tuner
+from luthier.registry import INTERNAL, Range, family, tuner
 
 Share = Annotated[float, Field(ge=0, le=1)]
 READS = {"o": "o_ratio", "down": "d_ratio"}  # parts that gain columns -> their setting
@@ -36,9 +36,14 @@ WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain
     provides=[DISABLE_ADAPTER, MERGE],
     contract={
         "modules_of_every_kind": (
-            "only down, up, gate, o and v have channels or heads to choose, each by its own ratio"
+            "only down, up, gate, o and v have channels or heads to choose, each with its own ratio"
         )
     },
+    use_when="you want sparse fine-tuning at LoRA's memory with dense arithmetic: a few heads and"
+    " channels of each layer are trained as small dense matrices.",
+    costs="gradients and optimizer state of the chosen channels; only their inputs are kept for the"
+    " backward pass.",
+    starting_rate="start with that of `lora`.",
 )
 class S2FT(Delta):
     """Structured sparse fine-tuning."""
@@ -52,8 +57,8 @@ class S2FT(Delta):
     o_ratio: Share = 0.0  # share of the heads whose columns of o are trained
     v_ratio: Share = 0.0  # share of the key-value heads whose rows of v are trained
     selection_seed: int = 0  # of the draw of heads and channels
-    num_attention_heads: int | None = None  # of the network; filled in when attached
-    num_key_value_heads: int | None = None  # of the network; filled in when attached
+    num_attention_heads: Annotated[int | None, INTERNAL] = None  # of the network; filled in when attached
+    num_key_value_heads: Annotated[int | None, INTERNAL] = None  # of the network; filled in when attached
 
     def __post_init__(self):
         if not any(getattr(self, r) for r in (*READS.values(), *WRITES.values())):
@@ -78,8 +83,8 @@ class S2FT(Delta):
             ]
             if missing:
                 raise RecipeError(
-                    f"tuner 's2ft': {type(model).__name__} has no linear module for {missing[0]} (fused"
-                    " experts and fused q, k, v are none); set it to 0, and another ratio above 0"
+                    f"tuner 's2ft': {type(model).__name__} has no separate linear module for"
+                    f" {missing[0]}; set its ratio to 0, and another above 0"
                 )
             fitted = replace(fitted, target_modules=there)
         return super(S2FT, fitted).attach(model)
@@ -91,7 +96,9 @@ class S2FT(Delta):
 
     def at(self, name):
         if not self.ratio(name):
-            raise RecipeError(f"tuner 's2ft': {name} is none of down, up, gate, o and v, or its ratio is 0")
+            raise RecipeError(
+                f"tuner 's2ft': {name} is not one of down, up, gate, o and v, or its ratio is 0"
+            )
         heads = 0
         if kind_of(name) == "attention":
             heads = self.num_attention_heads if part_of(name) == "o" else self.num_key_value_heads

@@ -2,9 +2,9 @@
 head.
 
 Below the first trained layer no gradient is computed, so time and memory fall with K. The initial values of
-what is trained are kept, so switching off gives the base bit for bit. Departs from the paper: K may be a
-share of the layers, and in an encoder-decoder it counts through the encoder's layers and then the decoder's.
-Tied embeddings keep the head frozen with them.
+the trained weights are stored, so disabling the tuner gives the base bit for bit. Departs from the paper: K
+may be a fraction of the layers, and in an encoder-decoder it counts through the encoder's layers and then the
+decoder's. Tied embeddings keep the head frozen with them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2304.05216", row="telly-k", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2304.05216",
+    row="telly-k",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you have little memory and time and the task is close to pretraining: the lower layers"
+    " stay frozen and no backward pass runs through them.",
+    costs="falls with K: no gradients, optimizer state or kept activations below the first trained layer.",
+    starting_rate="start with that of `full`.",
+)
 class Telly(Tuner):
     """The top of the network. The paper's best trade-off is about K = 9 of 12 layers."""
 
@@ -33,7 +41,7 @@ class Telly(Tuner):
         if frozen >= len(order):
             raise RecipeError(
                 f"tuner 'telly': k: {self.k:g} leaves none of the {len(order)} layers of"
-                f" {type(model).__name__} to move"
+                f" {type(model).__name__} to train"
             )
         above = set(order[frozen:])
         # parameters are listed from input to output: what is in no layer goes with the layer before it

@@ -2,7 +2,7 @@
 cross-entropy.
 
 Encoders (BERT) classify from their first token, decoders (Llama) from their last. The classes are those of
-the rows, or of a checkpoint that already knows all of them; their order is saved with the model.
+the rows, or of a checkpoint that already has all of them; their order is saved with the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from luthier.text.encode import Renderer
 
 
-@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN])
+@architecture(
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN],
+    use_when="the model is to choose one of several classes; name it for a checkpoint without a"
+    " classification head.",
+    costs="padded batches.",
+)
 class Classifier(Architecture):
     """AutoModelForSequenceClassification, one class of several. `hidden` are its logits [N, classes]."""
 
@@ -41,13 +46,13 @@ class Classifier(Architecture):
         """The classes of the rows: numbers in their order, else names in alphabetical order."""
         names = {c for row in rows for c in row.get("completions", ())}
         if not all(isinstance(n, str) for n in names):
-            raise RecipeError(
-                "a classifier learns rows with a `label` (or a completion that is the name of a class)"
-            )
+            raise RecipeError("a classifier needs rows with a `label` (or a completion that is a class name)")
         if not names:
             return {}
         if len(names) == 1:
-            raise RecipeError(f"all rows are of one class, '{min(names)}': there is nothing to tell apart")
+            raise RecipeError(
+                f"all rows have the same class, '{min(names)}'; a classifier needs at least two"
+            )
         numbers = {
             row["completions"][0]: row["label"]
             for row in rows
@@ -71,7 +76,9 @@ class Classifier(Architecture):
             for name in ("num_labels", "id2label", "label2id"):
                 kwargs.pop(name, None)
         elif not label2id:
-            raise RecipeError(f"{path} is no classifier, and no rows say which classes there are")
+            raise RecipeError(
+                f"{path} has no classification head, and no rows are given that name the classes"
+            )
         model = super().load(path, ignore_mismatched_sizes=True, **kwargs)
         config = model.config.get_text_config()
         if config.pad_token_id is None:  # a decoder finds a row's last token by what is not padding
@@ -90,7 +97,7 @@ class Classifier(Architecture):
         roots = sorted({parents[s] for s in completions})
         ids, mask = pad([batch.ids[pieces[s]] for s in roots], self.padding(model))
         if attached.virtual:
-            raise ValueError("a classifier takes no soft prompt")
+            raise ValueError("a classifier does not support soft prompts")
         attached.announce_rows(batch, batch.row[roots])
         logits = model(input_ids=ids, attention_mask=mask).logits
         which = torch.tensor([roots.index(parents[s]) for s in completions], device=ids.device)

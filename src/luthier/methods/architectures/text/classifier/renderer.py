@@ -1,5 +1,5 @@
-"""Rows to tokens for classifiers: the prompt as an encoder reads it, and the index of each completion's
-class.
+"""Rows to tokens for classifiers: the prompt as an encoder reads it, and the index of each
+completion's class.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LabelRenderer(Renderer):
 def class_of(name: Any, label2id: dict[str, int]) -> int:
     """A class's index. Raises ValueError with the nearest name."""
     if not isinstance(name, str):
-        raise ValueError("a completion is not the name of a class")
+        raise ValueError("a completion is not a class name")
     if name not in label2id:
-        raise ValueError(f"'{name}' is none of this classifier's classes{did_you_mean(name, label2id)}")
+        raise ValueError(f"'{name}' is not one of the classes{did_you_mean(name, label2id)}")
     return label2id[name]

@@ -1,13 +1,12 @@
-"""The best sub-networks of an elastic run, those than which none is both cheaper and better, searched on
+"""The Pareto-optimal sub-networks of an elastic run (no other is both cheaper and better), searched on
 held-out rows after training by LINAS.
 
-Costs are the loss and the multiplications a token takes. Some sub-networks are measured; from them a
-regression on their choices, one-hot, says what the loss of others would be; NSGA-II on what it says proposes
-the next that are measured, and around again. Multiplications are counted, not predicted. `pareto.json` in the
-run's folder holds each sub-network with both, and its shape, for
-`luthier.load(folder).roles.tuner.export(shape, folder)`. Departs from the paper: kernel ridge regression in
-place of support vectors beside the linear one, the better of them told by leaving one out in place of five
-folds.
+The costs are the loss and the multiplications per token. Some sub-networks are measured; a regression on
+their one-hot choices predicts the loss of others; NSGA-II on these predictions proposes the next to measure,
+and so on. Multiplications are counted, not predicted. `pareto.json` in the run's folder has each sub-network
+with both costs and its shape, for `luthier.load(folder).roles.tuner.export(shape, folder)`. Departs from the
+paper: kernel ridge regression instead of support vectors beside the linear one; the better of them is chosen
+by leave-one-out instead of five folds.
 """
 
 from __future__ import annotations
@@ -26,7 +25,13 @@ from luthier.registry import evaluator
 from luthier.storage import files
 
 
-@evaluator(paper="arXiv:2308.15609", row="instatune", requires=[ELASTIC, COMPLETIONS, LOGPROBS])
+@evaluator(
+    paper="arXiv:2308.15609",
+    row="instatune",
+    requires=[ELASTIC, COMPLETIONS, LOGPROBS],
+    use_when="a run with tuner `elastic` has ended and you want its best smaller networks.",
+    costs="a forward pass over `n` rows for each of up to `population` * (`generations` + 1) sub-networks.",
+)
 class Pareto(Evaluator):
     """`pareto_size`, and of the cheapest member `pareto_cheapest_loss` and `pareto_cheapest_share` of the
     multiplications.

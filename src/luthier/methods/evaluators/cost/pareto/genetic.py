@@ -1,6 +1,4 @@
-"""The best trade-offs between several costs, over lists of choices, by NSGA-II and with a predictor inside.
-Lower is better.
-"""
+"""Multi-objective optimisation over lists of choices, by NSGA-II with a predictor inside. Lower is better."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Predicts the measurement of a choice from those that were made: ridge regression on one-hot choices.
+"""Predicts the measurement of a choice from earlier ones: ridge regression on one-hot choices.
 
-Linear, or of a Gaussian kernel; which of them, and how much it shrinks, is told by leaving one out, in closed
-form.
+Linear, or with a Gaussian kernel; which of them, and the regularisation, is chosen by leave-one-out error in
+closed form.
 """
 
 from __future__ import annotations

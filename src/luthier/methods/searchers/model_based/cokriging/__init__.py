@@ -1,16 +1,16 @@
-"""Co-kriging: runs cut short tell of whole ones, and what is measured next, and how far, is what promises
-most for its cost.
+"""Co-kriging: partial runs predict full ones, and the next configuration and its number of steps are those
+with the highest value per cost.
 
-A linear autoregressive model joins all shares of the steps (f_t = rho f_t-1 + delta), so what a configuration
-is worth after a ninth of its steps moves what is believed of its end. First many are measured briefly, and a
-few of them further. Then for each configuration and share, by what it costs: the improvement expected at the
-end times the correlation of what would be measured with the end (augmented expected improvement), or by how
-much the best mean at the end is expected to fall (knowledge gradient). A run that was paused goes on, and
-costs only the difference.
+A linear autoregressive model joins all fractions of the steps (f_t = rho f_t-1 + delta), so a measurement
+after a ninth of the steps updates the prediction at the end. First many configurations are measured briefly,
+and a few of them further. Then each configuration and fraction is rated per cost: the expected improvement at
+the end times the correlation of the measurement with the end (augmented expected improvement), or the
+expected decrease of the best mean at the end (knowledge gradient). A paused run is resumed and costs only the
+difference.
 
-Departs from the augmented improvement: noise counts within the correlation, in place of a factor of its own.
-Several goals: the improvement is that of the hypervolume, the correlation the mean over goals. Limits are
-taken to be the same at every share.
+Departs from the augmented improvement: noise is part of the correlation instead of a separate factor. Several
+goals: the improvement is that of the hypervolume, the correlation the mean over goals. Constraints are
+assumed to be the same at every fraction.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ from luthier.methods.searchers.model_based.cokriging.levels import joint, on
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:2311.13050", row="mf-bayesopt-survey")
+@searcher(
+    paper="arXiv:2311.13050",
+    row="mf-bayesopt-survey",
+    use_when="the first part of a run already tells much about its end, and runs are costly.",
+    costs="a model is fitted between runs; paused runs keep their checkpoints.",
+)
 class CoKriging(Shares):
-    """Few and costly runs whose first part already tells something."""
+    """For few and costly runs whose first part is informative."""
 
     # the latter where the goal is one
     acquisition: Literal["augmented_improvement", "knowledge_gradient"] = "augmented_improvement"

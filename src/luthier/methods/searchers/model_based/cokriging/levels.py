@@ -1,9 +1,9 @@
-"""What runs cut short tell of whole ones: one Gaussian process over settings and levels, which are shares of
+"""How partial runs predict full ones: one Gaussian process over settings and levels, which are fractions of
 the steps.
 
-f_0 = mu_0 + g_0 and f_t = rho_t-1 f_t-1 + mu_t + g_t, all g independent and of Matern-5/2 kernels: linear
-autoregressive co-kriging, computed jointly, so that nobody need be measured at every level. A point's last
-number is its level.
+f_0 = mu_0 + g_0 and f_t = rho_t-1 f_t-1 + mu_t + g_t, all g independent and with Matern-5/2 kernels: linear
+autoregressive co-kriging, computed jointly, so that no configuration need be measured at every level. A
+point's last number is its level.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DELTA, ROUGH = (-1.0, 1.0), (-1.0, 0.7)
 
 @dataclass(frozen=True)
 class Ladder:
-    """A prior over functions of [.., settings, level], without what was seen."""
+    """A prior over functions of [.., settings, level], without observations."""
 
     scales: np.ndarray  # [T, settings] length scales
     variance: np.ndarray  # [T] of each g
@@ -69,7 +69,7 @@ def _level(X: np.ndarray) -> np.ndarray:
 
 
 class Joint(Surrogate):
-    """A ladder after what was seen of it."""
+    """A ladder conditioned on observations."""
 
     def __init__(self, process: Ladder, X: np.ndarray, y: np.ndarray):
         self.process, self.X, self.top = process, X, len(process.rho)

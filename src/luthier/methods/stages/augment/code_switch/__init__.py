@@ -1,11 +1,11 @@
 """Code-switching restore (CSR): replaces some words of a text by words of another language; the model learns
 to restore the text.
 
-For a run between pretraining and training to translate. The dictionary is given, or learned from the rows
-themselves (`dictionary: learn`): from prompts and completions, where a row is a pair of texts, or from rows
-of two `source`s, each monolingual. Words without an entry are unchanged. Departs from the paper in how it is
-learned (`translations.py`): by words, not subwords; and where rows are pairs, words that occur in the same
-ones are seeds beside numerals.
+For a run between pretraining and fine-tuning on translation. The dictionary is given, or learned from the
+rows themselves (`dictionary: learn`): from prompts and completions, where a row is a pair of texts, or from
+rows of two `source`s, each monolingual. Words without an entry are unchanged. Departs from the paper in how
+the dictionary is learned (`translations.py`): by words, not subwords; and where rows are pairs, words that
+occur in the same ones are seeds in addition to numerals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from luthier.registry import stage
 LEARN = "learn"
 
 
-@stage(example={"share": 1.0}, row="csr", requires=[COMPLETIONS])
+@stage(
+    example={"share": 1.0},
+    row="csr",
+    requires=[COMPLETIONS],
+    use_when="you train a translation model between two languages and want a stage before it that"
+    " brings their words together.",
+    costs="no model is read; `dictionary: learn` fits word vectors first.",
+)
 class CodeSwitch(Stage):
     """Texts, or the completions of rows, become rows (text with replaced words -> text)."""
 
@@ -43,18 +50,20 @@ class CodeSwitch(Stage):
 
     def __post_init__(self):
         if self.languages and self.dictionary != LEARN:
-            raise RecipeError("languages: goes with `dictionary: learn`")
+            raise RecipeError("languages: only used with `dictionary: learn`")
 
     def words(self) -> dict[str, list[str]]:
         dictionary = self.dictionary
         if isinstance(dictionary, str):
             if not Path(dictionary).is_file():
                 raise RecipeError(
-                    f"dictionary: there is no file {dictionary} (and `learn` learns one from the rows)"
+                    f"dictionary: file {dictionary} does not exist (`learn` learns one from the rows)"
                 )
             dictionary = json.loads(Path(dictionary).read_text(encoding="utf-8"))
         if not isinstance(dictionary, dict):
-            raise RecipeError("dictionary: {word: [translation, ...]}, a JSON file of that, or learn")
+            raise RecipeError(
+                "dictionary: expected {word: [translation, ...]}, a JSON file of that form, or learn"
+            )
         return {w: [t] if isinstance(t, str) else list(t) for w, t in dictionary.items()}
 
     def __call__(self, rows, roles):
@@ -63,7 +72,7 @@ class CodeSwitch(Stage):
             roles,
             len(rows) - len({id(row) for row, *_ in texts}),
             len(rows),
-            "what they say is no single plain text",
+            "they are not a single plain text",
         )
         translations = self.learned(texts, roles) if self.dictionary == LEARN else (self.words(),)
         out = []
@@ -108,7 +117,7 @@ class CodeSwitch(Stage):
                 if self.languages
                 else "rows with a text as prompt and one as completion"
             )
-            raise RecipeError(f"stage 'code_switch' learns its dictionary from {where}, and there are none")
+            raise RecipeError(f"stage 'code_switch' learns its dictionary from {where}, but there are none")
         pairs = self.languages is None
         translations = learned(
             sides[0],

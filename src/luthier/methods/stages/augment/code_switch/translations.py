@@ -1,9 +1,9 @@
-"""Learns a word dictionary between two languages from texts of both alone, without any given word pairs.
+"""Learns a word dictionary between two languages from monolingual texts, without any given word pairs.
 
-Word vectors of each language are mapped onto each other by a rotation (VecMap, arXiv:1805.06297): seeds, then
-in turn the rotation that fits the pairs best and the pairs that lie nearest under it, until nothing improves.
-Departs: vectors are the leading factors of positive pointwise mutual information, which word2vec approaches
-(Levy and Goldberg 2014) and which need no training; VecMap's last reweighting is left out.
+Word vectors of both languages are aligned by a rotation (VecMap, arXiv:1805.06297): starting from seeds, the
+rotation that fits the pairs best and the pairs that are nearest under it are computed in turn, until nothing
+improves. Departs: vectors are the leading factors of positive pointwise mutual information, which word2vec
+approximates (Levy and Goldberg 2014) and which need no training; VecMap's last reweighting is left out.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Compacter: bottleneck adapters whose two maps are sums of Kronecker products, W = sum over i up to
 `phm_dim` of kron(A_i, s_i t_i).
 
-The matrices A_i [n, n] are one set for all adapters of a network; s_i [out / n, rank] and t_i [rank, in / n]
-are each map's own, so that a map costs rank * (out + in) numbers where a plain one costs out * in. The
-adapters stand after attention and after the feed-forward part; after the latter alone they are the paper's
-Compacter++: name its last modules as target_modules.
+The matrices A_i [n, n] are shared by all adapters of a network; s_i [out / n, rank] and t_i [rank, in / n]
+belong to each map, so a map costs rank * (out + in) parameters instead of out * in. The adapters are placed
+after attention and after the feed-forward block; with the latter alone they are the paper's Compacter++: name
+its last modules as target_modules.
 
 Departs: s of `up` starts at exactly zero (the paper: near it), the bottleneck is a multiple of n wide, and
 norms stay frozen unless `modules_to_save` names them.
@@ -24,7 +24,17 @@ from luthier.methods.tuners.adapters._bottleneck import ATTENTION, FFN, NARROWER
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2106.04647", row="compacter", provides=[DISABLE_ADAPTER])
+@tuner(
+    paper="arXiv:2106.04647",
+    row="compacter",
+    provides=[DISABLE_ADAPTER],
+    use_when="adapters are to be stored for many tasks and Houlsby's are too large: Kronecker products"
+    " make each several times smaller.",
+    costs="two small modules a layer, in training and in inference (not mergeable); the products are"
+    " built at each forward pass.",
+    starting_rate="start with that of `houlsby`; its recipe here takes five times as much on the same"
+    " toy model.",
+)
 class Compacter(Bottleneck):
     """Two serial adapters per layer, of Kronecker products that share a factor."""
 
@@ -45,7 +55,7 @@ class Compacter(Bottleneck):
     def widths(self, W):
         n, width = self.phm_dim, W.shape[0]
         if width % n:
-            raise RecipeError(f"phm_dim: {n} does not divide a module's width, {width}")
+            raise RecipeError(f"phm_dim: {n} does not divide the width of a module, {width}")
         return width, n * max(1, round(width / self.reduction_factor / n))
 
     def init(self, W):

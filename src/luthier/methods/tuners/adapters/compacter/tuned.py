@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 class CompacterModel(PeftTunedModel):
-    """One tensor is shared by all modules, and starts as the first module has it. The adapter file repeats
-    it.
+    """One tensor is shared by all modules, and takes the first module's initial value. The adapter file
+    repeats it.
     """
 
     def __init__(self, settings: Any, model: Network, slot: str):

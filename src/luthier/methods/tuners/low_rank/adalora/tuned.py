@@ -1,4 +1,4 @@
-"""Layers whose ranks are shared out while they are tuned (AdaLoRA)."""
+"""Layers whose ranks are reallocated during training (AdaLoRA)."""
 
 from __future__ import annotations
 

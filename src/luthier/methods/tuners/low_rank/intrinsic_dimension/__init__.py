@@ -1,15 +1,15 @@
-"""Intrinsic dimension: trains d numbers only, which a fixed random map turns into a change of all chosen
+"""Intrinsic dimension: trains only d parameters, which a fixed random map turns into a change of all chosen
 weights.
 
-W_i' = W_i + lambda_i P_i(theta), with one learned lambda for each module (structure-aware, SAID: they count
-as part of d) or none (DID). P_i is Fastfood: blocks of H G Pi H B with Hadamard matrices H, signs B, a
-permutation Pi and Gaussians G, drawn from `seed` and the module's name whenever they are wanted, so nothing
-of the model's size is kept. The d at which 90 % of full tuning's metric is reached (d90) is the task's
-intrinsic dimension: plan `intrinsic_dimension` looks for it.
+W_i' = W_i + lambda_i P_i(theta), with one learned lambda per module (structure-aware, SAID: they count as
+part of d) or none (DID). P_i is Fastfood: blocks of H G Pi H B with Hadamard matrices H, signs B, a
+permutation Pi and Gaussians G, regenerated from `seed` and the module's name whenever needed, so nothing of
+the model's size is stored. The d at which 90 % of full fine-tuning's metric is reached (d90) is the task's
+intrinsic dimension: plan `intrinsic_dimension` searches for it.
 
 Departs: the map is drawn for each module, and scaled so that |P_i(theta)|^2 = |theta|^2 times the module's
-share of all numbers on average; of a Hadamard block that is longer than a module the rest is cut off. With
-theta at zero lambda gets no gradient at the first step, and it starts at one.
+share of all parameters on average; a Hadamard block longer than a module is cut off. With theta at zero,
+lambda gets no gradient at the first step; it starts at one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from luthier.clock import Clock
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta
-from luthier.registry import tuner
+from luthier.registry import INTERNAL, tuner
 
 
 @tuner(
@@ -32,16 +32,22 @@ from luthier.registry import tuner
     row="intrinsic-dimension",
     provides=[DISABLE_ADAPTER, MERGE],
     former_settings={"said": "structure_aware"},
+    use_when="you ask how many free parameters a task really takes; plan `intrinsic_dimension`"
+    " searches that number.",
+    costs="`d` trainable numbers, but random maps are drawn again at every forward pass: slower than LoRA.",
+    starting_rate="far above other tuners': plan `intrinsic_dimension` tries 0.03, 0.1 and 0.3.",
 )
 class IntrinsicDimension(Delta):
-    """d trainable numbers for a whole network."""
+    """d trainable parameters for a whole network."""
 
     d: Annotated[int, Field(ge=1)] = 1000  # trainable parameters, scales of modules included
     structure_aware: bool = True  # a scale of its own for each module
     seed: int = 0  # of the random map; an adapter is read under the seed it was made with
-    modules: int = 0  # how many modules share the d numbers; filled in when it is attached
-    numbers: int = 0  # how many numbers these modules hold; filled in when it is attached
-    module: str = ""  # the module whose map this is; filled in for each
+    # how many modules share the d numbers; filled in when it is attached
+    modules: Annotated[int, INTERNAL] = 0
+    # how many numbers these modules hold; filled in when it is attached
+    numbers: Annotated[int, INTERNAL] = 0
+    module: Annotated[str, INTERNAL] = ""  # the module whose map this is; filled in for each
 
     def at(self, name):
         return replace(self, module=name)
@@ -82,8 +88,8 @@ def project(theta: Tensor, n: int, seed: int) -> Tensor:
 
 
 class _Fastfood(torch.autograd.Function):
-    """The map and, backward, its transpose; the random parts are drawn again each time. All blocks
-    at once.
+    """The map and, in the backward pass, its transpose; the random parts are regenerated each time. All
+    blocks at once.
     """
 
     @staticmethod

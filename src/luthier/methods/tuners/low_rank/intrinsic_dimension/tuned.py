@@ -28,8 +28,9 @@ class IntrinsicDimensionModel(PeftTunedModel):
         self.settings = filled = replace(settings, modules=len(layers), numbers=numbers)
         if filled.length < 1:
             raise RecipeError(
-                f"tuner '{settings.name}': d: {settings.d} leaves nothing to move beside a scale for each of"
-                f" {len(layers)} modules; give more, or structure_aware: false"
+                f"tuner '{settings.name}': d: {settings.d} is not enough for a scale per module"
+                f" ({len(layers)} modules) and at least one more; raise d, or set"
+                " structure_aware: false"
             )
         config = cast(Any, self.peft.peft_config[ADAPTER])
         config.modules, config.numbers = filled.modules, filled.numbers

@@ -1,18 +1,19 @@
 """LoRA: trains a low-rank update W + s B A, with s = lora_alpha / r and B zero at the start. Uses PEFT's own
 layers, so its adapters load anywhere.
 
-Variants by settings: rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), and the starts PiSSA
-(arXiv:2404.02948), OLoRA (arXiv:2406.01775), orthogonal, and three from the first `init_rows` rows (or those
-of `init_data`): EVA, CorDA (arXiv:2406.05223) and LoRA-GA (arXiv:2407.05000). CorDA keeps what `init_data`
-holds (kpm) or previews the task (ipm).
+Variants by settings: rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), and the initialisations PiSSA
+(arXiv:2404.02948), OLoRA (arXiv:2406.01775), orthogonal, and three computed from the first `init_rows` rows
+(or those of `init_data`): EVA, CorDA (arXiv:2406.05223) and LoRA-GA (arXiv:2407.05000). CorDA preserves the
+knowledge in `init_data` (kpm) or adapts to its task (ipm).
 
-Departs from PEFT for PiSSA, OLoRA, CorDA and LoRA-GA: the base weight is left alone, and what the factors
-start with is subtracted by a second, frozen adapter. So the tuned model starts as the base, switching off
-gives the base bit for bit, and the saved adapter (rank 2r: [B, -B0] [A; A0]) loads on the original base.
-Statistics are gathered a few layers at a time. LoRA-GA's factors are PEFT's own computation; CorDA's are the
-same sums (PEFT's module wants a package that PEFT does not install). EVA is not PEFT's: the second moments of
-what a layer reads are gathered in one pass, and their eigenvectors are the singular vectors that its
-incremental SVD approaches; nothing has to converge, there is no tau, and no filling is read.
+Departs from PEFT for PiSSA, OLoRA, CorDA and LoRA-GA: the base weight is not modified; a second, frozen
+adapter subtracts the initial value of the factors. So the tuned model starts as the base, disabling the
+adapter gives the base bit for bit, and the saved adapter (rank 2r: [B, -B0] [A; A0]) loads on the original
+base. Statistics are computed for a few layers at a time. LoRA-GA's factors are computed by PEFT; CorDA's are
+the same sums (PEFT's module needs a package that PEFT does not install). EVA is computed without PEFT: the
+second moments of a layer's input are collected in one pass, and their eigenvectors are the singular vectors
+that PEFT's incremental SVD approximates, so there is no convergence criterion and no tau, and padding is not
+counted.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from luthier.registry import Range, did_you_mean, tuner
     paper="arXiv:2106.09685",
     row="eva corda",
     provides=[DISABLE_ADAPTER, MERGE, LOW_RANK],
+    use_when="you fine-tune a large model on one GPU and want the default that every tool can load. It"
+    " is a good first choice for nearly any task.",
+    costs="gradients and optimizer state of about 0.1 to 1 % of the parameters; merged, inference"
+    " costs nothing more.",
+    starting_rate="1e-4 to 2e-4 with AdamW (QLoRA's paper: 2e-4 up to 13B parameters, 1e-4 above).",
 )
 class LoRA(TargetModules):
     """Low-rank adaptation."""
@@ -63,30 +69,32 @@ class LoRA(TargetModules):
     def __post_init__(self):
         start = self.init_lora_weights
         if self.r < 1:
-            raise RecipeError(f"r: {self.r} is not a rank")
+            raise RecipeError(f"r: {self.r} must be at least 1")
         if isinstance(start, str) and not start.startswith("pissa_niter_") and start not in STARTS:
             why = (
-                " wants the weights from before the base was quantized" if start == "loftq" else " is unknown"
+                " needs the weights from before the base was quantized" if start == "loftq" else " is unknown"
             )
             raise RecipeError(
                 f"init_lora_weights: '{start}'{why}; there is: true, {', '.join(STARTS)}, pissa_niter_N"
             )
         if start is False:
-            raise RecipeError("init_lora_weights: false would start from another model than the base")
+            raise RecipeError("init_lora_weights: false would not start at the base model")
         if self.subtracts and (self.use_dora or self.target_parameters):
-            raise RecipeError(f"init_lora_weights: {start} does not go with use_dora or target_parameters")
+            raise RecipeError(
+                f"init_lora_weights: {start} cannot be combined with use_dora or target_parameters"
+            )
         if start == "eva" and self.target_parameters:
-            raise RecipeError("init_lora_weights: eva does not go with target_parameters")
+            raise RecipeError("init_lora_weights: eva cannot be combined with target_parameters")
         for name, usual in DRIVEN.items():
             settings = getattr(self, f"{name}_config") or {}
             if settings and name != start:
-                raise RecipeError(f"{name}_config goes with init_lora_weights: {name}")
+                raise RecipeError(f"{name}_config is only used with init_lora_weights: {name}")
             for key, value in settings.items():
                 if key not in usual:
                     raise RecipeError(f"{name}_config has no setting '{key}'{did_you_mean(key, usual)}")
                 if key in CHOICES and value not in CHOICES[key]:
                     raise RecipeError(
-                        f"{name}_config: {key} is one of {', '.join(CHOICES[key])}, not {value!r}"
+                        f"{name}_config: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}"
                     )
         if self.how.get("rho", 1) < 1:
             raise RecipeError("eva_config: rho must be at least 1")

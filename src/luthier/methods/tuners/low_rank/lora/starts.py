@@ -1,4 +1,4 @@
-"""The starts that `init_lora_weights` names, and the settings of those that are computed from data."""
+"""The initialisations that `init_lora_weights` names, and the settings of those that use data."""
 
 STARTS = ("gaussian", "pissa", "olora", "orthogonal", "lq", "eva", "corda", "lora_ga")
 DRIVEN = {  # starts that are taken from data, with their settings

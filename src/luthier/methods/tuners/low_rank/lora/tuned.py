@@ -1,4 +1,6 @@
-"""PEFT's LoRA on a model: its starts, the subtracted second adapter, and the fast forward of its layers."""
+"""PEFT's LoRA on a model: its initialisations, the subtracted second adapter, and the fast forward of its
+layers.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def _task(model: Network) -> str | None:
 
 
 class LoraTunedModel(PeftTunedModel):
-    """LoRA with starts of its own."""
+    """LoRA with luthier's initialisations."""
 
     def why_not_batched(self) -> str | None:
         layers: dict[str, Any] = dict(self.layers)
@@ -65,9 +67,9 @@ class LoraTunedModel(PeftTunedModel):
             return super().why_not_batched()
         groups = {g.name for g in self.all_param_groups()}
         if groups - layers.keys() or any(m.lora_variant for m in layers.values()):
-            return "more moves than A and B"
+            return "more than the LoRA factors A and B is trained"
         if self.model.get_output_embeddings() in layers.values():
-            return "a head is tuned"
+            return "a head is trained"
         return None
 
     @torch.no_grad()
@@ -83,10 +85,12 @@ class LoraTunedModel(PeftTunedModel):
         linear = {n: m for n, m in self.layers.items() if isinstance(m, Linear)}
         if len(linear) < len(self.layers):
             other = next(n for n in self.layers if n not in linear)
-            raise RecipeError(f"init_lora_weights: {start} is for linear modules only, and {other} is none")
+            raise RecipeError(
+                f"init_lora_weights: {start} supports only linear modules, and {other} is not one"
+            )
         for name, layer in linear.items():
             if (most := min(cast("Matrix", layer.get_base_layer()).weight.shape)) < layer.r[ADAPTER]:
-                raise RecipeError(f"init_lora_weights: {start} wants r at most {most} for {name}")
+                raise RecipeError(f"init_lora_weights: {start} needs r of at most {most} for {name}")
             if make:
                 self._factor(layer, make, *((start,) if make == "pissa_init" else ()))
         if self.settings.subtracts:
@@ -100,12 +104,12 @@ class LoraTunedModel(PeftTunedModel):
             codes = base.codes if isinstance(base, Quantized) else {}
             if "L1" not in codes:
                 raise RecipeError(
-                    f"init_lora_weights: lq wants a base split by `quantization: lq_lora`, and {name} has no"
-                    " low-rank part"
+                    "init_lora_weights: lq needs a base quantized with `quantization:"
+                    f" lq_lora`; {name} has no low-rank part"
                 )
             if codes["L1"].shape[1] != layer.r[ADAPTER]:
                 raise RecipeError(
-                    "init_lora_weights: lq wants the rank of the base's low-rank part: r:"
+                    "init_lora_weights: lq needs the rank of the base's low-rank part; set r:"
                     f" {codes['L1'].shape[1]}"
                 )
             layer.lora_A[ADAPTER].weight.data.copy_(codes["L2"])
@@ -302,8 +306,8 @@ class LoraTunedModel(PeftTunedModel):
             return super().export_lora(folder, rank)
         if self.settings.use_dora or self.settings.bias != "none":
             raise RecipeError(
-                "LoRA with DoRA or with trained biases has no plain LoRA form; its own adapter is what `save`"
-                " writes"
+                "LoRA with DoRA or with trained biases cannot be written as plain LoRA; use"
+                " the adapter that `save` writes"
             )
         self.save(Path(folder))
         return 0.0
@@ -324,7 +328,7 @@ def invertible(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuickLinear(Linear):
-    """PEFT's LoRA layer, computed through kernels/lora.py wherever it does nothing but x A' B'."""
+    """PEFT's LoRA layer, computed by kernels/lora.py wherever it only adds x A' B'."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         live = [a for a in self.active_adapters if a in self.lora_A]
@@ -333,7 +337,8 @@ class QuickLinear(Linear):
         base = cast("Matrix", self.get_base_layer())
         if live and is_matrix(base, x):
             first, *live = live
-            y = linear(x, oriented(base), base.bias, *self._factors(first), self.scaling[first])
+            weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+            y = linear(x, weight, base.bias, *self._factors(first), self.scaling[first])
         else:
             y = self.base_layer(x)
             if y.dtype != x.dtype:  # autocast
@@ -375,13 +380,15 @@ class QuickLinear(Linear):
         base = self.get_base_layer()
         if isinstance(base, Quantized) and "weight" not in base._parameters:
             raise ValueError(
-                "a weight that is kept as codes takes no change: open the module first (luthier.quantizers)"
+                "a quantized weight cannot be changed in place; dequantize the module first"
+                " (luthier.quantizers)"
             )
         super().merge(safe_merge, adapter_names)
 
     def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        A, B = (cast("Matrix", part[adapter]).weight for part in (self.lora_A, self.lora_B))
-        return A, B
+        A = cast("Matrix", self.lora_A[adapter])
+        B = cast("Matrix", self.lora_B[adapter])
+        return A.weight, B.weight
 
     def _is_plain(self, adapter: str) -> bool:
         drops = self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)

@@ -1,12 +1,12 @@
 """Self-tuning networks on adapters: LoRA whose factors are functions of two hyperparameters, A(h) = A +
 rows(V_A h) A_hyper, and B likewise.
 
-h is how far the two have moved since the start: the logit of the dropout on the input of A, and the log of
-the adapter's weight decay. The factors learn the best response to them, and estimator `self_tuning` moves
-them by the loss on validation rows. With any other estimator h stays 0 and this is LoRA. At the end of a run
-h is a constant: merged and exported, the adapter is a plain change of weights. r: 0 trains one dense matrix
-in place of the factors. Departs from the paper: its networks are gated as a whole; and h counts from its
-start, so that at the start V plays no role.
+h is the change of the two since the start: the logit of the dropout on the input of A, and the log of the
+adapter's weight decay. The factors learn the best response to them, and estimator `self_tuning` updates them
+by the loss on validation rows. With any other estimator h stays 0 and this is LoRA. At the end of a run h is
+a constant: merged and exported, the adapter is an ordinary weight update. r: 0 trains one dense matrix
+instead of the factors. Departs from the paper: its networks are gated as a whole; and h is measured from its
+initial value, so that V has no effect at the start.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ HYPERPARAMETERS = Capability(
     paper="arXiv:1903.03088",
     row="self-tuning-networks",
     provides=[DISABLE_ADAPTER, MERGE, HYPERPARAMETERS],
+    use_when="dropout and weight decay of a LoRA are to be found within one run, from validation rows;"
+    " use it with estimator `self_tuning`.",
+    costs="about twice the parameters of a LoRA of the same rank.",
+    starting_rate="start with that of `lora`.",
 )
 class SelfTuning(Delta):
     """LoRA whose factors depend on the current hyperparameters."""

@@ -1,6 +1,4 @@
-"""The best response of self-tuning factors: each factor as a function of the hyperparameters that move with
-it.
-"""
+"""The best response of self-tuning factors: each factor as a function of the hyperparameters."""
 
 from __future__ import annotations
 
@@ -41,9 +39,9 @@ def placed(dial: Tensor, x: Tensor) -> Tensor:
     if len(where) == 1 and where[0] == dial.shape[0] * dial.shape[1]:
         return dial.flatten(0, 1)
     raise RecipeError(
-        f"tuner 'self_tuning' needs to know which row a token is of, and a module is given {list(where)}"
-        f" places of a batch of {list(dial.shape[:2])} (experts and output heads do so): leave it out with"
-        " exclude_modules"
+        "tuner 'self_tuning' must know the row of each token, but a module (such as experts or"
+        f" an output head) receives {list(where)} positions for a batch of"
+        f" {list(dial.shape[:2])}; leave it out with exclude_modules"
     )
 
 

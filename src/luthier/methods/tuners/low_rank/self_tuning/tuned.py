@@ -1,6 +1,4 @@
-"""A Delta whose layers answer to hyperparameters that move with it: what tuner `self_tuning` is on
-a model.
-"""
+"""Tuner `self_tuning` on a model: a Delta whose layers depend on changing hyperparameters."""
 
 from __future__ import annotations
 
@@ -58,8 +56,8 @@ class SelfTuningModel(PeftTunedModel):
             yield
             if not self.drawn:
                 raise RecipeError(
-                    "estimator 'self_tuning' draws noise for each row, and this architecture does not tell of"
-                    " which row it reads"
+                    "estimator 'self_tuning' draws noise per row, but this architecture does"
+                    " not tell which row a token belongs to"
                 )
         finally:
             self.per_row = False

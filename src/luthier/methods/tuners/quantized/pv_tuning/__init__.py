@@ -1,14 +1,14 @@
 """PV-Tuning: fine-tunes a quantized model in both its parts, scales and code books by gradients (P) and the
 codes by discrete steps (V).
 
-V: an Adam step on the weight that the codes stand for gives a target; of the codes whose nearest to it is
-another, only the few with the largest update move, and no further than a share of the weight's length. The
-others keep their code: rounding all of them (straight-through) stalls, since small steps round back. What
-does not move is carried to the next step (`delta_decay`). The objective is the recipe's: the paper's is `kl`
-to the unquantized model as teacher.
+V: an Adam step on the dequantized weight gives a target. Among the codes for which another value is nearer to
+the target, only the few with the largest update change, and by no more than a fraction of the weight's norm.
+The others keep their code: rounding all of them (straight-through) stalls, since small steps round back.
+Updates that are not applied are carried to the next step (`delta_decay`). The paper's objective is `kl` with
+the unquantized model as teacher.
 
 Departs from the paper: codes that would not change do not count among the few, and new codes are the nearest
-ones (beam size 1). Beside the codes two numbers a weight are kept while it trains.
+ones (beam size 1). In addition to the codes, training stores two numbers per weight.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ from luthier.registry import tuner
 
 
 @tuner(
-    paper="arXiv:2405.14852", row="pv-tuning", requires=[QUANTIZED_WEIGHTS], provides=[DISABLE_ADAPTER, MERGE]
+    paper="arXiv:2405.14852",
+    row="pv-tuning",
+    requires=[QUANTIZED_WEIGHTS],
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="the base is quantized to 1 to 4 bits and is to stay so: it trains scales, code books and"
+    " the codes themselves, with no adapter beside them.",
+    costs="beside the codes, two numbers a weight while it trains.",
+    starting_rate="its recipe here takes 3e-4 for the continuous part; the codes have `code_lr`.",
 )
 class PVTuning(Tuner):
-    """Trains the codes and their continuous parts."""
+    """Trains the codes and their continuous parameters."""
 
     on_quantized: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""PV-Tuning on a model: continuous parts of the codes as parameters, and discrete steps of the codes."""
+"""PV-Tuning on a model: the continuous parameters of the codes, and discrete steps of the codes."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ if TYPE_CHECKING:
 
 
 class CodeTunedModel(TunedModel):
-    """Codes and their continuous parts. The settings define `step`, which updates the codes."""
+    """Codes and their continuous parameters. The settings define `step`, which updates the codes."""
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model)
         self.coded = modules(model)
         if not self.coded:
             raise RecipeError(
-                f"tuner '{settings.name}' tunes a quantized base: say which, e.g. `quantization: {{name: rtn,"
-                " bits_per_weight: 2}`"
+                f"tuner '{settings.name}' needs a quantized base, e.g. `quantization: {{name:"
+                " rtn, bits_per_weight: 2}`"
             )
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RecipeError(
-                f"tuner '{settings.name}' is for one process: the gradients that move codes are not shared"
-            )
+            raise RecipeError(f"tuner '{settings.name}' supports a single process only")
         for name, m in self.coded.items():
             if not m.quantizer.continuous:
                 raise RecipeError(
-                    f"tuner '{settings.name}': nothing in the codes of quantizer '{m.quantizer.name}' is"
-                    f" continuous ({name}); take rtn or vq"
+                    f"tuner '{settings.name}': the codes of quantizer '{m.quantizer.name}' have"
+                    f" no continuous parameters ({name}); use rtn or vq"
                 )
         for p in model.parameters():
             p.requires_grad_(settings.tune_rest)

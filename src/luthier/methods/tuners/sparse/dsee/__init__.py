@@ -1,13 +1,14 @@
 """DSEE: M W + s B A + S, a low-rank and a sparse update of W, and after part of the run a mask M that keeps
 only the larger entries of W.
 
-S has `n_sparse` entries at places where a low-rank part explains W least (greedy bilateral decomposition of W
-itself). At `prune_at` of the run the smallest |W + s B A + S| are cut out of W for good, and A, B and S learn
-on. Structured: what every head and every feed-forward unit says is multiplied by a coefficient, which starts
-at one and moves along, pulled towards zero by an L1 penalty; at `prune_at` those with the smallest leave, the
-other coefficients stay as they are. `sliced` makes the rest a smaller model, and so does a merged export.
-Departs: shares are of each module or layer by itself, not of all; heads leave by groups that share keys and
-values. The mask is kept a byte for each entry while training, and saved so.
+S has `n_sparse` entries at positions where a low-rank part explains W least (greedy bilateral decomposition
+of W itself). At the fraction `prune_at` of the run the entries of W with the smallest |W + s B A + S| are
+removed for good, and A, B and S continue to train. Structured pruning: the output of every head and every
+feed-forward unit is multiplied by a trainable coefficient, which starts at one and is pulled towards zero by
+an L1 penalty; at `prune_at` those with the smallest coefficients are removed, the other coefficients stay.
+`sliced` turns the rest into a smaller model, and so does a merged export. Departs: fractions are of each
+module or layer separately, not of all; heads are removed in groups that share keys and values. During
+training the mask takes one byte per entry, and is saved as such.
 """
 
 from __future__ import annotations
@@ -24,12 +25,21 @@ from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen, oriented
 from luthier.methods.tuners.sparse._sparse import add, place_type, smallest, some_of, spread
 from luthier.model.anatomy import part_of
-from luthier.registry import Range, tuner
+from luthier.registry import INTERNAL, Range, tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@tuner(example={"r": 2}, paper="arXiv:2111.00160", row="dsee", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    example={"r": 2},
+    paper="arXiv:2111.00160",
+    row="dsee",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="the tuned model is to be smaller as well: it learns a low-rank and a sparse update and"
+    " prunes weights, heads or feed-forward units along the way.",
+    costs="as LoRA of rank `r`, plus a mask of one byte a weight while training where `sparsity` is set.",
+    starting_rate="start with that of `lora`.",
+)
 class DSEE(Delta):
     """Dually sparsity-embedded efficient tuning."""
 
@@ -46,8 +56,8 @@ class DSEE(Delta):
     l1_weight: Annotated[float, Field(ge=0)] = 1e-4  # of the coefficients' absolute values, beside the loss
     prune_at: Annotated[float, Field(ge=0, le=1)] = 0.5  # when, as a share of the run
     # heads of a layer, those that share keys and values as one; filled in when it is attached
-    groups: int = 0
-    part: str = ""  # what a module does in its layer; filled in for each
+    groups: Annotated[int, INTERNAL] = 0
+    part: Annotated[str, INTERNAL] = ""  # what a module does in its layer; filled in for each
 
     @property
     def structured(self) -> bool:

@@ -1,4 +1,4 @@
-"""DSEE on a model: the pruning in mid-run, and the smaller model that is left."""
+"""DSEE on a model: the pruning during the run, and the smaller model that remains."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class DSEEModel(PeftTunedModel):
         ):
             if name not in self.pruned:
                 raise RecipeError(
-                    "tuner 'dsee': heads and units are scaled where they are read, so target_modules must"
-                    f" hold {name}"
+                    "tuner 'dsee': heads and units are scaled at their inputs, so"
+                    f" target_modules must include {name}"
                 )
 
     def on_phase(self, clock):
@@ -69,7 +69,7 @@ class DSEEModel(PeftTunedModel):
         """The tuned network as a plain one without what has left; heads: slice these, too."""
         if self.anatomy is None:
             raise RecipeError(
-                "tuner 'dsee' takes nothing out as a whole without head_sparsity or ffn_sparsity"
+                "tuner 'dsee' removes whole heads or units only with head_sparsity or ffn_sparsity"
             )
         with self.merged():
             state = plain_state(self.model)

@@ -1,13 +1,13 @@
 """LT-SFT: trains all weights first, selects the K that changed most, resets all weights and then trains only
 these K.
 
-The sparse difference is the adapter: adapters compose by addition, as for zero-shot transfer, where one
+The sparse difference is the adapter. Adapters compose by addition, as in zero-shot transfer, where one
 trained on a language's text and one trained on a task in another language are added (`PeftModel` with both
-active, or the one merged into the model on which the other is trained). K is counted over all chosen modules
+active, or one merged into the model on which the other is trained). K is counted over all chosen modules
 together.
 
-Departs: both phases are one run, so they share its learning-rate schedule (constant is nearest to the paper's
-two), and an adapter saved before the selection is the K largest differences at that point. K is selected at
+Departs: both phases are one run and share its learning-rate schedule (constant is closest to the paper's
+two), and an adapter saved before the selection has the K largest differences at that point. K is selected at
 once, not in several rounds, and without the L1 term. Norms are frozen unless named.
 """
 
@@ -21,10 +21,18 @@ from pydantic import Field
 
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners.sparse._sparse import Sparse
-from luthier.registry import tuner
+from luthier.registry import INTERNAL, tuner
 
 
-@tuner(paper="arXiv:2110.07560", row="lt-sft", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2110.07560",
+    row="lt-sft",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="skills trained apart are to be combined by addition, such as a language and a task: it"
+    " trains a sparse difference, and such differences add up.",
+    costs="its first phase is full fine-tuning, memory included; only the second is sparse.",
+    starting_rate="start with that of `full`, with a constant schedule.",
+)
 class LTSFT(Sparse):
     """Lottery-ticket sparse fine-tuning."""
 
@@ -32,7 +40,8 @@ class LTSFT(Sparse):
 
     # share of the run's steps in which all weights are trained
     dense_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    counts: dict[str, int] | None = None  # entries of each module; filled in when they are chosen
+    # entries of each module; filled in when they are chosen
+    counts: Annotated[dict[str, int] | None, INTERNAL] = None
 
     def attach(self, model):
         from luthier.methods.tuners.sparse.lt_sft.tuned import LotteryTicketModel

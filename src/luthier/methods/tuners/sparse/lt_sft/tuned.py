@@ -1,4 +1,4 @@
-"""LT-SFT on a model: dense for a while, then sparse."""
+"""LT-SFT on a model: a dense phase, then a sparse one."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ class LotteryTicketModel(PeftTunedModel):
         coded = next((n for n, m in self.sparse.items() if isinstance(m.get_base_layer(), Quantized)), None)
         if coded and settings.counts is None:
             raise RecipeError(
-                f"tuner 'lt_sft' moves whole weights first, and that of {coded} is quantized: give a base"
-                " that is not"
+                f"tuner 'lt_sft' first trains full weights, but {coded} is quantized; leave quantization out"
             )
         # module -> where its weight began; empty once the places are chosen
         self.began: dict[str, Tensor] = {}
@@ -133,7 +132,7 @@ class LotteryTicketModel(PeftTunedModel):
                 yield
             return
         if self.began:
-            raise RecipeError("tuner 'lt_sft': chosen entries cannot be read before they are chosen")
+            raise RecipeError("tuner 'lt_sft': the chosen entries are only known after the first phase")
         weights = {n: m.get_base_layer().weight for n, m in self.sparse.items()}
         own = {n: w.data for n, w in weights.items()}
         try:

@@ -1,10 +1,10 @@
 """R-AMT: freezes the weights and trains a binary mask over them, W * [M > t], with one number M per weight.
 
-The gradient goes through the threshold as if it were not there (dL/dM is that of the mask's entry). What is
-saved are bits, an eighth of a byte per weight; M itself lives in checkpoints. Merged, the masked weights are
-zeros. Its regulariser, gradient dropout, is estimator 'gradient_dropout' with objective `sft + kl`. Departs
-from the paper: for transformers that write, the attention of every layer is the default, where the paper
-masks CLIP's image encoder.
+The gradient passes the threshold unchanged (straight-through: dL/dM is that of the mask's entry). The adapter
+stores bits, an eighth of a byte per weight; M itself is in checkpoints. When merged, masked weights are zero.
+Its regulariser, gradient dropout, is estimator 'gradient_dropout' with objective `sft + kl`. Departs from the
+paper: for language models the default is the attention of every layer, where the paper masks CLIP's image
+encoder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from luthier.model.anatomy import kind_of, part_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2307.15049", row="r-amt", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2307.15049",
+    row="r-amt",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="a task's copy is to be bits: it learns which weights to switch off and changes none of them.",
+    costs="one trainable number for each masked weight while training; an eighth of a byte a weight"
+    " when saved.",
+)
 class RAMT(Delta):
     """Regularized mask tuning."""
 
@@ -36,7 +43,9 @@ class RAMT(Delta):
 
     def __post_init__(self):
         if self.mask_init <= self.threshold:
-            raise RecipeError("mask_init must be above threshold, else the start is not the base")
+            raise RecipeError(
+                "mask_init must be above threshold, otherwise training does not start at the base model"
+            )
 
     def attach(self, model):
         from luthier.methods.tuners.sparse.r_amt.tuned import MaskTunedModel
@@ -50,8 +59,8 @@ class RAMT(Delta):
             there = [n for n in linear_modules(model) if part_of(n) and kind_of(n) in kinds]
             if not there:
                 raise RecipeError(
-                    f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__}: name them in"
-                    " target_modules"
+                    f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__};"
+                    " name them in target_modules"
                 )
             fitted = replace(self, target_modules=there)
         return MaskTunedModel(fitted, model)

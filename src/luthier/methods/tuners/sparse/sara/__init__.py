@@ -1,11 +1,11 @@
 """SaRA: trains the entries of smallest magnitude of every weight, which contribute least to the base model;
 all others are frozen.
 
-Stored as positions and values, so gradients and optimizer state are those of the trained entries. Halfway,
-entries that have grown past the threshold are frozen at their value, and the optimizer state of those that
-are still small is reset. In each step the gradient of one weight, drawn at random, is joined by that of
+Stored as positions and values, so gradients and optimizer state are only those of the trained entries.
+Halfway, entries that have grown past the threshold are frozen at their value, and the optimizer state of
+those that are still small is reset. In each step one randomly drawn weight also gets the gradient of
 lambda_rank times the nuclear norm of its trained part: U V'. Departs from the paper: it has one threshold for
-Stable Diffusion's weights (2e-3); here it is that or, per weight, the magnitude of the largest of its
+Stable Diffusion's weights (2e-3); here it is that value or, per weight, the magnitude of the largest of its
 smallest `density` entries.
 """
 
@@ -22,7 +22,16 @@ from luthier.methods.tuners.sparse._sparse import Sparse, spread
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2409.06633", row="sara-sparse", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2409.06633",
+    row="sara-sparse",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you want to add a skill while moving only the weights that matter least to the base"
+    " model: the smallest ones.",
+    costs="values and positions of the trained entries; whole gradients of a matrix are computed and"
+    " then reduced to them.",
+    starting_rate="start with that of `lora`.",
+)
 class SaRA(Sparse):
     """Progressive sparse low-rank adaptation."""
 

@@ -1,4 +1,4 @@
-"""SaRA on a model: entries that come to rest in mid-run, and the nuclear-norm gradient."""
+"""SaRA on a model: entries that are frozen during the run, and the nuclear-norm gradient."""
 
 from __future__ import annotations
 

@@ -4,13 +4,13 @@ dropped and as many promising positions are added.
 Growth `ag`: in the first steps of every interval the gradient of the whole weight is examined as it is
 computed; the k largest entries of the first one are the candidates, whose gradients are summed. Growth `ma`:
 row and column maxima of squared gradients, as in SM3, estimate where growth is promising, and no further
-gradient is needed. A new position starts at zero, as does its optimizer state, with its own count of steps.
-The first exchange replaces all positions that are not grown again; then the share falls linearly to zero.
+gradient is needed. A new position starts at zero, as does its optimizer state, with its own step count. The
+first exchange replaces all positions that are not selected again; then the fraction falls linearly to zero.
 
-Departs: the paper initialises Adam's moments of a new position from the gathered gradients; here they start
-at zero, whichever optimizer follows (nor does `ma` require SM3). Candidates come from the first micro-batch
-of an interval, so `ag` depends slightly on how the global batch is split, and it is for one process; `ma` has
-neither limit.
+Departs: the paper initialises Adam's moments of a new position from the collected gradients; here they start
+at zero with any optimizer (and `ma` does not require SM3). Candidates come from the first micro-batch of an
+interval, so `ag` depends slightly on how the global batch is split, and it supports a single process only;
+`ma` has neither limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ from luthier.methods.tuners.sparse._sparse import Sparse, greatest, regrow, smal
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2401.16405", row="spiel", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2401.16405",
+    row="spiel",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you want sparse fine-tuning of single weights whose positions are to be found while"
+    " training, rather than fixed beforehand.",
+    costs="values, positions and optimizer state of `density` of the entries; growth `ag` computes"
+    " whole gradients in some steps, `ma` does not.",
+    starting_rate="start with that of `lora`; its recipe here takes 0.005 on a toy model.",
+)
 class SpIEL(Sparse):
     """Sparse fine-tuning with a changing set of indices."""
 

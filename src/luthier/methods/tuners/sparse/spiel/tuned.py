@@ -27,8 +27,8 @@ class SpIELModel(PeftTunedModel):
             and torch.distributed.get_world_size() > 1
         ):
             raise RecipeError(
-                f"tuner '{settings.name}': growth `ag` is for one process; on several take"
-                " `selection_algorithm: ma`"
+                f"tuner '{settings.name}': growth `ag` supports a single process only; with"
+                " several use `selection_algorithm: ma`"
             )
         super().__init__(settings, model, config_for(settings))
         self.sparse = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}

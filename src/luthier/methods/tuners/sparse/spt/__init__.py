@@ -2,12 +2,11 @@
 LoRA where a weight has many sensitive ones.
 
 The sensitivity of an entry is its squared gradient, summed over a few batches of the data. The most sensitive
-entries of all chosen weights are marked; a weight with at least (parameters of its LoRA) / alpha of them gets
-the LoRA instead, in the others the marked entries are trained. The number of marks is chosen so that the
+entries of all chosen weights are marked; a weight with at least (parameters of its LoRA) / alpha marks gets
+LoRA instead, and in the others the marked entries are trained. The number of marks is chosen so that the
 trainable parameters meet the budget. Before rows are read, entries are drawn at random. Departs from the
-paper: matrices only, no vectors; LoRA as the structured part (the paper also has adapters); what the LoRAs
-leave of the budget is used up exactly. The sensitivities take one fp32 number per weight while they are
-compared.
+paper: matrices only, no vectors; LoRA as the structured part (the paper also has adapters); the budget that
+the LoRAs leave is used up exactly. While sensitivities are compared they take one fp32 number per weight.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.sparse._sparse import Sparse
-from luthier.registry import family, tuner
+from luthier.registry import INTERNAL, family, tuner
 
 
 @tuner(
@@ -31,6 +30,10 @@ from luthier.registry import family, tuner
     paper="arXiv:2303.08566",
     row="spt-sensitivity",
     provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you have a fixed budget of trainable parameters and want it spent where the loss is most"
+    " sensitive.",
+    costs="a pass over `init_rows` rows with one fp32 number a weight; then as a LoRA of the same budget.",
+    starting_rate="start with that of `lora`.",
 )
 class SPT(Sparse):
     """Sensitivity-aware tuning."""
@@ -45,7 +48,7 @@ class SPT(Sparse):
     r: Annotated[int, Field(ge=1)] = 8  # rank of the LoRAs
     init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which sensitivities are measured
     # module -> trainable entries, or minus the rank of its LoRA; filled in from the rows
-    plan: dict[str, int] | None = None
+    plan: Annotated[dict[str, int] | None, INTERNAL] = None
 
     def attach(self, model):
         from luthier.methods.tuners.sparse._targets import chosen_modules
@@ -57,8 +60,8 @@ class SPT(Sparse):
             budget = self.budget or max(1, round(self.density * sum(sizes.values())))
             if budget > sum(sizes.values()):
                 raise RecipeError(
-                    f"tuner 'spt': a budget of {budget}, and the chosen modules have {sum(sizes.values())}"
-                    " weights"
+                    f"tuner 'spt': budget {budget} is more than the {sum(sizes.values())}"
+                    " weights of the chosen modules; lower it"
                 )
             even = {n: max(1, round(budget * s / sum(sizes.values()))) for n, s in sizes.items()}
             fitted = replace(self, budget=budget, plan=even, target_modules=list(sizes))

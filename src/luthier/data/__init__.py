@@ -1,0 +1,1 @@
+"""From files to rows: loading, formats, splits, quarantine, profile."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to a network that is read and written: loading, batches, layouts, outputs, generation."""

@@ -1,0 +1,1 @@
+"""A run: prepare, train, finish; resuming, plans, the run folder."""

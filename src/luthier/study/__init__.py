@@ -1,0 +1,1 @@
+"""Several runs: comparison, search, claims, benchmarks, statistics."""

@@ -1,0 +1,1 @@
+"""From rows to tokens: chat templates, encoding, the token store."""

@@ -1,0 +1,1 @@
+"""The training loop: loss closure, optimizer chain, checks, memory, caches."""
