@@ -2,16 +2,23 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-fast test-all check docs clean
 
 demo: $(VENV)/.installed            ## fine-tune the built-in model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
 
 test: $(VENV)/.tested check         ## everything CI runs
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-fast: $(VENV)/.tested          ## pieces alone, without whole runs and without the walk over all methods
+	$(PYTEST) -m fast
+
+test-all: $(VENV)/.tested check     ## what is slow too: every built-in model against its card
+	$(PYTEST)
 
 check: $(VENV)/.tested              ## style, types, docs up to date, recipes valid
 	$(BIN)/ruff check .

@@ -18,6 +18,27 @@ from helpers.rows import recipe_of
 
 torch.set_num_threads(1)
 
+MARKERS = {
+    "contracts": "contract",
+    "run": "e2e",
+    "study": "e2e",
+    "studio": "e2e",
+}  # folder -> marker of its tests
+LONG_FILES = ("contracts/test_tuners", "toy/test_models", "contracts/test_recipes", "studio/test_page")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks tests by their folder; begins with the longest files, since a file stays with one process."""
+    home = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(home).parts[0]
+        marker = "e2e" if folder.endswith(".py") else MARKERS.get(folder)
+        if item.get_closest_marker("slow") is None:
+            item.add_marker(marker or "fast")
+    rank = {name: place for place, name in enumerate(LONG_FILES)}
+    name_of = lambda item: item.path.relative_to(home).with_suffix("").as_posix()
+    items.sort(key=lambda item: rank.get(name_of(item), len(rank)))
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:

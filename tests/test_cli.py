@@ -364,7 +364,7 @@ def test_a_classifier_is_loaded_with_the_head_it_was_tuned_with(tmp_path):
     """Its head is new, and an adapter does not hold its base: both must follow from the recipe's seed."""
     from transformers import BertConfig, BertForMaskedLM
 
-    from conftest import make_tokenizer
+    from helpers.models import make_tokenizer
 
     base, run = str(tmp_path / "bert"), str(tmp_path / "run")
     made = BertConfig(

@@ -488,7 +488,7 @@ def test_classes_come_from_the_rows():
 
 
 def test_a_classifier_is_loaded_with_its_classes(tmp_path):
-    from conftest import make_llama, make_tokenizer
+    from helpers.models import make_llama, make_tokenizer
 
     arch, tokenizer = build("architecture", "classifier"), make_tokenizer()
     make_llama(pad_token_id=None).save_pretrained(tmp_path / "lm")

@@ -1,6 +1,4 @@
-"""Objectives: contracts that every one keeps, identities that follow from their formulas, and TRL as an
-oracle.
-"""
+"""The contract that every objective keeps, on every layout and with every kind of tuner."""
 
 from __future__ import annotations
 

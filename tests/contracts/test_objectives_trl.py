@@ -1,4 +1,4 @@
-"""objectives_trl: sft is trls; pairs are trls; smoothed dpo is trls; policy gradients are trls."""
+"""TRL as an oracle: SFT, pairs, KTO, policy gradients and distillation give the losses of its trainers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Estimators, transforms, optimizers: contracts of every file, agreement with torch, and what MeZO and SAM
-claim.
-"""
+"""The contracts of estimators, transforms and optimizers: descent, settings, a state that resumes."""
 
 from __future__ import annotations
 

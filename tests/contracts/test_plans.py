@@ -1,6 +1,4 @@
-"""Plans: what they ask for is legal and follows from the reports they get. Mergers: soups by their
-arithmetic.
-"""
+"""Plans: what they ask for is legal and follows from the reports they get; a stopped plan goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantized bases: every quantizer keeps a contract; then each method's own check, and tuners on top."""
+"""The contract that every quantizer keeps, and tuners on quantized weights."""
 
 from __future__ import annotations
 

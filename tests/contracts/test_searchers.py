@@ -1,6 +1,4 @@
-"""searchers: a searcher is a function of what was seen; it beats random search on known fronts; constraints
-are kept to; improvement expected of processes covers more than chance and keeps to limits.
-"""
+"""The contract that every searcher keeps, and what each finds on known fronts."""
 
 from __future__ import annotations
 

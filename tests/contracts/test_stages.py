@@ -1,6 +1,4 @@
-"""Stages: what each says it wants, gives and takes away is so; rollouts are the same however rows are put
-together.
-"""
+"""Stages: the columns that each requires, provides and removes, and their settings."""
 
 from __future__ import annotations
 

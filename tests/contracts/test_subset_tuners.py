@@ -1,6 +1,4 @@
-"""Tuners of subsets of a model's own weights: the contract on four kinds of network, and each method's own
-check.
-"""
+"""The contract of tuners of a model's own weights, on four kinds of network."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The contract that every tuner keeps. A new file in luthier/tuners is tested by being there; an exception to
-a contract stands in the method's file, with its reason. Then each method's own check, and the bridge to PEFT.
+"""The contract that every tuner keeps. A new tuner is tested by being there; an exception to the
+contract stands in the method's file, with its reason.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
     """Right when it is tried on random numbers and wrong later: the first batch finds it, and the run goes on
     without.
     """
-    from conftest import SUMS
+    from helpers.rows import SUMS
     from luthier.model.load import assemble
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import build_methods

@@ -109,8 +109,8 @@ def test_what_transformers_offers_is_found_by_reading_its_files_once():
 def test_what_is_laid_out_unfilled_is_the_same_network(kind, tmp_path):
     """Every weight and every buffer (rotary frequencies, positions, slopes), and where they lie."""
     import transformers as t
-    from zoo import CAUSAL
 
+    from helpers.zoo import CAUSAL
     from luthier.methods.architectures.text.causal import Causal
 
     name, settings = CAUSAL[kind]

@@ -256,7 +256,10 @@ def card_numbers(name: str) -> dict[str, float]:
 ROWS = 24  # of each split, to try a card
 
 
-@pytest.fixture(scope="module", params=toy.models())
+MEASURED = [pytest.param(name, marks=[pytest.mark.slow] * (name != "lm-small")) for name in toy.models()]
+
+
+@pytest.fixture(scope="module", params=MEASURED)
 def measured(request):
     """A shipped model, its card's numbers, and the same measured here on few other rows."""
     from transformers import AutoTokenizer

@@ -134,7 +134,7 @@ def test_a_finished_run_leaves_no_model_behind(tiny, tmp_path):
 
     import torch
 
-    from conftest import SUMS
+    from helpers.rows import SUMS
 
     there = lambda: sum(type(o) is torch.nn.Parameter for o in gc.get_objects())
     tune = lambda name: luthier.tune(

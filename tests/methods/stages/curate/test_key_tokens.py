@@ -67,7 +67,7 @@ def test_failed_calls_are_read_and_not_learned():
     assert not build("stage", "mask_failed_calls")([{**row, "completions": [turns[:2]]}], DryRunRoles())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def calling(roles):
     """The same roles, with a chat template that writes tool calls."""
     made = copy.copy(roles)

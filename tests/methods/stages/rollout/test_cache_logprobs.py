@@ -12,7 +12,7 @@ import luthier
 
 
 def test_a_remembered_reference_is_the_start(base, tmp_path):
-    from conftest import PAIRS
+    from helpers.rows import PAIRS
 
     base |= {"objective": "dpo", "data": PAIRS, "max_steps": 4}
     start = luthier.tune(base | {"roles": {"reference": "start"}}, folder=tmp_path / "a")

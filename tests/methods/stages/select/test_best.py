@@ -48,5 +48,6 @@ def test_best_and_pairs(roles, sentences):
     assert sentences == [
         "stage 'best': 1 of 3 rows are dropped: their best score is below 2.0",
         "stage 'pairs': 2 of 3 rows are dropped: all their completions have the same score",
-        "stage 'pairs': 3 of 3 rows are dropped: all their completions have the same score (they differ by 2 or less)",
+        "stage 'pairs': 3 of 3 rows are dropped: all their completions have the same score"
+        " (they differ by 2 or less)",
     ]

@@ -85,7 +85,7 @@ def test_adalora_shares_ranks_out_as_peft_does():
 
 def test_adalora_goes_on_bit_for_bit(tmp_path):
     import luthier
-    from conftest import SUMS
+    from helpers.rows import SUMS
 
     keys = {
         "model": "toy:lm-small",

@@ -141,7 +141,7 @@ def test_pv_tuning_wants_codes(tiny):
 def test_a_teacher_of_codes(tiny, tmp_path):
     """As read from the same quantizer by hand; what looks at rows is refused for a role."""
     import luthier
-    from conftest import SUMS
+    from helpers.rows import SUMS
     from luthier.model.load import assemble
     from luthier.model.quantized_linear import Quantized
     from luthier.recipe.recipe import Recipe
