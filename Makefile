@@ -5,12 +5,15 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-all check docs clean
 
 demo: $(VENV)/.installed            ## fine-tune the built-in model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
 
 test: $(VENV)/.tested check         ## everything CI runs
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test-all: $(VENV)/.tested check     ## the same with the slow tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.tested              ## style, types, docs up to date, recipes valid
