@@ -475,7 +475,7 @@ def test_a_role_is_refused_under_a_name_that_it_cannot_play(role, name):
 
 
 @pytest.mark.parametrize(
-    "name, hint", [("refrence", "did you mean 'reference'"), ("clock", "'clock' is no role")]
+    "name, hint", [("refrence", "did you mean 'reference'"), ("clock", "'clock' cannot be set")]
 )
 def test_a_role_that_nobody_asks_is_refused(name, hint):
     recipe = recipe_of(PLAIN).but(objective="dpo", roles={name: "start"})

@@ -106,7 +106,8 @@ def check_players(methods: Methods, recipe: Recipe) -> None:
         if role.answers != "outputs" and f"{name}_outputs" in methods.require():
             raise RecipeError(
                 f"{label(methods.objective, recipe)} asks the {name} for whole distributions or hidden"
-                f" states, and role '{role.name}' gives {role.answers} alone; e.g. `roles: {{{name}: initial}}`"
+                f" states, and role '{role.name}' gives {role.answers} alone; e.g."
+                f" `roles: {{{name}: initial}}`"
             )
 
 
