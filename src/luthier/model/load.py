@@ -189,8 +189,8 @@ def attach(tuner: Any, model: Network) -> Any:
     left = {new[i] for i in new.keys() - moving}
     if left and tuner.provides and not hasattr(tuner, "modules_to_save"):
         raise RecipeError(
-            f"tuner '{tuner.name}' does not train {', '.join(sorted(left))}, which the"
-            " checkpoint has no weights for; use a tuner that does: lora, full, or any with"
+            f"tuner '{tuner.name}' does not train {', '.join(sorted(left))} of {type(model).__name__}, which"
+            " the checkpoint has no weights for; use a tuner that does: lora, full, or any with"
             " modules_to_save"
         )
     return attached

@@ -43,7 +43,7 @@ def statistics(kind: str, modules: Modules, rows: list[dict], roles: Any) -> Ite
     if not rows:
         raise RecipeError("a data-driven initialization needs rows")
     with torch.no_grad():  # what is measured of a network at its first reading is not counted
-        roles.policy.logprobs(roles.batch(rows[:1]))
+        _answers(roles, roles.batch(rows[:1]))
     groups: list[dict[str, Any]] = [{}]
     total = 0  # numbers of the last group
     for name, module in modules.items():
@@ -155,6 +155,11 @@ def _refuse_unread(unread: list[str], rows: list[dict]) -> None:
         )
 
 
+def _answers(roles: Any, batch: Any) -> Tensor:
+    """[T] log-probabilities of a batch's supervised tokens; of a reward model its values."""
+    return roles.policy.outputs(batch).checked_values
+
+
 # ---------------------------------------------------------------------- what modules read
 
 
@@ -163,7 +168,7 @@ def _inputs(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tensor]
     inputs = {}
     with _watch_inputs(modules, lambda name, x: parts[name].append(x)):
         for batch in _batches(rows, roles, 1):
-            roles.policy.logprobs(batch)
+            _answers(roles, batch)
     _refuse_unread([name for name, x in parts.items() if not x], rows)
     for name, x in parts.items():
         inputs[name] = torch.cat(x)
@@ -182,7 +187,7 @@ def _covariance(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Ten
 
     with _watch_inputs(modules, see):
         for batch in _batches(rows, roles, 1):
-            roles.policy.logprobs(batch)
+            _answers(roles, batch)
     _refuse_unread([name for name, size in largest.items() if not size], rows)
     for name, C in total.items():
         C.div_(len(rows) * largest[name] ** 2)
@@ -197,7 +202,7 @@ def _hessian(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tensor
 
     with _watch_inputs(modules, see):
         for batch in _batches(rows, roles, MICRO):
-            roles.policy.logprobs(batch)
+            _answers(roles, batch)
     return total
 
 
@@ -210,7 +215,7 @@ def _input_norms(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Te
 
     with _watch_inputs(modules, see):
         for batch in _batches(rows, roles, 1):
-            roles.policy.logprobs(batch)
+            _answers(roles, batch)
     for square in squares.values():
         square.sqrt_()
     return squares
@@ -224,7 +229,7 @@ def _gradients(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tens
     with _watch_gradients(modules, lambda name, gradient: total[name].add_(gradient)):
         for batch in _batches(rows, roles, MICRO):
             tokens += batch.count("token")
-            roles.policy.logprobs(batch).sum().neg().backward()
+            _answers(roles, batch).sum().neg().backward()
     means = {}
     for name, gradient in total.items():
         means[name] = _oriented(modules[name], gradient) / max(tokens, 1)
@@ -235,7 +240,7 @@ def _squared_gradients(modules: Modules, rows: list[dict], roles: Any) -> dict[s
     total = _zeros(modules)
     with _watch_gradients(modules, lambda name, gradient: total[name].add_(gradient.float().square())):
         for batch in _batches(rows, roles, MICRO):
-            roles.policy.logprobs(batch).mean().neg().backward()
+            _answers(roles, batch).mean().neg().backward()
     for name, square in total.items():
         total[name] = _oriented(modules[name], square)
     return total
@@ -254,7 +259,7 @@ def _fisher(modules: Modules, rows: list[dict], roles: Any) -> dict[str, tuple[T
     try:
         with _watch_gradients(modules, see):
             for batch in _batches(rows, roles, 1):
-                roles.policy.logprobs(batch).sum().neg().backward()
+                _answers(roles, batch).sum().neg().backward()
     finally:
         for p in trained:
             p.requires_grad_(True)

@@ -33,14 +33,19 @@ def is_pair(row: dict) -> bool:
     return len(row.get("completions", ())) > 1 and len(set(row.get("scores", ()))) > 1
 
 
-def require(method: Any, available: Set[str], label: str) -> None:
-    """Refuse a method that requires what nothing in the recipe provides. label: what it is called.
+def require(method: Any, available: Set[str], label: str, parts: Sequence[Any] = ()) -> None:
+    """Refuse a method that requires what nothing in the recipe provides. label: what it is called. parts: the
+    methods of which a recipe has one each (architecture, tuner, ...).
 
-    Raises RecipeError, which names what provides it.
+    Raises RecipeError, which names the part that would have to be another one, and what provides it.
     """
     for word in sorted(requirements(method) - available):
+        kinds = {card.kind for card in cards() if word in card.provides}
+        others = " and ".join(f"{part.kind} '{part.name}'" for part in parts if part.kind in kinds)
+        others = f" ({others} does not)" if others else ""
         raise RecipeError(
-            f"{label} requires {sentence(word)}, and nothing in this recipe provides it{help_with(word)}"
+            f"{label} requires {sentence(word)}, and nothing in this recipe provides"
+            f" it{others}{help_with(word)}"
         )
 
 

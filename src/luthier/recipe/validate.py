@@ -20,10 +20,11 @@ from luthier.recipe import model_names
 from luthier.recipe.capabilities import columns_of, require, requirements
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.schedule import schedule
-from luthier.registry import build, cards, did_you_mean, find, provides_of
+from luthier.registry import build, cards, did_you_mean, find, provides_of, submethods
 
 DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting")
 FIXED = frozenset("policy tuner clock renderer device warn players policies batch text".split())  # of roles
+NETWORK_ROLES = {"reference": ("outputs", "logprobs"), "teacher": ("outputs",)}  # what each is asked
 DRY_RUN = "dry-run"  # folder of a run that has not happened
 
 
@@ -44,9 +45,20 @@ class Methods:
 
     def provide(self) -> set[str]:
         """What the methods provide before any stage has seen a row."""
-        out = set(self.roles) | self.architecture.provides | self.estimator.provides | provides_of(self.tuner)
+        out = set(self.roles)
+        for name, role in self.roles.items():
+            if role.answers == "outputs":
+                out.add(f"{name}_outputs")
+        out |= self.architecture.provides | self.estimator.provides | provides_of(self.tuner)
         if self.quantizer is not None:
             out |= provides_of(self.quantizer)
+        return out
+
+    def parts(self) -> list:
+        """The methods of which a recipe has one each."""
+        out = [self.architecture, self.tuner, self.estimator]
+        if self.quantizer is not None:
+            out.append(self.quantizer)
         return out
 
     def require(self) -> frozenset[str]:
@@ -78,6 +90,27 @@ def validate(
     return methods
 
 
+def check_players(methods: Methods, recipe: Recipe) -> None:
+    """Refuse a role under a name that it cannot play: a memory as a reference, a column as a teacher."""
+    own_names = {word for card in cards("role") for word in card.provides}
+    for name, role in methods.roles.items():
+        plays = " or ".join(sorted(role.provides)) or "a network's role"
+        if name not in role.provides and (role.provides or name in own_names):
+            raise RecipeError(f"roles: role '{role.name}' cannot play '{name}': it plays {plays}")
+        able = NETWORK_ROLES.get(name)
+        if able and role.answers not in able:
+            raise RecipeError(
+                f"roles: role '{role.name}' cannot play '{name}': it gives {role.answers} alone, and no"
+                " network's outputs"
+            )
+        if role.answers != "outputs" and f"{name}_outputs" in methods.require():
+            raise RecipeError(
+                f"{label(methods.objective, recipe)} asks the {name} for whole distributions or hidden"
+                f" states, and role '{role.name}' gives {role.answers} alone; e.g."
+                f" `roles: {{{name}: initial}}`"
+            )
+
+
 def check_roles(recipe: Recipe, required: Set[str]) -> None:
     """Refuse a role that no method of the recipe requires: nobody would ask it, as with a misspelt name.
 
@@ -90,7 +123,8 @@ def check_roles(recipe: Recipe, required: Set[str]) -> None:
             provided: set[str] = set()
             others: set[str] = set()
             for card in cards():
-                provided |= card.provides
+                if card.kind != "role":
+                    provided |= card.provides
                 others |= card.requires
             hint = ""
             if name not in others:
@@ -150,6 +184,7 @@ def dry_run(recipe: Recipe, rows: Sequence[dict] = ()) -> Methods:
     methods = build_methods(recipe)
     model_names.resolve_model(recipe.model)
     check_settings(recipe, methods)
+    check_players(methods, recipe)
     available = columns_of(rows) | methods.provide()
     choose_evaluators(recipe, methods, frozenset(available))
     available = run_stages(recipe, methods, available, rows)
@@ -157,9 +192,10 @@ def dry_run(recipe: Recipe, rows: Sequence[dict] = ()) -> Methods:
     if methods.objective is not None:
         users.append(methods.objective)
     for user in users:
-        require(user, available, label(user, recipe))
+        require(user, available, label(user, recipe), methods.parts())
     if methods.objective is not None:
         methods.estimator.suits(methods.objective)
+        check_phases(methods)
         check_values(methods, available, recipe)
         check_samples(methods, available, recipe)
     return methods
@@ -186,14 +222,14 @@ def choose_evaluators(recipe: Recipe, methods: Methods, available: frozenset[str
             if requirements(evaluator) <= available:
                 methods.evaluate.append(evaluator)
     for evaluator in methods.evaluate:
-        require(evaluator, available, label(evaluator, recipe))
+        require(evaluator, available, label(evaluator, recipe), methods.parts())
 
 
 def run_stages(recipe: Recipe, methods: Methods, available: set[str], rows: Sequence[dict]) -> set[str]:
     """What is available behind the stages; those that ask no model are tried on two rows."""
     sample = list(rows[:2])
     for stage in (*methods.stages, *methods.online_stages):
-        require(stage, available, label(stage, recipe))
+        require(stage, available, label(stage, recipe), methods.parts())
         available = (available - stage.removes) | provides_of(stage)
         before, sample = columns_of(sample), try_stage(stage, sample)
         if sample:
@@ -260,6 +296,16 @@ def check_samples(methods: Methods, available: Set[str], recipe: Recipe) -> None
             f"num_iterations: {recipe.num_iterations} needs the sampler's log-probabilities;"
             " add them with `online_stages: [{name: rollout, old: true}, ...]`"
         )
+
+
+def check_phases(methods: Methods) -> None:
+    """Refuse an estimator that keeps a copy of what trains, where the tuner changes what that is."""
+    for tuner in (methods.tuner, *submethods(methods.tuner)):
+        if methods.estimator.fixed_tensors and getattr(tuner, "changes_phase", False):
+            raise RecipeError(
+                f"estimator '{methods.estimator.name}' keeps a second copy of what moves, and tuner"
+                f" '{tuner.name}' moves now this and now that"
+            )
 
 
 def check_quantized(tuner: Any, quantizer: Any) -> None:

@@ -56,8 +56,7 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     rows = training.rows
     parameters = _check_model(session, roles, rows)
     if session.recipe.init_from is None:
-        for component in roles.tuner.components:
-            component.initialize(rows, roles)
+        _initialize(session, roles, rows)
     for component in roles.tuner.components:
         component.ready(rows, roles)
     trainer = _build_trainer(session, roles, rows)
@@ -93,6 +92,20 @@ def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
     for name, role in methods.roles.items():
         roles.players[name] = role.play(name, roles.policy)
     return roles
+
+
+def _initialize(session: Session, roles: Roles, rows: list[dict]) -> None:
+    """Starts from data. Where rows decide which tensors there are, roles that keep what the run began with
+    (`initial`) keep these.
+    """
+    tuner = roles.tuner
+    before = {name: tensor.shape for name, tensor in tuner.state(parts=False).items()}
+    for component in tuner.components:
+        component.initialize(rows, roles)
+    after = {name: tensor.shape for name, tensor in tuner.state(parts=False).items()}
+    for name, role in session.methods.roles.items():
+        if role.per_run and after != before:
+            roles.players[name] = role.play(name, roles.policy)
 
 
 def _check_model(session: Session, roles: Roles, rows: list[dict]) -> dict[str, int]:

@@ -66,6 +66,9 @@ def load_rows(session: Session, roles: Roles, checkpoint: Path | None) -> tuple[
 
 def _run_stages(session: Session, roles: Roles, path: Path) -> None:
     rows = session.data.rows
+    if any(stage.asks_model for stage in session.methods.stages):
+        # a stage reads as training will: packed or not, as the network can be read
+        checks.check_forward(roles.policy, sample_batch(roles, rows[:2]), session.warn)
     for stage in session.methods.stages:
         session.callback.stage(f"stage {stage.name}")
         rows = list(stage(rows, roles))

@@ -28,6 +28,12 @@ EMBEDDINGS = Capability("embeddings", says="a network that reads mixed token emb
 VALUES = Capability("values", says="a network that gives numbers, not text (architecture `reward_model`)")
 
 
+SOFT_PROMPTS = Capability("soft_prompts", says="a network that reads vectors before the text")
+FIXED_TARGETS = Capability(
+    "fixed_targets", says="a network that is asked the same of a row at every step (not a masked_lm)"
+)
+
+
 @family
 class Architecture:
     """Family: one file defines how such a model is loaded, reads a batch and generates."""

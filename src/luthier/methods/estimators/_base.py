@@ -31,6 +31,8 @@ class Estimator:
 
     # is a step one call of the closure, with gradients, and one step of the chain?
     single_backward: ClassVar[bool] = False
+    # does it keep a copy of what trains, so that the same tensors must train at every step?
+    fixed_tensors: ClassVar[bool] = False
 
     def step(self, closure: Closure, chain: Chain, clock: Clock) -> float:
         """closure(grad=True, only=all terms) -> loss of the global batch; with grad, p.grad holds its

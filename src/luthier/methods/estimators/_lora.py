@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
@@ -23,6 +24,7 @@ def lora_groups(chain: Any):
             layer is not None
             and {"A", "B"} <= group.params.keys()
             and not isinstance(layer.get_base_layer(), nn.Embedding)
+            and not isinstance(layer, ParamWrapper)  # of fused experts: no output of its own to modify
         ):
             yield group.name, layer, group
 

@@ -1,10 +1,13 @@
 """The kind's protocol: models beside the policy that an objective can query. A role may bring trainable parts
 (a head, a memory).
+
+A role that provides a capability (`memory`) is played under that name and under no other; all others are
+played under whatever name a method requires.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,11 @@ SAMPLER = Capability(
     says="a model that generates the samples instead of the policy",
     advice="e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model: MODEL}}`",
 )
+REFERENCE_OUTPUTS = Capability(
+    "reference_outputs",
+    says="a reference that is a network, with whole distributions and hidden states",
+    advice="e.g. `roles: {reference: initial}`",
+)
 TEACHER = Capability(
     "teacher",
     says="a teacher model",
@@ -40,6 +48,8 @@ PREFIX = "role:"  # what the names of tensors begin with that a role brought
 class Role:
     """Family: `play` returns the model for `roles.<name>`."""
 
+    # what it can be asked: all that a network says of a batch, log-probabilities of its tokens alone, or text
+    answers: ClassVar[Literal["outputs", "logprobs", "text"]] = "outputs"
     constant: ClassVar[bool] = False  # does it say the same of a row at every step of a run?
     per_run: ClassVar[bool] = False  # does what it says depend on what the run began with?
 

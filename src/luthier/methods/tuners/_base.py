@@ -29,6 +29,8 @@ DISABLE_ADAPTER = Capability(
 )
 MERGE = Capability("merge", says="a tuner that can be merged into the weights")
 LOW_RANK = Capability("low-rank", says="a low-rank tuner with factors A and B")
+LORA = Capability("lora", says="a tuner whose update is LoRA's B A, without DoRA")
+FACTOR_B = Capability("factor-b", says="a tuner with a factor B of a low-rank update")
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Tuner:
     """Family: settings that attach to a model."""
 
     on_quantized: ClassVar[bool] = False  # can it sit on a base whose linear weights are codes?
+    changes_phase: ClassVar[bool] = False  # do other tensors train later in a run than at its start?
 
     def attach(self, model: Network) -> TunedModel:
         """Put the tuner on the model, in place. The tuned model starts as the base model."""

@@ -21,7 +21,16 @@ from luthier.errors import RecipeError
 from luthier.kernels import attention, sparse_mlp
 from luthier.kernels.attention_plan import plan
 from luthier.kernels.layout import Layout, joined
-from luthier.methods.architectures._base import EMBEDDINGS, ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
+from luthier.methods.architectures._base import (
+    EMBEDDINGS,
+    ENTROPY,
+    FIXED_TARGETS,
+    GENERATE,
+    HIDDEN,
+    LOGPROBS,
+    SOFT_PROMPTS,
+    TOPK,
+)
 from luthier.model.anatomy import last_mlp
 from luthier.model.batch import Batch
 from luthier.model.generate import decoder_writer, generate
@@ -47,7 +56,7 @@ ENDLESS = 2**31  # a row in which any batch finds room
 
 
 @architecture(
-    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, EMBEDDINGS],
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, EMBEDDINGS, FIXED_TARGETS, SOFT_PROMPTS],
     use_when="the model writes text from left to right: GPT, Llama, Qwen, Mistral and their kin. It is"
     " chosen by itself.",
     costs="packed rows: no computation on padding; prompts are read once for all their completions.",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from luthier.methods.architectures._base import VALUES, Architecture
+from luthier.methods.architectures._base import FIXED_TARGETS, SOFT_PROMPTS, VALUES, Architecture
 from luthier.model.batch import Batch, pad
 from luthier.model.language_model import path, soft_first
 from luthier.registry import architecture
@@ -31,7 +31,7 @@ class Values:
 
 
 @architecture(
-    provides=[VALUES],
+    provides=[VALUES, FIXED_TARGETS, SOFT_PROMPTS],
     use_when="the model is to give a number for a text, with objectives `reward` or `process_reward`.",
     costs="padded batches.",
 )

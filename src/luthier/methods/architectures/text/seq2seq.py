@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.architectures._base import ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
+from luthier.methods.architectures._base import (
+    ENTROPY,
+    FIXED_TARGETS,
+    GENERATE,
+    HIDDEN,
+    LOGPROBS,
+    SOFT_PROMPTS,
+    TOPK,
+)
 from luthier.model.batch import Batch, pad
 from luthier.model.generate import EncoderDecoder, generate
 from luthier.model.language_model import LanguageModel, path, picked, soft_first
@@ -20,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @architecture(
-    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE],
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, FIXED_TARGETS, SOFT_PROMPTS],
     use_when="the model is an encoder-decoder: T5, BART and their kin. It is chosen by itself.",
     costs="padded batches; the encoder reads a prompt once for all its completions.",
 )

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -36,6 +36,7 @@ Tree = dict[str, Params]  # site -> slot -> tensor
 
 
 @estimator(
+    example={"weight_decay": 0.01},
     paper="arXiv:2309.01753",
     row="penalty-bilevel",
     requires=[SOURCE],
@@ -48,6 +49,8 @@ Tree = dict[str, Params]  # site -> slot -> tensor
 )
 class PenaltyBilevel(Estimator):
     """Learned source weights and weight decay; use it with objective `by_source`."""
+
+    fixed_tensors: ClassVar[bool] = True
 
     validation: str = "validation"  # the source (term) that decides; the others are weighed
     # s: the smaller, the truer the gradient of the weights, and the noisier

@@ -24,14 +24,14 @@ from luthier.methods.estimators._lora import (
     modified_outputs,
     scale_of,
 )
-from luthier.methods.tuners._base import LOW_RANK
+from luthier.methods.tuners._base import LORA
 from luthier.registry import estimator
 
 
 @estimator(
     paper="arXiv:2502.14538",
     row="lora-ggpo",
-    requires=[LOW_RANK],
+    requires=[LORA],
     provides=[GRADIENT],
     use_when="a LoRA overfits: noise scaled to weights and gradients leads to flatter minima at hardly"
     " any cost.",

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
 from luthier.methods.estimators._lora import lora_groups, modified_outputs, scale_of
-from luthier.methods.tuners._base import LOW_RANK
+from luthier.methods.tuners._base import LORA
 from luthier.registry import estimator
 
 
 @estimator(
     paper="arXiv:2502.14538",
     row="lora-ggpo",
-    requires=[LOW_RANK],
+    requires=[LORA],
     provides=[GRADIENT],
     use_when="a LoRA overfits and SAM's second pass is too slow: it perturbs along the momentum.",
     costs="one forward and backward pass; running means of the factors' gradients.",

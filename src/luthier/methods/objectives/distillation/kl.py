@@ -7,12 +7,12 @@ from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.distillation._distill import divergence
-from luthier.methods.roles._base import REFERENCE
+from luthier.methods.roles._base import REFERENCE, REFERENCE_OUTPUTS
 from luthier.registry import objective
 
 
 @objective(
-    requires=[COMPLETIONS, REFERENCE, LOGPROBS, TOPK],
+    requires=[COMPLETIONS, REFERENCE, LOGPROBS, TOPK, REFERENCE_OUTPUTS],
     use_when="tuning must stay near the reference on the rows at hand: add it as a term, `sft + 0.1*kl`.",
     costs="one comparison of whole vocabularies for each supervised token.",
     starting_rate="that of the objective beside it.",

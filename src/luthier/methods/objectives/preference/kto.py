@@ -13,7 +13,7 @@ from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios
-from luthier.methods.roles._base import REFERENCE
+from luthier.methods.roles._base import REFERENCE, REFERENCE_OUTPUTS
 from luthier.model.policy import Policy
 from luthier.registry import objective
 
@@ -22,7 +22,7 @@ NEIGHBOURS = "z0 is estimated on one micro-batch, each completion under the next
 
 @objective(
     paper="arXiv:2402.01306",
-    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
+    requires=[COMPLETIONS, SCORES, REFERENCE, REFERENCE_OUTPUTS, LOGPROBS],
     contract={"accumulation": NEIGHBOURS, "order": NEIGHBOURS},
     use_when="feedback is a thumbs up or down for single completions and there are no pairs.",
     costs="a forward and backward pass over each completion, and a forward pass under another row's prompt.",

@@ -11,13 +11,13 @@ from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
 from luthier.methods.objectives.preference._pairs import Pairs, best_and_worst, log_ratios, logistic
-from luthier.methods.roles._base import REFERENCE
+from luthier.methods.roles._base import REFERENCE, REFERENCE_OUTPUTS
 from luthier.registry import objective
 
 
 @objective(
     paper="arXiv:2404.11999",
-    requires=[PAIRS, REFERENCE, LOGPROBS, TOPK],
+    requires=[PAIRS, REFERENCE, LOGPROBS, TOPK, REFERENCE_OUTPUTS],
     use_when="DPO drifts too far from the reference: each side's KL, token by token, corrects the margin.",
     costs="whole vocabularies of policy and reference are compared at each token.",
 )

@@ -23,7 +23,7 @@ from luthier.methods.architectures._base import HIDDEN, LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.representation._features import features, of_rows
-from luthier.methods.roles._base import REFERENCE
+from luthier.methods.roles._base import REFERENCE, REFERENCE_OUTPUTS
 from luthier.methods.roles.features.feature_pairs import FEATURE_PAIRS
 from luthier.model.outputs import Outputs
 from luthier.registry import objective
@@ -32,7 +32,7 @@ from luthier.registry import objective
 @objective(
     paper="arXiv:2308.12058",
     row="dr-tune",
-    requires=[COMPLETIONS, REFERENCE, FEATURE_PAIRS, LOGPROBS, HIDDEN],
+    requires=[COMPLETIONS, REFERENCE, FEATURE_PAIRS, LOGPROBS, HIDDEN, REFERENCE_OUTPUTS],
     use_when="you fine-tune a classifier and want its output layer to stay consistent with the"
     " pretrained features, against overfitting on few rows.",
     costs="a memory of feature pairs, and a rotation fitted at each step.",

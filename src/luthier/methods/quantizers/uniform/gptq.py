@@ -19,6 +19,7 @@ from luthier.registry import quantizer
 
 
 @quantizer(
+    example={"group_size": 16, "init_rows": 4},
     paper="arXiv:2210.17323",
     row="llm-compression-survey",
     provides=[QUANTIZED_WEIGHTS],

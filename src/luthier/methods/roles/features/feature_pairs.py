@@ -26,6 +26,7 @@ FEATURE_PAIRS = Capability(
 
 
 @role(
+    provides=[FEATURE_PAIRS],
     former="paired",
     paper="arXiv:2308.12058",
     row="dr-tune",

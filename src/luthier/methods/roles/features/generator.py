@@ -35,6 +35,8 @@ GENERATOR = Capability(
 @role(
     paper="arXiv:2401.15914",
     row="ogen",
+    provides=[GENERATOR],
+    example={"base_classes": ["0", "1"], "new_classes": ["2"]},
     former_settings={"known": "base_classes", "unknown": "new_classes"},
     use_when="objective `ogen` needs it.",
     costs="a small attention network that trains along.",

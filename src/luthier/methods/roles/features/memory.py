@@ -28,6 +28,7 @@ MEMORY = Capability(
 
 
 @role(
+    provides=[MEMORY],
     use_when="an objective compares rows with many others than those of its batch (`look`).",
     costs="`size` feature vectors.",
 )

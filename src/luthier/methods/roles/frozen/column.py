@@ -4,9 +4,12 @@ be loaded.
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from torch import Tensor
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import FIXED_TARGETS
 from luthier.methods.roles._base import Role
 from luthier.model.batch import Batch
 from luthier.registry import role
@@ -19,11 +22,13 @@ from luthier.registry import role
 class Column(Role):
     """Per-token log-probabilities from a column of the rows (the stage `cache_logprobs` writes one)."""
 
+    answers: ClassVar[Literal["outputs", "logprobs", "text"]] = "logprobs"
+
     column: str = "cached_logprobs"  # rows[column]: one list of numbers per completion
 
     @property
     def active_requires(self):
-        return {self.column}
+        return {self.column, FIXED_TARGETS}
 
     def play(self, name, policy):
         return ColumnModel(name, self.column)

@@ -86,7 +86,10 @@ class Model(Role):
         else:
             path = resolve_model(self.model)
             if self.quantization is None:
-                network = policy.architecture.load(path, dtype=own.dtype).to(own.device)
+                try:
+                    network = policy.architecture.load(path, dtype=own.dtype).to(own.device)
+                except RecipeError as error:
+                    raise RecipeError(f"roles.{name}: {error}") from None
             else:
                 from luthier.model.quantized_load import loaded
 

@@ -23,6 +23,7 @@ PART_HEADS = Capability(
 
 
 @role(
+    provides=[PART_HEADS],
     use_when="objective `adam_v2` needs it.",
     costs="two small heads that train along.",
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -27,6 +27,8 @@ from luthier.registry import role
 )
 class Endpoint(Role):
     """POST base_url/chat/completions."""
+
+    answers: ClassVar[Literal["outputs", "logprobs", "text"]] = "text"
 
     base_url: str  # up to and with the version, such as http://localhost:8000/v1
     model: str  # its name at that address

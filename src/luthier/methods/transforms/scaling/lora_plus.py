@@ -12,10 +12,12 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.transforms._base import Transform
+from luthier.methods.tuners._base import FACTOR_B
 from luthier.registry import Range, transform
 
 
 @transform(
+    requires=[FACTOR_B],
     paper="arXiv:2402.12354",
     use_when="a LoRA learns slowly: B gets a higher rate than A.",
     costs="nothing.",

@@ -56,6 +56,22 @@ class ModuleNames:
         return f"{near} (the model has: {', '.join(f'{k} {n}x' for k, n in self.leaves.items())})"
 
 
+# networks whose kernels read the weight of these modules without calling the module
+FUSED_STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+LORA_LIKE = {"ADALORA", "LORA", "RANDLORA", "XLORA"}
+
+
+def bypassed_modules(model: Network, config: PeftConfig) -> list[str]:
+    """What PEFT's all-linear is to leave out of a state-space network, where PEFT refuses LoRA on it."""
+    if getattr(config, "target_modules", None) != "all-linear" or getattr(config, "exclude_modules", None):
+        return []
+    lora_like = str(getattr(config.peft_type, "value", config.peft_type)) in LORA_LIKE
+    if not lora_like or getattr(model.config, "model_type", None) not in FUSED_STATE_SPACE:
+        return []
+    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return sorted(linear & {"conv1d", "out_proj"})
+
+
 def tied_modules(model: Network) -> list[list[str]]:
     """Groups of modules that hold the same parameter."""
     groups: dict[int, list[str]] = {}

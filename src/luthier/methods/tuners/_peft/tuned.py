@@ -25,7 +25,14 @@ from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.methods.tuners._peft.io import low_rank_factors, plain_state, write_adapter
 from luthier.methods.tuners._peft.layer import ADAPTER, INITIAL, SIDEWAYS, DeltaLayer, sideways
-from luthier.methods.tuners._peft.targets import ModuleNames, as_list, ends_one, first_line, tied_modules
+from luthier.methods.tuners._peft.targets import (
+    ModuleNames,
+    as_list,
+    bypassed_modules,
+    ends_one,
+    first_line,
+    tied_modules,
+)
 from luthier.model.experts import stacked
 from luthier.model.quantized_linear import QuantizedMatrix, modules, numbers, opened
 from luthier.model.statistics import statistics
@@ -58,14 +65,18 @@ class PeftTunedModel(TunedModel):
                     f"tuner '{settings.name}': target_parameters '{name}' is quantized; keep"
                     " the experts unquantized with quantization.skip_modules: [experts]"
                 )
+        bypassed = bypassed_modules(model, config)
+        if bypassed:
+            config.exclude_modules = bypassed
         mode = model.training
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
                 self.peft = get_peft_model(model, config)
             except (ValueError, TypeError) as error:
+                hint = present.hint(present.missing(config))
                 raise RecipeError(
-                    f"tuner '{settings.name}': {first_line(error)}{present.hint(present.missing(config))}"
+                    f"tuner '{settings.name}' on {type(model).__name__}: {first_line(error)}{hint}"
                 ) from None
         # PEFT adds those of fused experts, and there are none here
         if coded and getattr(config, "target_parameters", None):

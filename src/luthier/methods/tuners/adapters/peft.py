@@ -13,7 +13,7 @@ import copy
 from functools import cached_property
 from typing import Any, ClassVar
 
-from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE, Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, FACTOR_B, LORA, LOW_RANK, MERGE, Tuner
 from luthier.registry import tuner
 
 
@@ -48,12 +48,20 @@ class PEFT(Tuner):
         """Some types cannot be merged; LoRA without DoRA is made of A and B."""
         from luthier.methods.tuners._peft import merges
 
-        plain = self.type.lower() == "lora" and not (self.config or {}).get("use_dora")
-        return frozenset(
-            {DISABLE_ADAPTER, *([MERGE] if merges(self.peft_config) else []), *([LOW_RANK] if plain else [])}
-        )
+        out = {DISABLE_ADAPTER}
+        if merges(self.peft_config):
+            out.add(MERGE)
+        if self.type.lower() == "lora":
+            out.add(FACTOR_B)
+            if not (self.config or {}).get("use_dora"):
+                out |= {LOW_RANK, LORA}
+        return frozenset(out)
 
     def attach(self, model):
         from luthier.methods.tuners._peft import PeftTunedModel
 
-        return PeftTunedModel(self, model, copy.deepcopy(self.peft_config))
+        config = copy.deepcopy(self.peft_config)
+        fresh = getattr(model, "fresh", ())
+        if fresh and hasattr(config, "modules_to_save"):  # a new head is trained along
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *fresh})
+        return PeftTunedModel(self, model, config)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
+from luthier.methods.tuners._base import DISABLE_ADAPTER, FACTOR_B, MERGE
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.registry import Range, tuner
 
@@ -23,7 +23,7 @@ from luthier.registry import Range, tuner
 @tuner(
     paper="arXiv:2310.10700",
     row="pela",
-    provides=[DISABLE_ADAPTER, MERGE],
+    provides=[DISABLE_ADAPTER, MERGE, FACTOR_B],
     contract={
         "starts_as_base": (
             "a low-rank matrix only approximates the original one; with compress_ratio near 0 they are equal"

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import SOFT_PROMPTS
 from luthier.methods.tuners._base import DISABLE_ADAPTER, Tuner
 from luthier.methods.tuners.prompts._prompt import SoftPrompt, words_of
 from luthier.registry import build, tuner
@@ -30,6 +31,7 @@ FILE = "control.safetensors"
     example={"num_virtual_tokens": 2},
     paper="arXiv:2310.00819",
     row="meet",
+    requires=[SOFT_PROMPTS],
     provides=[DISABLE_ADAPTER],
     contract={"starts_as_base": "vectors before the text change the output from the first step on"},
     use_when="rows come with ratings or as good and bad answers, and one model is to learn from all of"

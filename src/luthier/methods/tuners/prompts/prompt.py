@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import SOFT_PROMPTS
 from luthier.methods.tuners._base import DISABLE_ADAPTER, Tuner
 from luthier.methods.tuners.prompts._prompt import SoftPrompt, words_of
 from luthier.registry import tuner
@@ -19,6 +20,7 @@ from luthier.registry import tuner
 @tuner(
     example={"num_virtual_tokens": 2},
     paper="arXiv:2104.08691",
+    requires=[SOFT_PROMPTS],
     provides=[DISABLE_ADAPTER],
     contract={"starts_as_base": "vectors before the text change the output from the first step on"},
     use_when="weights must stay untouched and a task's copy may be a few kilobytes. It works best on"

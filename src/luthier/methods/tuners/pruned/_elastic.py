@@ -31,7 +31,7 @@ class Anatomy:
 
     def __init__(self, model: Any):
         text = model.config.get_text_config()
-        self.heads = text.num_attention_heads
+        self.heads = getattr(text, "num_attention_heads", 0)
         self.groups = getattr(text, "num_key_value_heads", None) or self.heads
         self.layers: list[dict[str, str]] = []
         places: dict[tuple[str, int], dict[str, str]] = {}
@@ -44,7 +44,7 @@ class Anatomy:
             not {"q", "k", "v", "o", "up", "down"} <= layer.keys() for layer in self.layers
         ):
             raise RecipeError(
-                f"{type(model).__name__} has no separate q, k, v, o, up and down modules in"
+                f"tuner 'elastic': {type(model).__name__} has no separate q, k, v, o, up and down modules in"
                 " each layer, so no parts can be left out"
             )
         self.width = model.get_submodule(self.layers[0]["down"]).in_features

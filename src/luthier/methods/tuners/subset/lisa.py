@@ -8,6 +8,8 @@ are not stored, so the tuner cannot be disabled.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from luthier.errors import RecipeError
@@ -28,6 +30,8 @@ from luthier.registry import tuner
 )
 class LISA(Tuner):
     """Layerwise importance sampling."""
+
+    changes_phase: ClassVar[bool] = True
 
     n_layers: int = 2  # layers trained at once
     interval: int = 20  # optimizer steps between draws

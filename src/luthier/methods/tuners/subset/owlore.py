@@ -11,7 +11,7 @@ not stored, so the tuner cannot be disabled.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +36,8 @@ from luthier.registry import tuner
 )
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""
+
+    changes_phase: ClassVar[bool] = True
 
     n_layers: Annotated[int, Field(ge=1)] = 5  # layers trained at once
     interval: Annotated[int, Field(ge=1)] = 50  # optimizer steps between draws

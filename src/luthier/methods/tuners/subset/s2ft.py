@@ -68,7 +68,9 @@ class S2FT(Delta):
         from luthier.model.linear import linear_modules
 
         text = model.config.get_text_config()
-        heads = text.num_attention_heads
+        heads = getattr(text, "num_attention_heads", None)
+        if heads is None:
+            raise RecipeError(f"tuner 's2ft': {type(model).__name__} has no attention heads to choose from")
         fitted = replace(
             self,
             num_attention_heads=heads,

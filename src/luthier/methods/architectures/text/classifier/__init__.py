@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.kernels.logprobs import Head
-from luthier.methods.architectures._base import ENTROPY, HIDDEN, LOGPROBS, TOPK, Architecture
+from luthier.methods.architectures._base import ENTROPY, FIXED_TARGETS, HIDDEN, LOGPROBS, TOPK, Architecture
 from luthier.model.batch import Batch, pad
 from luthier.model.language_model import picked
 from luthier.model.outputs import Outputs
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @architecture(
-    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN],
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, FIXED_TARGETS],
     use_when="the model is to choose one of several classes; name it for a checkpoint without a"
     " classification head.",
     costs="padded batches.",

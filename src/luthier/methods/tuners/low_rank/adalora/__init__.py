@@ -17,14 +17,14 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE
+from luthier.methods.tuners._base import DISABLE_ADAPTER, FACTOR_B, LOW_RANK, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.registry import Range, tuner
 
 
 @tuner(
     paper="arXiv:2303.10512",
-    provides=[DISABLE_ADAPTER, MERGE, LOW_RANK],
+    provides=[DISABLE_ADAPTER, MERGE, LOW_RANK, FACTOR_B],
     use_when="LoRA at one rank for all modules wastes parameters: the rank budget is distributed by"
     " importance while training. It needs runs long enough for the schedule of ranks.",
     costs="as LoRA of rank `init_r`, plus smoothed importances of every factor entry.",

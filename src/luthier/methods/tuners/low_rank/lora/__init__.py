@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE
+from luthier.methods.tuners._base import DISABLE_ADAPTER, FACTOR_B, LORA, LOW_RANK, MERGE
 from luthier.methods.tuners._delta import TargetModules
 from luthier.methods.tuners.low_rank.lora.starts import CHOICES, DRIVEN, STARTS
 from luthier.registry import Range, did_you_mean, tuner
@@ -33,7 +33,7 @@ from luthier.registry import Range, did_you_mean, tuner
     example={"r": 2, "init_rows": 2},
     paper="arXiv:2106.09685",
     row="eva corda",
-    provides=[DISABLE_ADAPTER, MERGE, LOW_RANK],
+    provides=[DISABLE_ADAPTER, MERGE, LOW_RANK, LORA, FACTOR_B],
     use_when="you fine-tune a large model on one GPU and want the default that every tool can load. It"
     " is a good first choice for nearly any task.",
     costs="gradients and optimizer state of about 0.1 to 1 % of the parameters; merged, inference"
@@ -64,7 +64,7 @@ class LoRA(TargetModules):
     @property
     def active_provides(self):
         """With DoRA the update is more than B A."""
-        return self.provides - {LOW_RANK} if self.use_dora else self.provides
+        return self.provides - {LOW_RANK, LORA} if self.use_dora else self.provides
 
     def __post_init__(self):
         start = self.init_lora_weights

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
+from luthier.methods.tuners._base import DISABLE_ADAPTER, FACTOR_B, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
 from luthier.methods.tuners.low_rank.self_tuning.maths import HYPER, names, placed, rate, responses
 from luthier.registry import Capability, tuner
@@ -32,7 +32,7 @@ HYPERPARAMETERS = Capability(
     example={"r": 2},
     paper="arXiv:1903.03088",
     row="self-tuning-networks",
-    provides=[DISABLE_ADAPTER, MERGE, HYPERPARAMETERS],
+    provides=[DISABLE_ADAPTER, MERGE, HYPERPARAMETERS, FACTOR_B],
     use_when="dropout and weight decay of a LoRA are to be found within one run, from validation rows;"
     " use it with estimator `self_tuning`.",
     costs="about twice the parameters of a LoRA of the same rank.",

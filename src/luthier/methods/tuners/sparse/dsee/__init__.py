@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
+from luthier.methods.tuners._base import DISABLE_ADAPTER, FACTOR_B, MERGE
 from luthier.methods.tuners._delta import Delta, frozen, oriented
 from luthier.methods.tuners.sparse._sparse import add, place_type, smallest, some_of, spread
 from luthier.model.anatomy import part_of
@@ -34,7 +34,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
     example={"r": 2},
     paper="arXiv:2111.00160",
     row="dsee",
-    provides=[DISABLE_ADAPTER, MERGE],
+    provides=[DISABLE_ADAPTER, MERGE, FACTOR_B],
     use_when="the tuned model is to be smaller as well: it learns a low-rank and a sparse update and"
     " prunes weights, heads or feed-forward units along the way.",
     costs="as LoRA of rank `r`, plus a mask of one byte a weight while training where `sparsity` is set.",

@@ -37,6 +37,7 @@ class LTSFT(Sparse):
     """Lottery-ticket sparse fine-tuning."""
 
     on_quantized: ClassVar[bool] = False  # its first phase moves whole weights
+    changes_phase: ClassVar[bool] = True
 
     # share of the run's steps in which all weights are trained
     dense_share: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from luthier.errors import RecipeError
+from luthier.methods.estimators._base import GRADIENT
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
 from luthier.methods.tuners.sparse.r_amt.bits import pack, unpack
@@ -24,6 +25,7 @@ from luthier.registry import tuner
 
 
 @tuner(
+    requires=[GRADIENT],  # values of the loss do not change until an entry passes the threshold
     paper="arXiv:2307.15049",
     row="r-amt",
     provides=[DISABLE_ADAPTER, MERGE],

@@ -41,6 +41,7 @@ class SpIEL(Sparse):
     """Sparse fine-tuning with a changing set of indices."""
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+    changes_phase: ClassVar[bool] = True
 
     # growth by accumulated gradients, or by SM3's row and column statistics
     selection_algorithm: Literal["ag", "ma"] = "ag"
