@@ -149,8 +149,8 @@ def objectives() -> list[tuple[Any, Any, frozenset[str]]]:
 
 @functools.cache
 def objective_for(role: str, estimator: str, architecture: str) -> tuple[Any, frozenset[str]]:
-    """The plainest objective that asks a role, suits an estimator and can be asked of an architecture, and what
-    it requires. Where none does it all: one that asks the role and suits the estimator.
+    """The plainest objective that asks a role, suits an estimator and can be asked of an architecture, and
+    what it requires. Where none does it all: one that asks the role and suits the estimator.
     """
     asked = set() if role == "none" else {player_of(role)}
     available = {*build("architecture", architecture.split("/")[0]).provides, *asked}
