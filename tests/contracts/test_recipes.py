@@ -1,4 +1,4 @@
-"""Every recipe of recipes/ is short, legal, and runs: a few steps on the small practice model."""
+"""Every recipe of recipes/ is short, legal, and runs: a few steps on the small toy model."""
 
 from __future__ import annotations
 

@@ -481,7 +481,7 @@ def test_names_on_the_hub(monkeypatch):
         load("someone/stories")
 
 
-def test_practice_worlds():
+def test_toy_tasks():
     found = load("toy:arithmetic/test", limit=5)
     assert found.format == "prompt_completion" and len(found.rows) == 5 and found.rows[0]["answer"]
     with pytest.raises(RecipeError, match="toy:arithmetics"):

@@ -33,7 +33,7 @@ class TokenStats(NamedTuple):
 
     tokens: int  # supervised ones
     loss: float  # their -log p together
-    first: float  # how many of them are the likeliest ones
+    first: float  # how many of them are the most likely token
 
 
 @family

@@ -89,8 +89,7 @@ class Format:
     # its columns also occur in richer shapes: yields to another format that fits
     generic: ClassVar[bool] = False
 
-    # a prompt of plain text becomes a user's turn, so that it goes through the chat template
-    chat: bool = False
+    chat: bool = False  # a plain-text prompt becomes a user turn, so that the chat template is used
 
     @classmethod
     def fit(cls, columns: Iterable[str]) -> int:

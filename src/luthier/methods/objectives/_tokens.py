@@ -19,7 +19,7 @@ from luthier.registry import family
 class Tokens(Objective):
     """Family: a method defines the loss of a token."""
 
-    # weighted tokens are divided by how many they are, or by what they weigh together
+    # divide the weighted sum by the number of tokens, or by the sum of their weights
     normalize: Literal["tokens", "weights"] = "tokens"
 
     def cost(self, roles: Any, batch: Batch) -> Tensor:

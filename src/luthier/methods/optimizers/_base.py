@@ -12,8 +12,8 @@ from luthier.registry import family
 class Optimizer:
     """Family: a name for a chain."""
 
-    weight_decay: float = 0.0  # decoupled pull towards zero, of matrices only
-    max_grad_norm: float = 1.0  # largest norm of all gradients together; 0 = no limit
+    weight_decay: float = 0.0  # decoupled weight decay, on matrices only
+    max_grad_norm: float = 1.0  # maximum global gradient norm; 0 = no limit
 
     def chain(self) -> tuple[Transform, ...]:
         """The transforms, first to last."""

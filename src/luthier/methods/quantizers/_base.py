@@ -31,7 +31,7 @@ class Quantizer:
     reads: ClassVar[str] = ""
     whole: ClassVar[bool] = False  # must it see all weights before it decides about one?
 
-    # ends of names of modules that stay as they are, besides the head and what is tied to it
+    # ends of names of modules that are not quantized, besides the head and what is tied to it
     skip_modules: list[str] | None = None
 
     continuous: ClassVar[tuple[str, ...]] = ()  # which of the codes are numbers that could be trained

@@ -71,8 +71,9 @@ class Causal(LanguageModel):
     blocks: bool = True
     # bidirectional attention over the prompt (prefix LM, non-causal decoder); completions stay causal
     prefix: bool = False
-    width: int = 256  # positions in a row packed under a mask, at least; longer sequences make longer rows
-    # noise on embeddings in training (NEFTune; papers: 5)
+    # least number of positions in a row packed under a mask; longer sequences make longer rows
+    width: int = 256
+    # scale of the noise on embeddings in training (NEFTune; papers: 5)
     neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1, 15)] = 0.0
 
     def suits(self, config: Any) -> bool:

@@ -35,8 +35,8 @@ class MaskedLM(LanguageModel):
 
     # share of a text's tokens that is predicted, at least one
     mlm_probability: Annotated[float, Range(0.05, 0.5)] = 0.15
-    mask_share: float = 0.8  # of the predicted tokens of a text: replaced by the mask token
-    # of the predicted tokens of a text: replaced by a random token; the others are left unchanged
+    mask_share: float = 0.8  # share of the predicted tokens that is replaced by the mask token
+    # share of the predicted tokens that is replaced by a random token; the others are left unchanged
     random_share: float = 0.1
 
     def suits(self, config: Any) -> bool:

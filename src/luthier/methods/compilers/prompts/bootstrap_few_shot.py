@@ -27,13 +27,13 @@ class BootstrapFewShot(Compiler):
     """Demonstrations from the program's own accepted traces."""
 
     max_bootstrapped_demos: Annotated[int, Field(ge=0)] = 4  # traces that become demonstrations
-    # demonstrations of a predictor in all, the rest filled with labelled rows
+    # total demonstrations per predictor, the rest filled with labelled rows
     max_labeled_demos: Annotated[int, Field(ge=0)] = 16
-    max_rounds: Annotated[int, Field(ge=1)] = 1  # tries at a row: the first without chance
+    max_rounds: Annotated[int, Field(ge=1)] = 1  # attempts per row, the first greedy
     threshold: float = 1.0  # lowest metric of an accepted answer
-    temperature: Annotated[float, Field(ge=0)] = 0.7  # of the tries after the first
-    shuffle: bool = False  # rows in an order drawn by the seed, instead of as they come
-    seed: int = 0  # of the order, and of tries
+    temperature: Annotated[float, Field(ge=0)] = 0.7  # sampling temperature of the attempts after the first
+    shuffle: bool = False  # take the rows in random order instead of the given one
+    seed: int = 0  # random seed of the order and the attempts
 
     def compile(self, program, rows, metric, teacher=None):
         teacher = (teacher or program).copy()

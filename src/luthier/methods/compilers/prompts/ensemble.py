@@ -22,7 +22,7 @@ class Ensemble(Compiler):
     """Majority vote of candidates. `Majority([...])` does the same with given programs."""
 
     size: Annotated[int, Field(ge=1)] = 3  # programs that vote
-    inner: Annotated[Any, nested("compiler")] = "random_search"  # what makes the candidates
+    inner: Annotated[Any, nested("compiler")] = "random_search"  # the compiler that produces the candidates
 
     def compile(self, program, rows, metric, teacher=None):
         candidates = self.inner.compile(program, rows, metric, teacher).compiled.get("candidates")

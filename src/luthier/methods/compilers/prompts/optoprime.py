@@ -52,13 +52,14 @@ TASK = "\n".join(
 class OptoPrime(Compiler):
     """Optimization with trace oracles: workflow, feedback, proposal."""
 
-    objective: str = "Make the feedback as good as possible."  # what is wanted, in words
-    memory_size: Annotated[int, Field(ge=0)] = 0  # earlier values and their feedback that are shown
-    max_new_tokens: Annotated[int, Field(ge=1)] = 1024  # of an answer
+    objective: str = "Make the feedback as good as possible."  # the goal, in words
+    memory_size: Annotated[int, Field(ge=0)] = 0  # earlier values and their feedback that the prompt includes
+    max_new_tokens: Annotated[int, Field(ge=1)] = 1024  # maximum tokens of an answer
     steps: Annotated[int, Field(ge=1)] = 8  # proposals, when a program is compiled
     batch_size: Annotated[int, Field(ge=1)] = 4  # rows whose outcomes a proposal is made from
-    model: Any = None  # who proposes when a program is compiled, as for `using`; else the program's own model
-    seed: int = 0  # of the rows drawn
+    # model that proposes when a program is compiled, as for `using`; else the program's own model
+    model: Any = None
+    seed: int = 0  # random seed of the choice of rows
 
     def optimizer(self, parameters: Sequence[Node], model: Any) -> Optimizer:
         """An optimizer of trainable nodes, as one of tensors is used."""

@@ -29,11 +29,12 @@ from luthier.registry import compiler, nested
 class RandomSearch(Compiler):
     """BootstrapFewShot on many random subsets."""
 
-    num_candidates: Annotated[int, Field(ge=0)] = 16  # with a drawn order
-    inner: Annotated[Any, nested("compiler")] = "bootstrap_few_shot"  # what is repeated, with its settings
+    num_candidates: Annotated[int, Field(ge=0)] = 16  # candidates with randomly drawn demonstrations
+    # the compiler that is repeated, with its settings
+    inner: Annotated[Any, nested("compiler")] = "bootstrap_few_shot"
     # share of the rows, from the end, on which candidates are evaluated
     dev_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    seed: int = 0  # of the draws
+    seed: int = 0  # random seed
 
     def __post_init__(self):
         if self.inner.name != "bootstrap_few_shot":

@@ -31,13 +31,13 @@ from luthier.storage import files
 class BootstrapFinetune(Compiler):
     """Fine-tunes a small model on accepted traces."""
 
-    output_dir: str  # where the rows and the runs lie: PREDICTOR.jsonl and PREDICTOR/
-    # keys of the recipe by which each is tuned: model, tuner, learning_rate, ...
+    output_dir: str  # folder for the rows and the runs: PREDICTOR.jsonl and PREDICTOR/
+    # keys of the recipe of each fine-tuning run: model, tuner, learning_rate, ...
     recipe: dict[str, Any] = field(default_factory=dict)
-    max_rounds: Annotated[int, Field(ge=1)] = 1  # tries at a row: the first without chance
+    max_rounds: Annotated[int, Field(ge=1)] = 1  # attempts per row, the first greedy
     threshold: float = 1.0  # lowest metric of an accepted answer
-    temperature: Annotated[float, Field(ge=0)] = 0.7  # of the tries after the first
-    seed: int = 0  # of tries
+    temperature: Annotated[float, Field(ge=0)] = 0.7  # sampling temperature of the attempts after the first
+    seed: int = 0  # random seed of the attempts
 
     def __post_init__(self):
         if "data" in self.recipe:

@@ -41,12 +41,13 @@ from luthier.registry import build, estimator
 class SelfTuning(Estimator):
     """Online hyperparameters through a learned best response."""
 
-    validation: str = "validation"  # the source (term) that decides; all others train
-    train_steps: Annotated[int, Field(ge=1)] = 2  # in a row
-    valid_steps: Annotated[int, Field(ge=1)] = 1  # in a row
-    warmup: Annotated[int, Field(ge=0)] = 50  # steps at the start that only train
-    hyper_learning_rate: Annotated[float, Field(ge=0)] = 3e-3  # of the hyperparameters (Adam)
-    sigma_learning_rate: Annotated[float, Field(ge=0)] = 3e-3  # of the logs of the spreads (Adam)
+    validation: str = "validation"  # the validation source (term); all others are trained on
+    train_steps: Annotated[int, Field(ge=1)] = 2  # consecutive training steps
+    valid_steps: Annotated[int, Field(ge=1)] = 1  # consecutive steps on validation rows
+    warmup: Annotated[int, Field(ge=0)] = 50  # initial steps that only train
+    hyper_learning_rate: Annotated[float, Field(ge=0)] = 3e-3  # learning rate of the hyperparameters (Adam)
+    # learning rate of the logs of the spreads (Adam)
+    sigma_learning_rate: Annotated[float, Field(ge=0)] = 3e-3
     tau: Annotated[float, Field(ge=0)] = 1e-3  # weight of the entropy of the draws
 
     def suits(self, objective):

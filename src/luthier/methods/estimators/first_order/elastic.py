@@ -31,9 +31,9 @@ from luthier.registry import estimator
 class Elastic(Estimator):
     """One backward pass for the full network and for each sub-network."""
 
-    samples: Annotated[int, Field(ge=0)] = 1  # sub-networks drawn in each step
-    smallest: bool = True  # whether the smallest one learns in each step as well
-    distill: str = "kl"  # the term that only sub-networks have
+    samples: Annotated[int, Field(ge=0)] = 1  # sub-networks sampled in each step
+    smallest: bool = True  # whether the smallest sub-network is trained in each step as well
+    distill: str = "kl"  # objective term that only sub-networks are trained on
 
     def step(self, closure, chain, clock):
         attached: Any = chain.attached

@@ -32,7 +32,7 @@ from luthier.registry import estimator
 class GradientDropout(Estimator):
     """One term of the objective decides which entries of the others' gradient are used."""
 
-    gate: str = "kl"  # the term that gates
+    gate: str = "kl"  # the objective term that gates
     # share of the gradient that is gated; the rest passes unchanged
     blend: Annotated[float, Field(ge=0, le=1)] = 1.0
 

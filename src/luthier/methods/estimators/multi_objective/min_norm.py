@@ -21,7 +21,7 @@ from luthier.registry import estimator
 class MinNorm(Terms):
     """Multiple-gradient descent."""
 
-    iterations: int = 200  # of Frank-Wolfe at most; two terms need one
+    iterations: int = 200  # maximum Frank-Wolfe iterations; two terms need one
 
     def combine(self, every, losses, rng):
         share = torch.full((len(every),), 1 / len(every), dtype=every.dtype)

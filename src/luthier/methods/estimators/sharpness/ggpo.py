@@ -41,8 +41,8 @@ from luthier.registry import estimator
 class GGPO(Estimator):
     """Gradient-guided perturbation of LoRA."""
 
-    sigma: Annotated[float, Field(ge=0)] = 0.03  # noise by the norm of a row of the weight
-    beta: Annotated[float, Field(ge=0)] = 0.01  # noise by the squared norm of a row of the gradient
+    sigma: Annotated[float, Field(ge=0)] = 0.03  # noise relative to the norm of a row of the weight
+    beta: Annotated[float, Field(ge=0)] = 0.01  # noise relative to the squared norm of a row of the gradient
 
     def step(self, closure, chain, clock):
         with self.noise(chain):

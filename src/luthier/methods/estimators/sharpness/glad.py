@@ -29,7 +29,7 @@ from luthier.registry import Range, estimator
 class GLAD(Estimator):
     """A mix of the gradient here and the gradient at the perturbed point."""
 
-    # length of the perturbation, over all trainable parameters together
+    # norm of the perturbation, over all trainable parameters together
     rho: Annotated[float, Field(gt=0), Range(0.005, 0.5, log=True)] = 0.05
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of the gradient at the perturbed point
 

@@ -39,9 +39,9 @@ from luthier.registry import estimator
 class MGPO(Estimator):
     """Momentum-guided perturbation of LoRA."""
 
-    rho: float = 0.05  # length of E where gradients are of length one; negative: downhill, ahead of the step
-    mu: Annotated[float, Field(ge=0, lt=1)] = 0.9  # memory of the momentum
-    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # memory of the gradients' length
+    rho: float = 0.05  # norm of E for gradients of norm one; negative: downhill, ahead of the step
+    mu: Annotated[float, Field(ge=0, lt=1)] = 0.9  # decay of the momentum
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # decay of the running gradient norm
 
     def step(self, closure, chain, clock):
         with modified_outputs(self.displacements(chain)):

@@ -27,7 +27,7 @@ class SAM(Estimator):
     steps.
     """
 
-    # length of the perturbation, over all trainable parameters together
+    # norm of the perturbation, over all trainable parameters together
     rho: Annotated[float, Field(gt=0)] = 0.05
 
     def step(self, closure, chain, clock):

@@ -46,9 +46,9 @@ PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the
 class MeZO(Estimator):
     """g = (L(p + eps z) - L(p - eps z)) / (2 eps) * z, the mean over `n_probes` directions z."""
 
-    eps: Annotated[float, Field(gt=0)] = 1e-3  # length of the probe
+    eps: Annotated[float, Field(gt=0)] = 1e-3  # scale of the perturbation
     n_probes: Annotated[int, Field(ge=1)] = 1  # directions per step; each costs two forward passes
-    noise: Literal["normal", "sign"] = "normal"  # of the directions; sign: +1 or -1 (as in SPSA)
+    noise: Literal["normal", "sign"] = "normal"  # distribution of the directions; sign: +1 or -1 (as in SPSA)
 
     def step(self, closure, chain, clock):
         losses, slopes = [], []

@@ -33,7 +33,7 @@ class Calibration(Evaluator):
     of each bin.
     """
 
-    bins: Annotated[int, Field(ge=2)] = 15  # of equal width
+    bins: Annotated[int, Field(ge=2)] = 15  # number of bins of equal width
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):

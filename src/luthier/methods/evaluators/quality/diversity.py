@@ -32,8 +32,8 @@ class Diversity(Evaluator):
     """
 
     n: Annotated[int, Field(ge=1)] = 16  # prompts that are answered
-    samples: Annotated[int, Field(ge=2)] = 4  # answers to each
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # of the sampling
+    samples: Annotated[int, Field(ge=2)] = 4  # answers per prompt
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # sampling temperature
     max_new_tokens: int = 48  # tokens per answer
 
     def run(self, roles, rows, folder, when):

@@ -29,9 +29,9 @@ class Goals(Evaluator):
     # name: a reward, e.g. {short: {name: length, scale: -1.0}}
     goals: Annotated[dict[str, Any], Field(min_length=1)]
     n: Annotated[int, Field(ge=1)] = 64  # prompts that are answered
-    samples: Annotated[int, Field(ge=1)] = 1  # answers to each
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens of an answer at most
-    temperature: Annotated[float, Field(ge=0)] = 1.0  # 0 takes the likeliest token
+    samples: Annotated[int, Field(ge=1)] = 1  # answers per prompt
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64  # maximum tokens of an answer
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # sampling temperature; 0 is greedy
 
     def __post_init__(self):
         for name, reward in self.goals.items():

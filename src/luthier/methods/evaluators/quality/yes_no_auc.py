@@ -27,7 +27,7 @@ class YesNoAUC(Evaluator):
     """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
-    answers: tuple[str, str] = ("yes", "no")  # the two completions
+    answers: tuple[str, str] = ("yes", "no")  # the two possible completions
 
     def run(self, roles, rows, folder, when):
         prompts = [

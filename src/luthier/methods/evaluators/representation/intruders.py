@@ -37,7 +37,7 @@ class Intruders(Evaluator):
     """
 
     k: Annotated[int, Field(gt=0)] = 10  # number of leading singular vectors of a matrix that are examined
-    # a direction less like every old one than this (cosine) is an intruder
+    # a direction whose largest cosine with the old ones is below this is an intruder
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     def run(self, roles, rows, folder, when):

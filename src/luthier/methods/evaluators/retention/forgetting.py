@@ -45,10 +45,10 @@ class Forgetting(Evaluator):
     where rows name one.
     """
 
-    data: Any = None  # rows of what must not be lost, as in a recipe's `data`
-    n: int = 400  # rows at most
-    texts: int = 16  # own texts, where there are no rows
-    max_new_tokens: int = 48  # of an own text
+    data: Any = None  # rows of other tasks, as in a recipe's `data`
+    n: int = 400  # maximum rows
+    texts: int = 16  # self-generated texts, if there are no rows
+    max_new_tokens: int = 48  # maximum tokens of a self-generated text
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):

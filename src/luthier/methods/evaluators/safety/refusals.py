@@ -60,10 +60,11 @@ class Refusals(Evaluator):
     """
 
     data: Any = None  # requests with the right answer, refusals among them, as in a recipe's `data`
-    n: Annotated[int, Field(ge=1)] = 48  # requests of each kind at most
-    max_new_tokens: int = 32  # of an answer
-    openings: tuple[str, ...] = OPENINGS  # words with which an answer declines, whatever their case
-    within: Annotated[int, Field(ge=1)] = 80  # characters from the start of an answer in which they count
+    n: Annotated[int, Field(ge=1)] = 48  # maximum requests of each kind
+    max_new_tokens: int = 32  # maximum tokens of an answer
+    openings: tuple[str, ...] = OPENINGS  # phrases by which an answer is recognised as declining, in any case
+    # characters from the start of an answer in which the phrases count
+    within: Annotated[int, Field(ge=1)] = 80
 
     def declines(self, answer: str) -> bool:
         start = " ".join(answer.lower().split())[: self.within]

@@ -20,7 +20,7 @@ class Messages(Format):
     """
 
     columns = ("messages",)
-    # false: the turns of users, systems and tools are learned too, but for those with "loss": false
+    # false: user, system and tool turns are supervised too, except those with "loss": false
     assistant_only_loss: bool = True
 
     optional = "tools"

@@ -26,7 +26,7 @@ from luthier.registry import merger
 class Average(Merger):
     """(sum of weight * tensor) / (sum of weights)."""
 
-    weights: list[float] | None = None  # of each run, 0 or more; all alike where not given
+    weights: list[float] | None = None  # weight of each run, 0 or more; equal if not given
 
     def __post_init__(self):
         if self.weights is not None and not (

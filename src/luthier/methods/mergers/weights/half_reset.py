@@ -30,7 +30,7 @@ class HalfReset(Merger):
     """One run in; about `ratio` of its layers' weights are reset to the base's."""
 
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the layers' weights that is reset
-    selection_seed: int = 0  # of the draw of what is reset
+    selection_seed: int = 0  # random seed of the choice of weights
 
     def merge(self, several, base=None):
         from luthier.methods.tuners.subset.hft import half

@@ -42,7 +42,7 @@ class Distill(Objective):
 
     # compare the teacher's k most likely tokens and the rest as one; 0: the whole vocabulary
     k: Annotated[int, Field(ge=0)] = 0
-    # softens both sides; the loss is multiplied by its square
+    # softens both distributions; the loss is multiplied by its square
     temperature: Annotated[float, Field(gt=0), Range(1.0, 4.0)] = 1.0
 
     def apart(self, teacher: Tensor, policy: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class ALM(Objective):
     of a span.
     """
 
-    # above 1, long unlikely spans still differ
+    # with values above 1, long unlikely spans remain distinguishable
     temperature: Annotated[float, Field(gt=0), Range(1.0, 100.0, log=True)] = 1.0
 
     def loss(self, roles, batch):

@@ -28,7 +28,7 @@ from luthier.registry import objective
 class JSD(Distill):
     """beta KL(teacher || m) + (1 - beta) KL(policy || m), m = beta teacher + (1 - beta) policy."""
 
-    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of the teacher in the mixture
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # the teacher's share of the mixture
 
     def apart(self, teacher, policy):
         mixture = torch.logaddexp(teacher + math.log(self.beta), policy + math.log(1 - self.beta))

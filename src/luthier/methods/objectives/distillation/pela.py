@@ -36,11 +36,11 @@ class PELA(Objective):
     - W|| - eps)^2.
     """
 
-    feature: NotNegative = 1.0  # weight of the states' error
-    distillation: NotNegative = 0.0  # weight of KL(teacher || policy) of the answers
+    feature: NotNegative = 1.0  # weight of the error of the hidden states
+    distillation: NotNegative = 0.0  # weight of KL(teacher || policy) on the answers
     # weight of the distance of each product from its weight beyond eps, mean over matrices; for tuner pela
     perturbation: NotNegative = 0.0
-    eps: NotNegative = 1e-3  # the largest sum of a row of |BA - W| that costs nothing
+    eps: NotNegative = 1e-3  # the largest sum of a row of |BA - W| without a penalty
 
     def loss(self, roles, batch):
         ours, theirs = roles.policy.layers(batch), roles.teacher.layers(batch)

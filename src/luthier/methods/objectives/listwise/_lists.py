@@ -27,7 +27,7 @@ class Lists(Objective):
     starting_rate: ClassVar[str] = "that of `dpo`."
     unit = "group"
 
-    beta: Beta = 0.1  # strength of the pull towards the reference
+    beta: Beta = 0.1  # strength of the regularisation towards the reference
 
     def values(self, roles: Any, batch: Batch) -> Tensor:
         """[N] the implicit reward of each completion."""

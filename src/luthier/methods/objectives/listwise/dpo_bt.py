@@ -17,7 +17,7 @@ from luthier.registry import objective
 class DPOBT(Lists):
     """-log sigmoid(s_i - s_j) of each pair in which i has the higher score."""
 
-    mean: bool = True  # the mean over a row's pairs; false: their sum
+    mean: bool = True  # mean over a row's pairs; false: sum
 
     def cost(self, values, batch):
         better, worse = ordered(batch)

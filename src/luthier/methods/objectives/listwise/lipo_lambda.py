@@ -23,7 +23,7 @@ class LiPO(Lists):
     sigmoid(s_i - s_j).
     """
 
-    mean: bool = False  # the mean over a row's pairs, not the sum
+    mean: bool = False  # mean over a row's pairs; false: sum
 
     def cost(self, values, batch):
         better, worse = ordered(batch)

@@ -25,7 +25,7 @@ from luthier.registry import objective
 class LiPOSoftmax(Lists):
     """-sum over a row of softmax(score / temperature) * log softmax(s)."""
 
-    temperature: Positive = 1.0  # of the scores
+    temperature: Positive = 1.0  # temperature of the softmax over scores
 
     def cost(self, values, batch):
         def log_shares(x):

@@ -24,7 +24,7 @@ class RWR(Objective):
 
     unit = "sequence"
 
-    beta: Beta = 1.0  # temperature of the scores; large: plain SFT, small: the best alone
+    beta: Beta = 1.0  # temperature of the scores; large: plain SFT, small: only the best completion
 
     def loss(self, roles, batch):
         x = batch.column("scores") / self.beta

@@ -44,12 +44,12 @@ class PolicyGradient(Objective):
     starting_rate: ClassVar[str] = "that of `grpo`."
     flat: ClassVar[bool] = True
 
-    epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # the ratio counts from 1 - epsilon
-    epsilon_high: NotNegative | None = None  # to 1 + epsilon_high; null: epsilon
+    epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # lower clip bound of the ratio: 1 - epsilon
+    epsilon_high: NotNegative | None = None  # upper clip bound: 1 + epsilon_high; null: epsilon
     beta: KLWeight = 0.0  # weight of the KL to the reference; at 0 no reference is needed
-    # advantages over the deviation in their row, in the micro-batch, or as is
+    # divide advantages by the standard deviation in their row, in the micro-batch, or not at all
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    # weigh the KL by the ratio, so that its gradient is the KL's own; false: as in GRPO's paper
+    # weight the KL by the ratio, so that its gradient is that of the KL; false: as in GRPO's paper
     use_bias_correction_kl: bool = True
 
     @property

@@ -20,7 +20,7 @@ from luthier.registry import objective
 class DAPO(PolicyGradient):
     """The clipped surrogate of each token."""
 
-    epsilon_high: NotNegative | None = 0.28  # to 1 + epsilon_high; null: epsilon
+    epsilon_high: NotNegative | None = 0.28  # upper clip bound: 1 + epsilon_high; null: epsilon
 
     def loss(self, roles, batch):
         return self.tokens(roles, batch)

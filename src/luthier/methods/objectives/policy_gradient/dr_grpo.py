@@ -26,9 +26,9 @@ class DrGRPO(PolicyGradient):
 
     unit = "sequence"
 
-    # advantages over the deviation in their row, in the micro-batch, or as is
+    # divide advantages by the standard deviation in their row, in the micro-batch, or not at all
     scale_rewards: Literal["group", "batch", "none"] = "none"
-    # what every sum is divided by; the rollout's max_new_tokens
+    # constant by which every sum is divided; the rollout's max_new_tokens
     max_completion_length: Annotated[int, Field(ge=1)] = 256
 
     def loss(self, roles, batch):

@@ -65,7 +65,7 @@ class Pairs(Objective):
     starting_rate: ClassVar[str] = "that of `dpo`."
     unit = "group"
 
-    beta: Beta = 0.1  # strength of the pull towards the reference
+    beta: Beta = 0.1  # strength of the regularisation towards the reference
 
     def values(self, roles: Any, batch: Batch) -> Tensor:
         """[N] how much the policy prefers a completion; beta times this is its implicit reward."""

@@ -24,7 +24,7 @@ class CPO(Pairs):
     """
 
     label_smoothing: Probability = 0.0  # share of pairs that may be labelled the wrong way round
-    cpo_alpha: NotNegative = 1.0  # weight of the likelihood of the chosen one
+    cpo_alpha: NotNegative = 1.0  # weight of the likelihood of the chosen completion
 
     def terms(self):
         return [(1.0, self), *([(self.cpo_alpha, ChosenSFT())] if self.cpo_alpha else [])]

@@ -30,9 +30,9 @@ class D3PO(Objective):
     one per step.
     """
 
-    beta: Beta = 0.1  # strength of the pull towards the reference
-    eps: Annotated[float, Field(gt=0, lt=1)] = 0.1  # a step's ratio counts from 1 - eps to 1 + eps
-    step: Annotated[int, Field(ge=1)] = 1  # tokens of a step
+    beta: Beta = 0.1  # strength of the regularisation towards the reference
+    eps: Annotated[float, Field(gt=0, lt=1)] = 0.1  # a step's ratio is clipped to 1 - eps .. 1 + eps
+    step: Annotated[int, Field(ge=1)] = 1  # tokens per step
 
     def steps(self, batch):
         """[G] how many steps both sides of a row have; none where its completions score alike."""

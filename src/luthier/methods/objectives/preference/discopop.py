@@ -21,7 +21,7 @@ from luthier.registry import objective
 class DiscoPOP(Pairs):
     """(1 - m) * logistic(x) + m * exp(-x), x = beta * margin, m = s(x / discopop_tau)."""
 
-    discopop_tau: Positive = 0.05  # how sharply the two parts change over
+    discopop_tau: Positive = 0.05  # temperature of the transition between the two parts
 
     def cost(self, margin):
         x = self.beta * margin

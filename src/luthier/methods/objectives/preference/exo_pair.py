@@ -26,7 +26,7 @@ from luthier.registry import objective
 class EXO(Pairs):
     """KL(q || p), q = [s(beta * margin), s(-beta * margin)], p = [1 - label_smoothing, label_smoothing]."""
 
-    # p of the rejected one; at 0 the KL would be infinite
+    # p of the rejected completion; at 0 the KL would be infinite
     label_smoothing: Annotated[float, Field(gt=0, lt=1)] = 1e-3
 
     def cost(self, margin):

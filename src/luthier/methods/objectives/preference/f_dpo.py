@@ -36,7 +36,7 @@ class FDPO(DPO):
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
         "js_divergence"
     )
-    # of alpha_divergence: towards 1 the reverse KL, towards 0 the forward KL
+    # alpha of alpha_divergence: towards 1 the reverse KL, towards 0 the forward KL
     f_alpha_divergence_coef: float = 0.5
 
     def values(self, roles, batch):

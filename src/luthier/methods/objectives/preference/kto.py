@@ -35,7 +35,7 @@ class KTO(Objective):
 
     unit = "sequence"
 
-    beta: Beta = 0.1  # strength of the pull towards the reference
+    beta: Beta = 0.1  # strength of the regularisation towards the reference
     desirable_weight: Positive = 1.0  # weight of good completions
     undesirable_weight: Positive = 1.0  # weight of bad completions
 

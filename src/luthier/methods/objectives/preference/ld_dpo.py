@@ -21,7 +21,7 @@ from luthier.registry import objective
 class LDDPO(DPO):
     """DPO on log-ratios in which tokens past the shorter side's length are weighted by ld_alpha."""
 
-    ld_alpha: Probability = 0.5  # weight of the tokens that only the longer side has
+    ld_alpha: Probability = 0.5  # weight of the tokens past the shorter side's length
 
     def values(self, roles, batch):
         common = torch.minimum(*(batch.lengths[side] for side in best_and_worst(batch)))[batch.group]  # [N]

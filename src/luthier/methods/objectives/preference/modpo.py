@@ -30,7 +30,7 @@ class MODPO(Pairs):
     sum of weights.
     """
 
-    # of each other aim, by its name in `rewards`
+    # weight of each other goal, by its name in `rewards`
     weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
 
     def __post_init__(self):

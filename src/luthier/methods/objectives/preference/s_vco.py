@@ -32,8 +32,8 @@ class SVCO(Objective):
 
     unit = "group"
 
-    beta_attend: Beta = 0.1  # of what the right context should add
-    beta_reject: Beta = 0.1  # of what the wrong context should take away
+    beta_attend: Beta = 0.1  # scale of the term for the right context
+    beta_reject: Beta = 0.1  # scale of the term for the wrong context
 
     def loss(self, roles, batch):
         own, none, other = batch.sums(log_ratios(roles, batch)).view(-1, 2, 3).unbind(2)  # [G, answers] each

@@ -20,7 +20,7 @@ from luthier.registry import objective
 class SigmoidNorm(DPO):
     """-log sigmoid(beta * (mean log-ratio of the best - mean log-ratio of the worst))."""
 
-    beta: Beta = 5.0  # strength of the pull towards the reference, on means
+    beta: Beta = 5.0  # strength of the regularisation towards the reference, for means
 
     def values(self, roles, batch):
         return batch.means(log_ratios(roles, batch))

@@ -21,7 +21,7 @@ class SimPO(Pairs):
     """-log sigmoid(beta * (mean log p of the best - mean log p of the worst) - simpo_gamma)."""
 
     beta: Beta = 2.0  # scale of the reward
-    simpo_gamma: NotNegative = 0.5  # margin that the chosen one is to win by
+    simpo_gamma: NotNegative = 0.5  # target margin between the chosen and the rejected completion
     label_smoothing: Probability = 0.0  # share of pairs that may be labelled the wrong way round
 
     def values(self, roles, batch):

@@ -24,8 +24,8 @@ from luthier.registry import objective
 class TDPO(Pairs):
     """-log sigmoid(beta * (margin - alpha * (KL of the worst - KL of the best, not differentiated)))."""
 
-    alpha: NotNegative = 0.5  # weight of the drifts; 0 is DPO; not used by the first form
-    if_tdpo2: bool = True  # the second form
+    alpha: NotNegative = 0.5  # weight of the KLs; 0 is DPO; not used by the first form
+    if_tdpo2: bool = True  # use the paper's second form
 
     def loss(self, roles, batch):
         def of(z, reference):

@@ -50,14 +50,15 @@ class AdamV2(Objective):
 
     # number of parts of a whole; the same in role `part_whole`
     parts_of_whole: Annotated[int, Field(ge=2)] = 2
-    localizability: Annotated[float, Field(ge=0)] = 1.0  # weight of telling parts apart
+    localizability: Annotated[float, Field(ge=0)] = 1.0  # weight of distinguishing parts
     composability: Annotated[float, Field(ge=0)] = 1.0  # weight of composing the whole from its parts
     decomposability: Annotated[float, Field(ge=0)] = 1.0  # weight of decomposing the whole into its parts
     # granularities, an equal share of the run each; every one halves the wholes
     levels: Annotated[int, Field(ge=1)] = 3
     noise: Probability = 0.15  # share of the student's input tokens that is replaced at random
-    temperature: Annotated[float, Field(gt=0), Range(0.05, 0.5, log=True)] = 0.2  # of the contrast
-    prune: float = 0.95  # parts that the teacher finds nearer to each other than this are no contrast
+    # temperature of the contrastive loss
+    temperature: Annotated[float, Field(gt=0), Range(0.05, 0.5, log=True)] = 0.2
+    prune: float = 0.95  # parts whose similarity for the teacher is above this are no negatives
 
     def count(self, batch):
         return len(long_enough(batch, self.parts_of_whole))

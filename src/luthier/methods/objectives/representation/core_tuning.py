@@ -51,13 +51,13 @@ class CoreTuning(Objective):
 
     unit = "sequence"
 
-    eta: Annotated[NotNegative, Range(0.1, 10, log=True)] = 1.0  # weight of the contrast
+    eta: Annotated[NotNegative, Range(0.1, 10, log=True)] = 1.0  # weight of the contrastive loss
     boundary: NotNegative = 1.0  # weight of the mixed features' cross-entropy
-    # of the contrast (0.07 in the paper, behind two more layers)
+    # temperature of the contrastive loss (0.07 in the paper, behind two more layers)
     temperature: Annotated[float, Field(gt=0), Range(0.05, 1.0, log=True)] = 0.5
-    alpha: Annotated[float, Field(gt=0)] = 1.0  # shares are drawn from Beta(alpha, alpha)
+    alpha: Annotated[float, Field(gt=0)] = 1.0  # mixing shares are drawn from Beta(alpha, alpha)
     mixing: bool = True  # false: no mixed features
-    focal: bool = True  # false: every pair weighs alike (SupCon)
+    focal: bool = True  # false: every pair has the same weight (SupCon)
 
     def count(self, batch):
         return len(answered(batch))

@@ -43,7 +43,7 @@ class DRTune(Objective):
     pretrained feature.
     """
 
-    weight: Annotated[float, Field(ge=0)] = 1.0  # of the pretrained features; 0: plain SFT
+    weight: Annotated[float, Field(ge=0)] = 1.0  # weight of the pretrained features' loss; 0: plain SFT
 
     def loss(self, roles, batch):
         out = roles.policy.outputs(batch)

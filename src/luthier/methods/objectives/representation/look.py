@@ -39,8 +39,8 @@ class Look(Objective):
 
     unit = "sequence"
 
-    k: Annotated[int, Field(ge=1), Range(10, 400, log=True)] = 200  # neighbours that vote
-    # of the vote: the lower, the more the nearest count
+    k: Annotated[int, Field(ge=1), Range(10, 400, log=True)] = 200  # number of neighbours that vote
+    # temperature of the vote: the lower, the more the nearest count
     temperature: Annotated[float, Field(gt=0), Range(0.03, 0.3, log=True)] = 0.1
 
     def count(self, batch):

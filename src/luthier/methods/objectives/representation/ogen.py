@@ -54,12 +54,12 @@ class OGEN(Objective):
 
     unit = "sequence"
 
-    reconstruction: Weight = 1.0  # weight of the squared distance of generated states from real ones
-    # weight of the cross-entropy of generated states of the row's class, and of its neighbours'
+    reconstruction: Weight = 1.0  # weight of the squared distance of generated features from real ones
+    # weight of the cross-entropy of generated features of the row's class, and of its neighbours'
     base_classes: Weight = 0.25
-    new_classes: Weight = 0.5  # weight of the cross-entropy of generated states of unknown classes
-    distillation: Weight = 1.0  # weight of KL(teacher || policy) on generated states of unknown classes
-    warmup: Probability = 0.2  # share of the run in which no generated state is classified
+    new_classes: Weight = 0.5  # weight of the cross-entropy of generated features of unknown classes
+    distillation: Weight = 1.0  # weight of KL(teacher || policy) on generated features of unknown classes
+    warmup: Probability = 0.2  # share of the run before generated features are classified
 
     def count(self, batch):
         return len(answered(batch))

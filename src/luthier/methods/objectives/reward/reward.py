@@ -29,7 +29,7 @@ class Reward(Objective):
 
     unit = "group"
 
-    # weight of the square of both values' sum (TRL advises 0.01)
+    # weight of the squared sum of both values (TRL recommends 0.01)
     center_rewards_coefficient: NotNegative = 0.0
 
     def loss(self, roles, batch):

@@ -28,7 +28,7 @@ from luthier.registry import family, nested, objective
 class BySource(Objective):
     """One term a source, named as the source."""
 
-    # what the column holds; other rows count nowhere
+    # values of the column; rows with other values are ignored
     sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("train", "validation")
     inner: Annotated[Any, nested("objective")] = "sft"  # what is averaged over each source
 

@@ -34,7 +34,7 @@ class FSFT(Objective):
     beta: Beta = 0.1  # scale of the implicit reward
     # r, r - r^2 / 4, or r / (1 + r) above r = -1
     divergence: Literal["total_variation", "chi2", "hellinger"] = "chi2"
-    level: Literal["token", "sequence"] = "token"  # whose log-ratio r is
+    level: Literal["token", "sequence"] = "token"  # whether r is the log-ratio of a token or of a completion
 
     def count(self, batch):
         return batch.count(self.level)

@@ -30,9 +30,8 @@ class IFT(Objective):
     completion.
     """
 
-    # share of the model's own prediction in the mixed input; 0: the given tokens alone
-    lam: Probability = 0.2
-    gamma: Probability = 0.95  # discount from a token to the next; 0 weighs all alike
+    lam: Probability = 0.2  # share of the model's own prediction in the mixed input; 0: the given tokens only
+    gamma: Probability = 0.95  # discount per token; 0 weights all tokens equally
 
     def loss(self, roles, batch):
         with torch.no_grad():

@@ -28,10 +28,10 @@ from luthier.registry import Range, objective
 class MaskedThought(Tokens):
     """-log p of each supervised token, given the partly masked tokens before it."""
 
-    # share of the learned tokens that is hidden, once warmed up
+    # share of the supervised tokens that is masked, after warm-up
     mask_probability: Annotated[Probability, Range(0.1, 0.5)] = 0.4
     warmup: Probability = 2 / 3  # share of the run over which it rises from 0
-    replace: Literal["mask", "random"] = "mask"  # by what: the mask token, or any token
+    replace: Literal["mask", "random"] = "mask"  # replace by the mask token, or by a random token
 
     def rate(self, clock) -> float:
         """The share that is hidden at this step."""

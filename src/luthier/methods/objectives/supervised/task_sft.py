@@ -23,7 +23,7 @@ from luthier.registry import objective
 class TaskSFT(Objective):
     """-log p of each supervised token of the completions of a task."""
 
-    task: str = "answer"  # as `tasks` has it
+    task: str = "answer"  # the task's name in the column `tasks`
 
     def chosen(self, batch):
         """[T] is this a token of the task?"""

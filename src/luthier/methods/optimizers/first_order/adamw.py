@@ -16,9 +16,9 @@ from luthier.registry import optimizer
 class AdamW(Optimizer):
     """The same as `optim: [clip, adam, weight_decay]`."""
 
-    adam_beta1: float = 0.9  # memory of the mean
-    adam_beta2: float = 0.999  # memory of the square
-    adam_epsilon: float = 1e-8  # floor of the denominator
+    adam_beta1: float = 0.9  # decay rate of the mean
+    adam_beta2: float = 0.999  # decay rate of the mean square
+    adam_epsilon: float = 1e-8  # added to the denominator
 
     def chain(self):
         adam = Adam(adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2, adam_epsilon=self.adam_epsilon)

@@ -18,7 +18,7 @@ class Lion(Optimizer):
     """The same as `optim: [clip, lion, weight_decay]`."""
 
     beta1: float = 0.9  # share of the old momentum in the step
-    beta2: float = 0.99  # memory of the momentum
+    beta2: float = 0.99  # decay rate of the momentum
 
     def chain(self):
         sign = Sign(beta1=self.beta1, beta2=self.beta2)

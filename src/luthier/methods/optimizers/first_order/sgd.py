@@ -18,7 +18,7 @@ class SGD(Optimizer):
     """
 
     momentum: float = 0.0  # share of the last step that is kept
-    nesterov: bool = False  # look ahead along the momentum
+    nesterov: bool = False  # Nesterov momentum
 
     def chain(self):
         ball = (Momentum(momentum=self.momentum, nesterov=self.nesterov),) if self.momentum else ()

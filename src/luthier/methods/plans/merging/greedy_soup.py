@@ -24,9 +24,9 @@ from luthier.registry import plan
 class GreedySoup(Plan):
     """Each run is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are merged."""
 
-    of: list[dict[str, Any]]  # changes to the recipe, one set an ingredient
-    metric: str = "loss"  # what decides, as an evaluator names it
-    greater_is_better: bool = False  # of the metric
+    of: list[dict[str, Any]]  # changes to the recipe, one set per run
+    metric: str = "loss"  # metric that decides
+    greater_is_better: bool = False  # whether a higher metric is better
 
     def __post_init__(self):
         if len(self.of) < 2:

@@ -32,13 +32,13 @@ class RAFT(Plan):
     all rounds are run and the last one is returned.
     """
 
-    rounds: Annotated[int, Field(ge=1), Range(2, 10)] = 5  # at most
+    rounds: Annotated[int, Field(ge=1), Range(2, 10)] = 5  # maximum number of rounds
     reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores answers
     n: Annotated[int, Field(ge=1), Range(4, 32, log=True)] = 8  # completions of each prompt
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of a completion at most
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling; the paper takes 0.85 to 1
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # maximum tokens of a completion
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # sampling temperature; the paper uses 0.85 to 1
     least: float | None = None  # rows whose best answer scores lower are left out of the round
-    # price of a nat away from the untuned model, taken off the reward
+    # coefficient of the KL to the untuned model, subtracted from the reward
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
     judged: Annotated[int, Field(ge=1)] = 256  # held-out prompts on which a round is evaluated
 

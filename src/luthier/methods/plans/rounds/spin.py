@@ -28,10 +28,10 @@ class SPIN(Plan):
     """`rounds` times against_self and dpo, each continuing from the last."""
 
     rounds: Annotated[int, Field(ge=1), Range(1, 4)] = 3  # number of self-play rounds
-    beta: float | list[float] = 0.1  # of dpo (lambda in the paper); a list gives each round its own
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of an own answer at most
-    temperature: Annotated[float, Field(ge=0)] = 1.0  # of sampling
-    mix_last: bool = True  # learn the pairs of the round before again
+    beta: float | list[float] = 0.1  # beta of dpo (lambda in the paper); a list gives one per round
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # maximum tokens of a sampled answer
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # sampling temperature
+    mix_last: bool = True  # train on the pairs of the previous round again
 
     def __post_init__(self):
         if isinstance(self.beta, list) and len(self.beta) != self.rounds:

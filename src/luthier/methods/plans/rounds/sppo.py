@@ -26,9 +26,9 @@ class SPPO(Plan):
     rounds: Annotated[int, Field(ge=1), Range(1, 5)] = 3  # number of self-play rounds
     reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores answers
     beta: Annotated[float, Field(gt=0), Range(1e-4, 1.0, log=True)] = 1e-3  # 1 / eta of the paper
-    n: Annotated[int, Field(ge=2)] = 5  # completions of each prompt; the best and the worst are learned from
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of a completion at most
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling
+    n: Annotated[int, Field(ge=2)] = 5  # completions of each prompt; the best and the worst are trained on
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # maximum tokens of a completion
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # sampling temperature
 
     def recipes(self, recipe):
         sampling = {

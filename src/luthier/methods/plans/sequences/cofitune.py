@@ -36,8 +36,8 @@ class CoFiTune(Plan):
 
     scores: dict[str, float] = field(
         default_factory=lambda: {"accuracy": 1.0, "retention_accuracy": 1.0}
-    )  # what an evaluator measures -> its weight in the sum
-    soft_mask: bool = False  # whether candidates are tuned with the fine mask, too
+    )  # metric -> its weight in the sum
+    soft_mask: bool = False  # whether candidates are tuned with the fine mask as well
 
     def __post_init__(self):
         if not self.scores:

@@ -26,13 +26,13 @@ from luthier.registry import plan, spec
 class MEET(Plan):
     """Tuner `control`, alone and then with the recipe's tuner, on rows sorted by stage `buckets`."""
 
-    buckets: Annotated[int, Field(ge=2)] = 2  # kinds of answers, by their scores
-    num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each kind
+    buckets: Annotated[int, Field(ge=2)] = 2  # number of kinds of answers, by score
+    num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors per kind
     # control texts to start from, the worst kind first, e.g. ["A bad answer:", "A good answer:"]
     texts: tuple[str, ...] = ()
-    # of the first run: soft prompts need a high one
+    # learning rate of the first run; soft prompts need a high one
     control_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    # steps of the first run; null: as the recipe has; 0: the second run only, the baseline
+    # steps of the first run; null: those of the recipe; 0: the second run only, the baseline
     control_steps: Annotated[int, Field(ge=0)] | None = None
 
     def recipes(self, recipe):

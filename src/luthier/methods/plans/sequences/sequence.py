@@ -24,7 +24,7 @@ MEASURES_ONLY = {"init_from", "evaluate", "eval_data"}
 class Sequence(Plan):
     """`plan: [{...}, {...}]` is short for it. `init_from: null` starts a run at the base model again."""
 
-    runs: list[dict[str, Any]]  # changes to the recipe, one set a run
+    runs: list[dict[str, Any]]  # changes to the recipe, one set per run
 
     def __post_init__(self):
         if not self.runs:

@@ -47,17 +47,17 @@ class Front(Plan):
 
     # name: a reward; not given: the rewards of the recipe's scoring stages
     goals: dict[str, Any] = field(default_factory=dict)
-    points: Annotated[int, Field(ge=2)] = 5  # models, their weights spread evenly
-    # the weights themselves, one list a model in the order of goals
+    points: Annotated[int, Field(ge=2)] = 5  # number of models, with evenly spread weights
+    # the weights themselves, one list per model in the order of goals
     preferences: list[list[float]] | None = None
-    # where the models between come from: each tuned, or the average of those at the ends
+    # how the models between the ends are made: each tuned, or the average of those at the ends
     between: Literal["tuned", "average"] = "tuned"
-    least: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # weight of a goal at least
+    least: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # minimum weight of a goal
     # reference point of the hypervolume in each goal; else 0 for shares, the lowest value for others
     worst: dict[str, float] = field(default_factory=dict)
     judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
-    samples: Annotated[int, Field(ge=1)] = 1  # answers to each
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens of an answer at most
+    samples: Annotated[int, Field(ge=1)] = 1  # answers per prompt
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64  # maximum tokens of an answer
 
     def __post_init__(self):
         for reward in self.goals.values():

@@ -28,11 +28,11 @@ class IntrinsicDimension(Plan):
 
     # values of d, in ascending order
     dimensions: Annotated[tuple[int, ...], Field(min_length=1)] = (100, 200, 400, 800, 1600, 3200)
-    # each is run for each d
+    # learning rates that are tried for each d
     learning_rates: Annotated[tuple[float, ...], Field(min_length=1)] = (0.03, 0.1, 0.3)
-    share: Annotated[float, Field(gt=0, le=1)] = 0.9  # of full tuning's metric
-    metric: str = "accuracy"  # what counts, higher is better, as an evaluator names it
-    structure_aware: bool = True  # a scale of its own for each module
+    share: Annotated[float, Field(gt=0, le=1)] = 0.9  # share of full fine-tuning's metric to reach
+    metric: str = "accuracy"  # metric that counts; higher is better
+    structure_aware: bool = True  # a separate scale for each module
 
     def recipes(self, recipe):
         full = yield recipe.but(tuner="full")

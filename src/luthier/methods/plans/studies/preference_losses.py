@@ -33,10 +33,10 @@ class PreferenceLosses(Plan):
         "ipo",
         "simpo",
         "orpo",
-    )  # the losses, as a recipe names them
+    )  # the losses to compare, as in a recipe
     reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores answers
     judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens of an answer at most
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64  # maximum tokens of an answer
     flag: Annotated[float, Field(gt=1)] = 1.2  # warn where answers have become longer by this factor
 
     def recipes(self, recipe):

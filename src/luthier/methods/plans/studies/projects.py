@@ -23,8 +23,8 @@ WAYS = ("full", {"name": "part", "part": "embeddings"}, {"name": "part", "part":
 class Projects(Plan):
     """`of` names each project's rows; `ways` the tuners that are compared on each."""
 
-    of: list[dict[str, Any]]  # changes to the recipe, one set a project: {data: ..., eval_data: ...}
-    # a tuner each, or changes to the recipe that hold a tuner: {tuner: ..., learning_rate: ...}
+    of: list[dict[str, Any]]  # changes to the recipe, one set per project: {data: ..., eval_data: ...}
+    # tuners, or changes to the recipe with a tuner: {tuner: ..., learning_rate: ...}
     ways: tuple[Any, ...] = WAYS
     metric: str = "loss"  # selects the best run, lower is better
 

@@ -63,7 +63,7 @@ class CodeBook(Quantizer):
     levels: ClassVar[tuple[float, ...]]
 
     block_size: int = 64  # weights that share a scale
-    double_quant: bool = True  # keep the scales in 8 bits, too (bnb_4bit_use_double_quant)
+    double_quant: bool = True  # quantize the scales to 8 bits, too (bnb_4bit_use_double_quant)
 
     def __post_init__(self):
         if self.block_size < 2 or self.block_size % 2:

@@ -39,7 +39,7 @@ class VQ(Quantizer):
 
     nbits_per_codebook: Annotated[int, Field(ge=1, le=8)] = 8  # bits of a code
     in_group_size: Annotated[int, Field(ge=1)] = 2  # weights per code
-    iterations: Annotated[int, Field(ge=0)] = 10  # of k-means
+    iterations: Annotated[int, Field(ge=0)] = 10  # iterations of k-means
 
     def __post_init__(self):
         if self.in_group_size < 1:

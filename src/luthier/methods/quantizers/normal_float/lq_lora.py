@@ -46,12 +46,12 @@ class LQLoRA(Quantizer):
 
     whole: ClassVar[bool] = True
 
-    target_bits: Annotated[float, Field(gt=0)] = 2.75  # of Q, a weight on average over all matrices
-    rank: Annotated[int, Range(8, 128, log=True), Field(ge=1)] = 64  # of L1 L2
-    num_iters: Annotated[int, Field(ge=1)] = 100  # turns at most
+    target_bits: Annotated[float, Field(gt=0)] = 2.75  # average bits per weight of Q over all matrices
+    rank: Annotated[int, Range(8, 128, log=True), Field(ge=1)] = 64  # rank of L1 L2
+    num_iters: Annotated[int, Field(ge=1)] = 100  # maximum iterations
     fisher: bool = False  # weight errors by squared gradients on the first rows
     init_rows: int = 32  # rows whose gradients are squared
-    # forms of Q that the program may choose from: see quantizer nf
+    # formats of Q that the program may choose from: see quantizer nf
     num_bits_0: tuple[Bits, ...] = (2, 3, 4, 8)
     num_bits_1: tuple[Bits, ...] = (8,)  # ... of blocks' magnitudes
     block_size_0: tuple[int, ...] = (16, 32, 64)  # ... weights of a block

@@ -24,11 +24,11 @@ from luthier.registry import quantizer
 class NF(Quantizer):
     """NormalFloat codes; block magnitudes as integers; their largest as a 16- or 32-bit float."""
 
-    num_bits_0: Literal[2, 3, 4, 8] = 4  # of a weight's code
-    num_bits_1: Literal[2, 3, 4, 8] = 8  # of a block's magnitude
-    block_size_0: int = 64  # weights of a block
+    num_bits_0: Literal[2, 3, 4, 8] = 4  # bits of a weight's code
+    num_bits_1: Literal[2, 3, 4, 8] = 8  # bits of a block's magnitude
+    block_size_0: int = 64  # weights per block
     block_size_1: int = 256  # magnitudes that share a second scale
-    second_dtype: Literal["bfloat16", "float16", "float32"] = "float32"  # of the second scale
+    second_dtype: Literal["bfloat16", "float16", "float32"] = "float32"  # dtype of the second scale
 
     def quantize(self, W, stats=None):
         flat = W.reshape(-1).float()

@@ -33,8 +33,8 @@ class GPTQ(RTN):
     whole: ClassVar[bool] = True
     reads: ClassVar[str] = "hessian"
 
-    damp_percent: float = 0.01  # of H's mean diagonal, added to it
-    init_rows: int = 64  # rows that H is made of
+    damp_percent: float = 0.01  # share of H's mean diagonal that is added to the diagonal
+    init_rows: int = 64  # rows from which H is computed
 
     def quantize(self, W, stats=None):
         if stats is None:

@@ -31,9 +31,8 @@ class RTN(Quantizer):
 
     continuous: ClassVar[tuple[str, ...]] = ("scale", "low")
 
-    bits_per_weight: Annotated[int, Field(ge=1, le=8)] = 4  # of each code
-    # weights that share a scale and a least number, 16 bits each; they run along the rows
-    group_size: int = 64
+    bits_per_weight: Annotated[int, Field(ge=1, le=8)] = 4  # bits per code
+    group_size: int = 64  # weights that share a scale and a minimum, 16 bits each; groups run along the rows
 
     def __post_init__(self):
         if self.group_size < 2:

@@ -17,8 +17,8 @@ from luthier.registry import reward
 class Length(Reward):
     """scale * words (or characters). A negative scale rewards brevity."""
 
-    of: Literal["words", "characters"] = "words"  # what is counted
-    scale: float = 1.0  # score of one of them
+    of: Literal["words", "characters"] = "words"  # unit that is counted
+    scale: float = 1.0  # score per unit
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         return [self.scale * (len(t.split()) if self.of == "words" else len(t)) for t in texts]

@@ -32,7 +32,7 @@ class ExactMatch(Reward):
     """
 
     extract: Literal["none", "last_number", "after"] = "none"  # where the answer is in the text
-    marker: str = "####"  # with after: the answer is the rest of the line behind the last of these
+    marker: str = "####"  # with extract: after, the answer is the rest of the line behind the last of these
     ignore_case: bool = False  # Paris = paris
     ignore_space: bool = True  # runs of white space count as one blank, none at the ends
     ignore_punctuation: bool = False  # ignore . , ; : ! ? quotes and brackets

@@ -33,8 +33,8 @@ class Math(Reward):
     any thread. The library's own time limit is a signal, which only the main thread may set.
     """
 
-    timeout: float = 5.0  # seconds for one text
-    memory_mb: int = 4096  # address space of the process that compares
+    timeout: float = 5.0  # maximum seconds per text
+    memory_mb: int = 4096  # memory limit of the process that compares
 
     def __post_init__(self):
         if find_spec("math_verify") is None:

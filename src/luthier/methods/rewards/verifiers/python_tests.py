@@ -25,11 +25,11 @@ class PythonTests(Reward):
     untrusted code, check what the sandbox protects from on this machine (`luthier doctor`).
     """
 
-    all_or_nothing: bool = False  # 1 when every test passes, else 0, in place of the share
+    all_or_nothing: bool = False  # 1 if every test passes, else 0, instead of the share
     prefix: str = ""  # column put before the code, such as prompt where the model completes a function
-    timeout: float = 5.0  # seconds for the code and all its tests
-    memory_mb: int = 512  # address space of the program
-    packages: bool = False  # may the code import what is installed here, or the standard library alone
+    timeout: float = 5.0  # maximum seconds for the code and all its tests
+    memory_mb: int = 512  # memory limit of the program
+    packages: bool = False  # allow the code to import installed packages; false: only the standard library
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """Between 0.0 and 1.0 per text; a text that says the same as another is run once."""

@@ -30,9 +30,9 @@ from luthier.registry import role
 class SnapshotAverage(Role):
     """An average over a window of snapshots. Each takes a copy of the trainable parameters."""
 
-    most: Annotated[int, Field(ge=1)] = 9  # snapshots that are averaged in the end
-    least: Annotated[int, Field(ge=1)] = 2  # and at first
-    every: Annotated[float, Field(gt=0)] = 0.05  # steps from one to the next; below 1 a share of the run
+    most: Annotated[int, Field(ge=1)] = 9  # snapshots that are averaged at the end
+    least: Annotated[int, Field(ge=1)] = 2  # snapshots that are averaged at first
+    every: Annotated[float, Field(gt=0)] = 0.05  # steps between snapshots; below 1 a share of the run
 
     def __post_init__(self):
         if self.least > self.most:

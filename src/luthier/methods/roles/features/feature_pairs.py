@@ -36,7 +36,7 @@ FEATURE_PAIRS = Capability(
 class FeaturePairs(Role):
     """[size, 2 * width], and the first token of each answer."""
 
-    size: Annotated[int, Field(ge=2)] = 2048  # pairs that are kept
+    size: Annotated[int, Field(ge=2)] = 2048  # number of stored pairs
 
     def parts(self, policy):
         return {"pairs": Pairs(self.size, 2 * width_of(policy)).to(next(policy.model.parameters()).device)}

@@ -44,11 +44,11 @@ GENERATOR = Capability(
 class Generator(Role):
     """Cross attention from a class to its neighbours, trained along with the policy."""
 
-    base_classes: list[str]  # classes that the rows have, as they are answered
+    base_classes: list[str]  # classes of the rows, as their answers name them
     new_classes: list[str]  # classes that no row has
     k: Annotated[int, Field(ge=1)] = 3  # number of nearest classes that are attended to
-    num_heads: Annotated[int, Field(ge=1)] = 4  # of the attention
-    # share of a class's statistics that is kept at a step with rows of it
+    num_heads: Annotated[int, Field(ge=1)] = 4  # attention heads
+    # share of a class's statistics that is kept at each update
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.9
 
     def __post_init__(self):

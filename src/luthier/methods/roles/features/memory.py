@@ -35,7 +35,7 @@ MEMORY = Capability(
 class Memory(Role):
     """Features [size, width] with their classes."""
 
-    size: Annotated[int, Field(ge=1)] = 4096  # features that are kept
+    size: Annotated[int, Field(ge=1)] = 4096  # number of stored features
 
     def parts(self, policy):
         return {"features": Features(self.size, width_of(policy)).to(next(policy.model.parameters()).device)}

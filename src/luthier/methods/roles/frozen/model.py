@@ -31,8 +31,8 @@ class Model(Role):
 
     constant = True
 
-    model: str = "toy:lm"  # folder of a model, a run or an adapter; hub name, or toy:NAME
-    quantization: AnyQuantizer = None  # of its linear weights, e.g. nf4; null: as they are
+    model: str = "toy:lm"  # folder of a model, a run or an adapter; Hub name, or toy:NAME
+    quantization: AnyQuantizer = None  # quantizer of its linear weights, e.g. nf4; null: none
 
     def __post_init__(self):
         if self.quantization is not None and (self.quantization.reads or self.quantization.whole):

@@ -31,7 +31,7 @@ class PartWhole(Role):
     """A composer and a decomposer, trained with the policy."""
 
     parts_of_whole: Annotated[int, Field(ge=2)] = 2  # number of parts of a whole
-    trained: bool = True  # false: the mean of the parts, and the whole for each part
+    trained: bool = True  # false: fixed heads, the mean of the parts, and the whole for each part
 
     def parts(self, policy):
         heads = Heads(width_of(policy), self.parts_of_whole, self.trained)

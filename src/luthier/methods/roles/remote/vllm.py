@@ -50,7 +50,7 @@ class VLLM(Endpoint):
     NAME OF THIS ROLE}]`.
     """
 
-    # folder that the server finds under the same path; not given: a temporary one of this machine
+    # folder that the server can read under the same path; not given: a temporary one on this machine
     adapter_dir: str | None = None
     connections: Annotated[int, Field(ge=1)] = 64  # concurrent requests
 

@@ -55,9 +55,10 @@ class Shares(Searcher):
     end.
     """
 
-    # from one share to the next; of brackets: one in so many goes on
+    # ratio between two fractions of the steps; one in eta configurations continues
     eta: Annotated[float, Field(gt=1)] = 3.0
-    min_share: Annotated[float, Field(gt=0, le=1)] = 1 / 9  # of the steps, after which the first are measured
+    # fraction of the steps after which configurations are first measured
+    min_share: Annotated[float, Field(gt=0, le=1)] = 1 / 9
 
     @property
     def rungs(self) -> int:
@@ -76,7 +77,7 @@ class Shares(Searcher):
 class Brackets(Shares):
     """Family: `bracket` returns the rungs of the n-th bracket."""
 
-    inner: Annotated[Any, nested("searcher")] = "random"  # who proposes new configurations
+    inner: Annotated[Any, nested("searcher")] = "random"  # searcher that proposes new configurations
 
     def bracket(self, number: int) -> Bracket:
         raise NotImplementedError

@@ -21,7 +21,7 @@ from luthier.registry import searcher
 class Halving(Brackets):
     """The same bracket, repeated."""
 
-    n: Annotated[int, Field(ge=1)] = 9  # configurations of a bracket
+    n: Annotated[int, Field(ge=1)] = 9  # configurations per bracket
 
     def bracket(self, number):
         return _brackets.halving(self.n, self.shares[0], self.eta)

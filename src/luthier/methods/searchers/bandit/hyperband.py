@@ -24,7 +24,7 @@ from luthier.registry import nested, searcher
 class Hyperband(Brackets):
     """Brackets s = s_max .. 0: ceil((s_max + 1) / (s + 1) * eta^s) configurations that begin at eta^-s."""
 
-    inner: Annotated[Any, nested("searcher")] = "tpe"  # who proposes new configurations
+    inner: Annotated[Any, nested("searcher")] = "tpe"  # searcher that proposes new configurations
 
     def bracket(self, number):
         most = self.rungs

@@ -28,10 +28,10 @@ from luthier.registry import searcher
 class DEHB(Hyperband):
     """With min_share 1 it is differential evolution."""
 
-    factor: Annotated[float, Field(gt=0, le=2)] = 0.5  # F
+    factor: Annotated[float, Field(gt=0, le=2)] = 0.5  # mutation factor F
     # share of the settings that a child keeps of its parent; 0: the mutant
     crossover: Annotated[float, Field(ge=0, le=1)] = 0.5
-    population: Annotated[int, Field(ge=4)] = 8  # of a share, at least
+    population: Annotated[int, Field(ge=4)] = 8  # minimum size of a population
 
     def ask(self, space, history, goals, clock):
         number = 0

@@ -21,8 +21,9 @@ from luthier.registry import searcher
 class NSGA(OptunaSearcher):
     """The evolutionary baseline for several goals."""
 
-    population_size: Annotated[int, Field(ge=2)] = 10  # of a generation
-    crossover_prob: Annotated[float, Field(ge=0, le=1)] = 0.9  # else a child is its parent, mutated
+    population_size: Annotated[int, Field(ge=2)] = 10  # configurations per generation
+    # probability of crossover; else a child is its parent, mutated
+    crossover_prob: Annotated[float, Field(ge=0, le=1)] = 0.9
 
     def sampler(self, seed, constraints):
         return load_optuna().samplers.NSGAIISampler(

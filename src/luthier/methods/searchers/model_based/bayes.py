@@ -36,14 +36,15 @@ from luthier.registry import searcher
 class Bayes(Searcher):
     """For few and costly runs, up to about twenty settings; needs no further package."""
 
-    # what is measured next, where the goal is one
+    # acquisition function with a single goal
     acquisition: Literal["improvement", "knowledge_gradient"] = "improvement"
-    n_startup_trials: Annotated[int, Field(ge=1)] | None = None  # spread evenly first; null: 2 (d + 1)
-    # would the same configuration give the same numbers again? Else noise is fitted
+    # initial trials, spread evenly; null: 2 (d + 1)
+    n_startup_trials: Annotated[int, Field(ge=1)] | None = None
+    # the same configuration always gives the same numbers; false: noise is fitted
     deterministic_objective: bool = False
-    # scale of a prior under which few settings count (SAAS has 0.1); 0: all may
+    # scale of a prior by which few settings matter (SAAS has 0.1); 0: none
     sparse: Annotated[float, Field(ge=0)] = 0.0
-    n_simulations: Annotated[int, Field(ge=8)] = 64  # draws behind an expectation that has no closed form
+    n_simulations: Annotated[int, Field(ge=8)] = 64  # samples for an expectation without closed form
 
     def ask(self, space, history, goals, clock):
         n = self.n_startup_trials or 2 * (len(space.dims) + 1)

@@ -35,13 +35,13 @@ CHUNK = 256  # points whose improvement is computed at once
 class BoTorch(Searcher):
     """For costly runs and several noisy goals; many settings, of which few matter."""
 
-    # drawn at random first; null: 2 (settings + 1)
+    # initial random trials; null: 2 (settings + 1)
     n_startup_trials: Annotated[int, Field(ge=2)] | None = None
-    # of length scales; plain: BoTorch's own, which grows with the number of settings
+    # prior of the length scales; plain: BoTorch's own, which grows with the number of settings
     prior: Literal["saas", "plain"] = "saas"
-    candidates: Annotated[int, Field(ge=8)] = 512  # random points from which the climb starts
-    climbs: Annotated[int, Field(ge=0)] = 4  # times the best points' neighbours are looked at
-    samples: Annotated[int, Field(ge=8)] = 64  # by which the improvement is computed (quasi-random normals)
+    candidates: Annotated[int, Field(ge=8)] = 512  # random points from which the local search starts
+    climbs: Annotated[int, Field(ge=0)] = 4  # rounds of local search around the best points
+    samples: Annotated[int, Field(ge=8)] = 64  # quasi-random normals by which the improvement is computed
 
     def ask(self, space, history, goals, clock):
         draw = rng(clock, "ask", len(history))

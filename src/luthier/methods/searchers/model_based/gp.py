@@ -24,8 +24,8 @@ class GP(OptunaSearcher):
 
     conditional: ClassVar[bool] = False
 
-    n_startup_trials: Annotated[int, Field(ge=1)] = 10  # drawn at random first
-    deterministic_objective: bool = False  # would the same configuration give the same numbers again?
+    n_startup_trials: Annotated[int, Field(ge=1)] = 10  # initial random trials
+    deterministic_objective: bool = False  # the same configuration always gives the same numbers
 
     def sampler(self, seed, constraints):
         return load_optuna().samplers.GPSampler(

@@ -22,8 +22,8 @@ from luthier.registry import searcher
 class TPE(OptunaSearcher):
     """Tree-structured Parzen estimators, one goal or several, with constraints."""
 
-    n_startup_trials: Annotated[int, Field(ge=1)] = 10  # drawn at random first
-    n_ei_candidates: Annotated[int, Field(ge=1)] = 24  # from which the best ratio is taken
+    n_startup_trials: Annotated[int, Field(ge=1)] = 10  # initial random trials
+    n_ei_candidates: Annotated[int, Field(ge=1)] = 24  # candidates from which the best ratio is chosen
 
     def sampler(self, seed, constraints):
         return load_optuna().samplers.TPESampler(

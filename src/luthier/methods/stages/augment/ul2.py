@@ -39,11 +39,11 @@ class UL2(Stage):
 
     shares: dict[str, float] = Field(
         default_factory=lambda: {"R": 0.4, "X": 0.4, "S": 0.2}
-    )  # of the modes; within one its denoisers are even
-    # what a text of each mode begins with
+    )  # share of each mode; the denoisers within a mode are equally likely
+    # mode tokens that texts begin with
     modes: dict[str, str] = Field(default_factory=lambda: {"R": "[R] ", "X": "[X] ", "S": "[S] "})
-    sentinel: str = "<extra_id_{}>"  # replaces a masked span; {} is its number
-    target_share: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of a text that S hides, on average
+    sentinel: str = "<extra_id_{}>"  # text that replaces a masked span; {} is its number
+    target_share: Annotated[float, Field(gt=0, lt=1)] = 0.25  # average share of a text that S masks
 
     def __post_init__(self):
         odd = {*self.shares, *self.modes} - {"R", "X", "S"}

@@ -34,12 +34,12 @@ class AgainstSelf(Stage):
     the given answer are dropped.
     """
 
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of the sample at most
-    temperature: Annotated[float, Field(ge=0)] = 1.0  # of sampling
-    # sample among the likeliest tokens of this joint probability
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # maximum tokens of the sample
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # sampling temperature
+    # nucleus sampling: most likely tokens with this total probability
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    draw: int = 0  # another number, other samples
-    earlier: str | None = None  # folder of the round before: the pairs it made are learned again
+    draw: int = 0  # number of the draw; another number gives other samples
+    earlier: str | None = None  # folder of the previous round, whose pairs are trained on again
 
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)

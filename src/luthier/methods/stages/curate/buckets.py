@@ -33,7 +33,7 @@ class Buckets(Stage):
 
     asks_model = False
 
-    buckets: Annotated[int, Field(ge=2)] = 2  # how many
+    buckets: Annotated[int, Field(ge=2)] = 2  # number of bins
 
     def __call__(self, rows, roles):
         alone = sorted({float(r["scores"][0]) for r in rows if len(r["completions"]) == 1})

@@ -34,7 +34,7 @@ class KeyTokens(Stage):
     supervised token.
     """
 
-    most: Annotated[float, Field(ge=1)] = 9.0  # weight of a key token at most
+    most: Annotated[float, Field(ge=1)] = 9.0  # maximum weight of a key token
 
     def __call__(self, rows, roles):
         for row in self.usable(rows, roles):

@@ -30,8 +30,7 @@ class MaskFailedCalls(Stage):
 
     asks_model = False
 
-    # what a tool's answer holds where the call before it was wrong, whatever the case
-    errors: tuple[str, ...] = ERRORS
+    errors: tuple[str, ...] = ERRORS  # phrases in a tool's answer that mark a failed call, in any case
 
     def __call__(self, rows, roles):
         rows, out = list(rows), []

@@ -25,7 +25,7 @@ class Pairs(Stage):
 
     asks_model = False
 
-    margin: Annotated[float, Field(ge=0)] = 0.0  # the two scores differ by more than this
+    margin: Annotated[float, Field(ge=0)] = 0.0  # minimum difference of the two scores (exclusive)
 
     def __call__(self, rows, roles):
         rows, pairs = list(rows), []

@@ -27,10 +27,10 @@ class PredictExplain(Stage):
 
     asks_model = False
 
-    column: str = "rationale"  # where the rationale is
+    column: str = "rationale"  # name of the rationale column
     explain: str = "[rationale] "  # prefix of prompts that ask for the rationale
     predict: str = ""  # prefix of prompts that ask for the answer
-    before: str = ""  # prefix of a rationale (a blank, where the prompt ends without one)
+    before: str = ""  # prefix of a rationale (a space if the prompt ends without one)
 
     @property
     def active_requires(self):

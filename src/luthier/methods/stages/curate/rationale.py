@@ -31,7 +31,7 @@ class Rationale(Stage):
 
     asks_model = False
 
-    column: str = "rationale"  # where the rationale is
+    column: str = "rationale"  # name of the rationale column
     before: str = ""  # prefix of a rationale, which distinguishes it from an answer
 
     @property

@@ -33,7 +33,7 @@ class WinRates(Stage):
 
     asks_model = False
 
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # of the difference of two scores
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # divides the difference of two scores
 
     def __call__(self, rows, roles):
         for row in rows:

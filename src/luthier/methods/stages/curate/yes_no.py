@@ -35,9 +35,11 @@ class YesNo(Stage):
     # descriptions of each label as questions, e.g. {positive: ["Is the review positive?"]}
     questions: dict[str, list[str]]
     task: str = ""  # name of the data set, or of a group of similar ones
-    balance: bool = False  # as many yes as no: of the more frequent answer rows are left out, evenly
-    cap: Annotated[int, Field(ge=0)] = 0  # rows at most; fewer are repeated up to it; 0: as many as there are
-    answers: tuple[str, str] = ("yes", "no")  # the two completions
+    # equal numbers of yes and no: surplus rows of the more frequent answer are left out, evenly
+    balance: bool = False
+    # maximum rows; if there are fewer, they are repeated; 0: no limit and no repetition
+    cap: Annotated[int, Field(ge=0)] = 0
+    answers: tuple[str, str] = ("yes", "no")  # the two possible completions
 
     def __call__(self, rows, roles):
         out = []

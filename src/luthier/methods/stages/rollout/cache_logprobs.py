@@ -25,7 +25,7 @@ from luthier.registry import stage
 class CacheLogprobs(Stage):
     """Per-token log-probabilities of every completion; use them with `roles: {reference: column}`."""
 
-    column: str = "cached_logprobs"  # where they go
+    column: str = "cached_logprobs"  # name of the column to write
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     @property

@@ -24,7 +24,7 @@ from luthier.registry import stage
 class KLPenalty(Stage):
     """scores - kl_coef * (log p_policy - log p_reference), summed over the tokens of each completion."""
 
-    kl_coef: Annotated[float, Field(ge=0)] = 0.05  # price of a nat
+    kl_coef: Annotated[float, Field(ge=0)] = 0.05  # coefficient of the KL in nats
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     def __call__(self, rows, roles):

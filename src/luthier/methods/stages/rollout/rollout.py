@@ -44,17 +44,17 @@ class Rollout(Stage):
 
     # completions of each prompt (TRL: num_generations)
     n: Annotated[int, Field(ge=1), Range(2, 32, log=True)] = 8
-    # tokens of a completion at most, within what the row may hold
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    temperature: Annotated[float, Field(ge=0)] = 1.0  # 0 takes the likeliest token
-    # sample among the likeliest tokens of this joint probability
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # maximum tokens of a completion, within max_length
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # sampling temperature; 0 is greedy
+    # nucleus sampling: most likely tokens with this total probability
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0  # sample among so many likeliest tokens; 0 = all
-    # keep the sampler's log-probability of each token, at temperature 1 as objectives read them
+    top_k: Annotated[int, Field(ge=0)] = 0  # sample among this many most likely tokens; 0 = all
+    # store the sampler's log-probability of each token, at temperature 1 as objectives use it
     old: bool = False
-    # who samples: the policy, or a role in its place, e.g. `roles: {sampler: {name: vllm, ...}}`
+    # role that samples: the policy, or another, e.g. `roles: {sampler: {name: vllm, ...}}`
     sampler: str = "policy"
-    draw: int = 0  # another number gives other samples: the rounds of a plan share one seed
+    # number of the draw; another number gives other samples (the rounds of a plan share one seed)
+    draw: int = 0
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old: true`
 
     @property

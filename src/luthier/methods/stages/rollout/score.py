@@ -22,8 +22,8 @@ class Score(Stage):
     """Column `scores`; of several rewards also `rewards`, each by its name."""
 
     reward: Annotated[tuple, nested_list("reward")] = ("exact_match",)  # the reward, or a list of them
-    reward_weights: list[float] | None = None  # of each reward in `scores`; all 1 where not given
-    names: list[str] | None = None  # of each reward in `rewards`; its method's name where not given
+    reward_weights: list[float] | None = None  # weight of each reward in `scores`; all 1 if not given
+    names: list[str] | None = None  # name of each reward in `rewards`; its method's name if not given
 
     def __post_init__(self):
         if not self.reward:

@@ -43,10 +43,10 @@ class StepPairs(Stage):
 
     reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores answers
     n: Annotated[int, Field(ge=1), Range(4, 128, log=True)] = 8  # continuations sampled from each prefix
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of one of them at most
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling
-    separator: str = "\n"  # what ends a step
-    draw: int = 0  # another number, other samples
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # maximum tokens of a continuation
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # sampling temperature
+    separator: str = "\n"  # text that ends a step
+    draw: int = 0  # number of the draw; another number gives other samples
 
     def __call__(self, rows, roles):
         rows, requests, plans = list(rows), [], []

@@ -45,7 +45,7 @@ class TeacherSpans(Stage):
     ends there, else 1, or 2 where no span covers it.
     """
 
-    model: str = "toy:lm"  # the teacher: a run's folder, a model's folder, a hub name or toy:NAME
+    model: str = "toy:lm"  # the teacher: a run's folder, a model's folder, a Hub name or toy:NAME
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     def __call__(self, rows, roles):

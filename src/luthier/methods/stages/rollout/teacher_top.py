@@ -49,8 +49,8 @@ GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
 class TeacherTop(Stage):
     """Columns teacher_ids and teacher_logprobs: [tokens][k] for each completion."""
 
-    k: Annotated[int, Field(ge=1)] = 5  # tokens kept at each place
-    # the teacher's; auto: by calibration on these rows
+    k: Annotated[int, Field(ge=1)] = 5  # tokens stored per position
+    # temperature of the teacher; auto: by calibration on these rows
     temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 

@@ -22,7 +22,7 @@ class Best(Stage):
 
     asks_model = False
 
-    least: float | None = None  # lowest score that is kept; all where not given
+    least: float | None = None  # minimum score; no limit if not given
 
     def __call__(self, rows, roles):
         rows = list(rows)

@@ -18,7 +18,7 @@ class Groups(Stage):
 
     asks_model = False
 
-    column: str = "task"  # the column that holds the group
+    column: str = "task"  # name of the group column
     keep: tuple[str, ...] = ()  # groups that are kept
     drop: tuple[str, ...] = ()  # groups that are dropped
 

@@ -32,7 +32,7 @@ from luthier.text.encode import Encoded
 class IFD(Stage):
     """Keeps the share of rows with the highest ppl(answer | prompt) / ppl(answer) below one; column `ifd`."""
 
-    share: Annotated[float, Field(gt=0, le=1), Range(0.05, 1)] = 0.1  # of the rows that is kept
+    share: Annotated[float, Field(gt=0, le=1), Range(0.05, 1)] = 0.1  # share of the rows that is kept
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     def __call__(self, rows, roles):

@@ -62,18 +62,19 @@ class BIB(Stage):
     """
 
     n: Annotated[int, Field(ge=1)] = 32  # completions that are improved, the best first
-    steps: Annotated[int, Field(ge=1), Range(10, 100)] = 25  # of each
-    # of Adam, on mixtures and on gamma
+    steps: Annotated[int, Field(ge=1), Range(10, 100)] = 25  # steps per completion
+    # learning rate of Adam, for mixtures and gamma
     learning_rate: Annotated[float, Field(gt=0), Range(0.01, 1, log=True)] = 0.3
-    # logit by which each token leads the others of its place at first
+    # initial logit by which each token leads the others at its position
     lead: Annotated[float, Field(ge=0), Range(0, 4)] = 2.0
-    target: float = 10.0  # the score that is aimed at, in standard deviations above the mean
-    # as a share of the features' mean square
+    target: float = 10.0  # target score, in standard deviations above the mean
+    # ridge penalty as a share of the features' mean square
     ridge: Annotated[float, Field(gt=0), Range(1e-6, 1, log=True)] = 1e-2
-    gamma: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of forward at first; the rest is backward's
-    adaptive_gamma: bool = True  # learn it
-    adaptive_learning_rate: bool = False  # learn the length of each step, too (Adaptive-eta)
-    # read the likeliest token of a mixture, with the mixture's gradient; false: the mixture itself
+    # initial weight of the forward loss; the rest is the backward loss's
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.5
+    adaptive_gamma: bool = True  # learn gamma
+    adaptive_learning_rate: bool = False  # learn the step size, too (Adaptive-eta)
+    # read the most likely token of a mixture, with the mixture's gradient; false: the mixture itself
     hard: bool = False
     batch_size: Annotated[int, Field(ge=1)] = 32  # completions read together
 

@@ -17,9 +17,9 @@ class Adam(Each):
 
     pointwise = True
 
-    adam_beta1: float = 0.9  # memory of the mean
-    adam_beta2: float = 0.999  # memory of the square
-    adam_epsilon: float = 1e-8  # floor of the denominator
+    adam_beta1: float = 0.9  # decay rate of the mean
+    adam_beta2: float = 0.999  # decay rate of the mean square
+    adam_epsilon: float = 1e-8  # added to the denominator
 
     def init(self, like):
         return {"m": torch.zeros_like(like), "v": torch.zeros_like(like)}

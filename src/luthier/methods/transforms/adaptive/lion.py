@@ -17,7 +17,7 @@ class Lion(Each):
     pointwise = True
 
     beta1: float = 0.9  # share of the old momentum in the step
-    beta2: float = 0.99  # memory of the momentum
+    beta2: float = 0.99  # decay rate of the momentum
 
     def init(self, like):
         return {"m": like.new_zeros(like.shape)}

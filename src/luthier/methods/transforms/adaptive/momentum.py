@@ -15,7 +15,7 @@ class Momentum(Each):
     pointwise = True
 
     momentum: float = 0.9  # share of the last step that is kept
-    nesterov: bool = False  # look ahead: g + momentum m
+    nesterov: bool = False  # Nesterov momentum: g + momentum m
 
     def init(self, like):
         return {"m": like.new_zeros(like.shape)}

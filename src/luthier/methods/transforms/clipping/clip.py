@@ -16,7 +16,7 @@ class Clip(Transform):
 
     pointwise = True
 
-    max_grad_norm: float = 1.0  # largest joint norm; 0 = no limit
+    max_grad_norm: float = 1.0  # maximum global norm; 0 = no limit
 
     def gather(self, every):
         if not self.max_grad_norm:

@@ -32,12 +32,12 @@ IN_LAYER = re.compile(r"\.\d+\.")
 class GaLore(Transform):
     """Gradient low-rank projection."""
 
-    rank: Annotated[int, Field(ge=1)] = 128  # directions that are kept
-    update_proj_gap: Annotated[int, Field(ge=1)] = 200  # steps between two choices of directions
-    scale: float = 0.25  # of projected updates; OwLore takes 1
+    rank: Annotated[int, Field(ge=1)] = 128  # rank of the projection
+    update_proj_gap: Annotated[int, Field(ge=1)] = 200  # steps between two updates of the projection
+    scale: float = 0.25  # scale of projected updates; OwLore uses 1
     inner: Annotated[tuple[Any, ...], nested_list("transform")] = (
         "adam",
-    )  # what becomes of the projected gradient
+    )  # transform of the projected gradient
 
     def apply(self, grads, state, group, step):
         projected, params = {}, {}

@@ -28,7 +28,7 @@ from luthier.registry import Range, transform
 class Orthogonality(Transform):
     """A pull of A A' and B' B towards the identity; other tensors pass unchanged."""
 
-    # of the term beside the loss (orth_reg_weight in PEFT)
+    # weight of the term beside the loss (orth_reg_weight in PEFT)
     weight: Annotated[float, Field(ge=0), Range(0.01, 1.0, log=True)] = 0.5
 
     def apply(self, grads, state, group, step):

@@ -14,8 +14,8 @@ class WeightDecay(Each):
 
     pointwise = True
 
-    weight_decay: float = 0.01  # times the learning rate, per step
-    everything: bool = False  # biases, norms and other vectors too, which are left alone otherwise
+    weight_decay: float = 0.01  # coefficient; multiplied by the learning rate at each step
+    everything: bool = False  # decay biases, norms and other vectors too
 
     def update(self, grad, state, param, step):
         if not self.weight_decay or (param.ndim < 2 and not self.everything):

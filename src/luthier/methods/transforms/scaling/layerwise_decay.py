@@ -31,9 +31,9 @@ BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
 class LayerwiseDecay(Transform):
     """update * decay^(layers above)."""
 
-    # a layer's rate over that of the layer above it
+    # a layer's rate divided by that of the layer above it
     decay: Annotated[float, Field(gt=0, le=1), Range(0.7, 0.98)] = 0.9
-    # layers of the network; 0: counted from the names of the trainable parameters
+    # number of layers; 0: counted from the names of the trainable parameters
     layers: Annotated[int, Field(ge=0)] = 0
 
     def bind(self, attached):

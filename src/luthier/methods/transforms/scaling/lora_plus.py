@@ -28,7 +28,7 @@ class LoraPlus(Transform):
 
     pointwise = True
 
-    # rate of B over that of A
+    # learning rate of B divided by that of A
     loraplus_lr_ratio: Annotated[float, Field(gt=0), Range(1, 32, log=True)] = 16.0
 
     def bind(self, attached):

@@ -50,8 +50,9 @@ class Bottleneck(Delta):
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     parallel: ClassVar[bool] = False  # h is what the module reads; else what it says
 
-    reduction_factor: Annotated[float, Field(ge=1), NARROWER] = 16  # width of h by that of the bottleneck
-    non_linearity: Activation = "relu"  # f
+    # width of h divided by that of the bottleneck
+    reduction_factor: Annotated[float, Field(ge=1), NARROWER] = 16
+    non_linearity: Activation = "relu"  # nonlinearity f
 
     def widths(self, W: Tensor) -> tuple[int, int]:
         """Of h, and of the bottleneck."""

@@ -24,5 +24,5 @@ from luthier.registry import tuner
 class Houlsby(Bottleneck):
     """Two serial adapters per layer."""
 
-    # the last linear modules of attention and of the feed-forward part
+    # the last linear modules of attention and of the feed-forward block
     target_modules: str | list[str] = rf".*\.({ATTENTION}|{FFN})"

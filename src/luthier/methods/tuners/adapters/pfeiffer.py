@@ -22,4 +22,4 @@ from luthier.registry import tuner
 class Pfeiffer(Bottleneck):
     """One serial adapter per layer."""
 
-    target_modules: str | list[str] = rf".*\.({FFN})"  # the last linear modules of the feed-forward part
+    target_modules: str | list[str] = rf".*\.({FFN})"  # the last linear modules of the feed-forward block

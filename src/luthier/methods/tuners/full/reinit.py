@@ -34,7 +34,7 @@ from luthier.registry import Range, tuner
 class Reinit(Tuner):
     """Full fine-tuning with re-initialised top layers. On small data sets one or two layers help most."""
 
-    layers: Annotated[int, Field(ge=1), Range(1, 4)] = 1  # top layers that are re-initialised
+    layers: Annotated[int, Field(ge=1), Range(1, 4)] = 1  # number of top layers that are re-initialised
 
     def attach(self, model):
         return ReinitializedModel(self, model)

@@ -35,7 +35,7 @@ class LoRASB(Delta):
     reads: ClassVar[str] = "gradients"
 
     r: Annotated[int, Range(8, 128, log=True)] = 32  # rank of the update
-    init_rows: int = 64  # rows whose gradient chooses the directions
+    init_rows: int = 64  # rows whose gradient determines the directions
     first_step: float = 1e-4  # size of the step that is factored: a learning rate of full fine-tuning
 
     def __post_init__(self):

@@ -37,7 +37,7 @@ from luthier.registry import Range, tuner
 class PELA(Delta):
     """x A^T B^T + b instead of x W^T + b."""
 
-    # entries of a matrix for one entry of the two that replace it
+    # entries of a matrix divided by those of the two that replace it
     compress_ratio: Annotated[float, Field(gt=0), Range(1.5, 4)] = 2.0
 
     def attach(self, model):

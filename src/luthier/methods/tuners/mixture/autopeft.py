@@ -60,14 +60,14 @@ class AutoPEFT(Delta):
     part = None  # of the module that these settings are for; None: it gains nothing
     over = ("layers",)  # what a search goes over besides the sizes
 
-    # width of the bottleneck behind the feed-forward part; 0: none
+    # width of the bottleneck behind the feed-forward block; 0: none
     serial: Annotated[int, Field(ge=0), POWERS] = 16
     # width of the bottleneck beside its last matrix; 0: none
     parallel: Annotated[int, Field(ge=0), POWERS] = 16
     num_virtual_tokens: Annotated[int, Field(ge=0), POWERS] = 4  # keys and values before the text; 0: none
     # 1 for each layer that has modules, 0 for the others; not given: all have
     insert: list[Literal[0, 1]] | None = None
-    non_linearity: Activation = "relu"  # of both bottlenecks
+    non_linearity: Activation = "relu"  # nonlinearity of both bottlenecks
     target_modules: str | list[str] = rf".*\.({FFN}|{KEYS})"  # the modules to which its parts are attached
 
     def only(self, layers, of):

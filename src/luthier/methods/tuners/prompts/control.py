@@ -42,9 +42,9 @@ FILE = "control.safetensors"
 class Control(Tuner):
     """One soft prompt per quality bin of rows."""
 
-    buckets: Annotated[int, Field(ge=2)] = 2  # kinds of rows, from the least wanted to the most
-    num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each
-    # one a bucket, from whose tokens it starts; not given: from tokens drawn from the vocabulary
+    buckets: Annotated[int, Field(ge=2)] = 2  # number of quality bins, 0 the worst
+    num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors per bin
+    # one text per bin, whose tokens initialise its vectors; not given: random tokens of the vocabulary
     texts: tuple[str, ...] = ()
     # the tuner of the network; null: only the prompts are trained
     tuner: Annotated[Any, BeforeValidator(lambda v: v if v is None else build("tuner", v))] = None

@@ -42,12 +42,12 @@ class Prefix(Delta):
     precise = False
     part = None  # of the module that these settings are for
 
-    # keys and values before the text, of each layer
+    # keys and values before the text, per layer
     num_virtual_tokens: Annotated[int, Field(ge=1), Range(1, 64, log=True)] = 20
-    prefix_projection: bool = False  # made by a small network while they are trained, as in the paper
-    # width of that network; not given: of the layer's keys
+    prefix_projection: bool = False  # compute them by a small network during training, as in the paper
+    # width of that network; not given: that of the layer's keys
     encoder_hidden_size: Annotated[int, Field(ge=1)] | None = None
-    target_modules: str | list[str] = rf".*\.({KEYS})"  # the modules that make keys
+    target_modules: str | list[str] = rf".*\.({KEYS})"  # the key projections
 
     def at(self, name):
         return placed(self, name)

@@ -35,9 +35,9 @@ class Prompt(Tuner):
     on_quantized: ClassVar[bool] = True
 
     num_virtual_tokens: int = 20  # vectors before every sequence
-    # start: tokens drawn, tokens of a text, or noise
+    # initial vectors: random tokens, the tokens of a text, or noise
     prompt_tuning_init: Literal["sample_vocab", "text", "random"] = "sample_vocab"
-    prompt_tuning_init_text: str = ""  # the text, repeated or cut to the number of vectors
+    prompt_tuning_init_text: str = ""  # the text, repeated or truncated to the number of vectors
 
     def __post_init__(self):
         if self.num_virtual_tokens < 1:

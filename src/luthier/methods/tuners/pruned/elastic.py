@@ -47,8 +47,8 @@ class Elastic(Tuner):
 
     heads: Shares = (0.5, 0.75, 1.0)  # shares of a layer's heads that a sub-network may have
     width: Shares = (0.25, 0.5, 0.75, 1.0)  # shares of a layer's feed-forward units
-    depth: Shares = (1.0,)  # shares of the layers; what is left out is drawn evenly over the depth
-    init_rows: Annotated[int, Field(ge=1)] = 16  # rows by which units are sorted
+    depth: Shares = (1.0,)  # shares of the layers; layers are left out evenly over the depth
+    init_rows: Annotated[int, Field(ge=1)] = 16  # rows on which importance is measured
 
     def attach(self, model):
         return ElasticModel(self, model)

@@ -46,12 +46,12 @@ class Pruned(Tuner):
     """All weights are trained; zeros in the matrices of the layers stay zero."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5  # share of every matrix that is zero
-    # e.g. "2:4": of every four neighbours in a row two are kept, in place of sparsity
+    # e.g. "2:4": of every four neighbours in a row two are kept, instead of sparsity
     pattern: str | None = None
-    criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"  # by what a weight is the least
-    init_rows: Annotated[int, Field(ge=1)] = 64  # rows that wanda and sparsegpt read
+    criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"  # importance criterion
+    init_rows: Annotated[int, Field(ge=1)] = 64  # rows for wanda and sparsegpt
     block_size: Annotated[int, Field(ge=1)] = 128  # columns that sparsegpt compares at once
-    # of sparsegpt's X X': of its mean diagonal, added to it
+    # share of the mean diagonal of sparsegpt's X X' that is added to the diagonal
     damp_percent: Annotated[float, Field(gt=0)] = 0.01
 
     def __post_init__(self):

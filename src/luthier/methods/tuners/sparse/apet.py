@@ -32,9 +32,9 @@ from luthier.registry import INTERNAL, tuner
 class APET(Sparse):
     """Random positions, n in total."""
 
-    # trainable entries, over all chosen modules; null: density of them
+    # trainable entries, over all chosen modules; null: use density
     n: Annotated[int, Field(ge=1)] | None = None
-    selection_seed: int = 0  # of the draw of positions
+    selection_seed: int = 0  # random seed of the positions
     # how many entries of each module; filled in when attached
     counts: Annotated[dict[str, int] | None, INTERNAL] = None
 

@@ -29,8 +29,7 @@ class BitFit(Tuner):
 
     on_quantized: ClassVar[bool] = True  # biases and norms are no codes
 
-    # further weights that are trained: of norms, of the output head
-    also: tuple[Literal["norms", "head"], ...] = ()
+    also: tuple[Literal["norms", "head"], ...] = ()  # further weights to train: of norms, of the output head
 
     def attach(self, model):
         norms = [

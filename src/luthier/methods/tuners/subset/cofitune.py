@@ -54,9 +54,8 @@ Edge = Annotated[float, Field(ge=0, le=1)]
 class CoFiTune(Tuner):
     """Coarse-to-fine selection of weights."""
 
-    # first and last layer that is trained, as shares of the depth
-    layer_range: tuple[Edge, Edge] = (0.25, 0.5)
-    modules: tuple[Part, ...] = ("up", "down")  # their matrices that are trained
+    layer_range: tuple[Edge, Edge] = (0.25, 0.5)  # first and last trained layer, as shares of the depth
+    modules: tuple[Part, ...] = ("up", "down")  # the matrices that are trained
     soft_mask: bool = True  # whether rows that general skills depend on get a smaller gradient
     noise: Annotated[float, Field(gt=0, lt=1)] = 0.1  # dropout of the passes that measure importance
     init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which importance is measured

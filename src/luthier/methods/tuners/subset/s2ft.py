@@ -56,7 +56,7 @@ class S2FT(Delta):
     g_ratio: Share = 0.0  # share of the channels whose rows of gate are trained
     o_ratio: Share = 0.0  # share of the heads whose columns of o are trained
     v_ratio: Share = 0.0  # share of the key-value heads whose rows of v are trained
-    selection_seed: int = 0  # of the draw of heads and channels
+    selection_seed: int = 0  # random seed of the choice of heads and channels
     num_attention_heads: Annotated[int | None, INTERNAL] = None  # of the network; filled in when attached
     num_key_value_heads: Annotated[int | None, INTERNAL] = None  # of the network; filled in when attached
 

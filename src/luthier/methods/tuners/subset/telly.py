@@ -32,7 +32,7 @@ from luthier.registry import tuner
 class Telly(Tuner):
     """The top of the network. The paper's best trade-off is about K = 9 of 12 layers."""
 
-    # frozen layers, counted from the input; below 1 a share of them; 0 freezes embeddings only
+    # number of frozen layers, counted from the input; below 1 a share of them; 0 freezes embeddings only
     k: Annotated[float, Field(ge=0)] = 0.75
 
     def attach(self, model):

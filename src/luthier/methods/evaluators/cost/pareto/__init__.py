@@ -37,12 +37,11 @@ class Pareto(Evaluator):
     multiplications.
     """
 
-    population: Annotated[int, Field(ge=2)] = 16  # sub-networks of a generation
-    generations: Annotated[int, Field(ge=0)] = 4  # each makes as many children
+    population: Annotated[int, Field(ge=2)] = 16  # sub-networks per generation
+    generations: Annotated[int, Field(ge=0)] = 4  # number of generations, each with as many children
     n: Annotated[int, Field(ge=1)] = 64  # held-out rows that are read
-    # whether children are bred on predictions, many generations of them, before they are measured
-    predictor: bool = True
-    # whether layers may differ; alike, a sub-network can be exported as a plain model
+    predictor: bool = True  # select children by predicted loss over many generations before measuring them
+    # whether layers may differ; if not, a sub-network can be exported as a plain model
     per_layer: bool = False
 
     def run(self, roles, rows, folder, when):

@@ -37,13 +37,13 @@ from luthier.registry import searcher
 class CoKriging(Shares):
     """For few and costly runs whose first part is informative."""
 
-    # the latter where the goal is one
+    # acquisition function; knowledge gradient only with a single goal
     acquisition: Literal["augmented_improvement", "knowledge_gradient"] = "augmented_improvement"
-    # measured after min_share first; null: 2 (d + 1)
+    # initial trials at min_share; null: 2 (d + 1)
     n_startup_trials: Annotated[int, Field(ge=1)] | None = None
-    # would the same configuration give the same numbers again? Else noise is fitted
+    # the same configuration always gives the same numbers; false: noise is fitted
     deterministic_objective: bool = False
-    n_simulations: Annotated[int, Field(ge=8)] = 64  # draws behind an expectation that has no closed form
+    n_simulations: Annotated[int, Field(ge=8)] = 64  # samples for an expectation without closed form
 
     def ask(self, space, history, goals, clock):
         begin = self.begin(space, history, rng(clock, "design"))

@@ -38,14 +38,14 @@ class CodeSwitch(Stage):
 
     asks_model = False
 
-    # word -> its translations, for both directions; a JSON file of it; or learn
+    # word -> its translations, for both directions; a JSON file of that; or `learn`
     dictionary: Any = Field(default_factory=dict)
-    share: Annotated[float, Field(ge=0, le=1)] = 0.35  # of the words that are chosen
-    # two `source`s to learn it from, one a language; not given: prompts and completions
+    share: Annotated[float, Field(ge=0, le=1)] = 0.35  # share of the words that is replaced
+    # two `source`s to learn the dictionary from, one per language; not given: prompts and completions
     languages: tuple[str, str] | None = None
     # translations learned per word; one of them is drawn each time
     neighbours: Annotated[int, Field(ge=1)] = 3
-    min_count: Annotated[int, Field(ge=1)] = 2  # rarer words of a language are not learned
+    min_count: Annotated[int, Field(ge=1)] = 2  # minimum occurrences of a word
     window: Annotated[int, Field(ge=1)] = 5  # context window of the word vectors
 
     def __post_init__(self):

@@ -38,14 +38,15 @@ from luthier.registry import tuner
 class Compacter(Bottleneck):
     """Two serial adapters per layer, of Kronecker products that share a factor."""
 
-    # the last linear modules of attention and of the feed-forward part
+    # the last linear modules of attention and of the feed-forward block
     target_modules: str | list[str] = rf".*\.({ATTENTION}|{FFN})"
-    reduction_factor: Annotated[float, Field(ge=1), NARROWER] = 32  # width of h by that of the bottleneck
-    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "gelu"  # f
+    # width of h divided by that of the bottleneck
+    reduction_factor: Annotated[float, Field(ge=1), NARROWER] = 32
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "gelu"  # nonlinearity f
     # n: products in a sum, and the side of A_i; it must divide the width
     phm_dim: Annotated[int, Field(ge=1)] = 4
-    phm_rank: Annotated[int, Field(ge=1)] = 1  # of s_i t_i
-    phm_init_range: Annotated[float, Field(gt=0)] = 0.01  # spread of A_i at the start
+    phm_rank: Annotated[int, Field(ge=1)] = 1  # rank of s_i t_i
+    phm_init_range: Annotated[float, Field(gt=0)] = 0.01  # initial standard deviation of A_i
 
     def attach(self, model):
         from luthier.methods.tuners.adapters.compacter.tuned import CompacterModel

@@ -34,13 +34,11 @@ from luthier.registry import Range, tuner
 class AdaLoRA(Delta):
     """Low rank, distributed over modules by importance."""
 
-    # ranks of a module at the end, on average
-    target_r: Annotated[int, Field(ge=1), Range(4, 64, log=True)] = 8
-    init_r: Annotated[int, Field(ge=1)] = 12  # ranks of each module at the start
+    target_r: Annotated[int, Field(ge=1), Range(4, 64, log=True)] = 8  # average rank per module at the end
+    init_r: Annotated[int, Field(ge=1)] = 12  # rank of each module at the start
     lora_alpha: float = 32  # scale of B E A, before division by init_r
-    tinit: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the run before ranks begin to be removed
-    # share of the run, at its end, in which ranks are fixed
-    tfinal: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    tinit: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the run before ranks are reduced
+    tfinal: Annotated[float, Field(ge=0, lt=1)] = 0.3  # share of the run, at its end, with fixed ranks
     deltaT: Annotated[int, Field(ge=1)] = 1  # steps between two allocations
     beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85  # smoothing of importance
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85  # smoothing of its uncertainty

@@ -41,8 +41,8 @@ class IntrinsicDimension(Delta):
     """d trainable parameters for a whole network."""
 
     d: Annotated[int, Field(ge=1)] = 1000  # trainable parameters, scales of modules included
-    structure_aware: bool = True  # a scale of its own for each module
-    seed: int = 0  # of the random map; an adapter is read under the seed it was made with
+    structure_aware: bool = True  # a separate scale for each module
+    seed: int = 0  # random seed of the map; an adapter is loaded with the seed it was trained with
     # how many modules share the d numbers; filled in when it is attached
     modules: Annotated[int, INTERNAL] = 0
     # how many numbers these modules hold; filled in when it is attached

@@ -44,21 +44,21 @@ class LoRA(TargetModules):
     """Low-rank adaptation."""
 
     r: Annotated[int, Range(4, 64, log=True)] = 8  # rank of the update
-    lora_alpha: float = 16  # scale of the update, before division by r (by its root with use_rslora)
+    lora_alpha: float = 16  # scale of the update, before division by r (by its square root with use_rslora)
     lora_dropout: float = 0.0  # dropout on the input of A
-    use_rslora: bool = False  # divide lora_alpha by the root of r
-    use_dora: bool = False  # DoRA: the norm of each output's weights is trained apart from its direction
+    use_rslora: bool = False  # divide lora_alpha by the square root of r
+    use_dora: bool = False  # DoRA: the norm of each output's weights is trained separately from its direction
     # true (B = 0), gaussian, pissa, pissa_niter_16 (fast SVD), olora, orthogonal, lq, eva, corda, lora_ga
     init_lora_weights: bool | str = True
     # rho: ranks may grow to rho * r, their sum stays (1: all r); adjust_scaling_factors
     eva_config: dict[str, Any] | None = None
-    # corda_method: ipm (learn the task faster) or kpm (keep what the rows hold)
+    # corda_method: ipm (adapt to the task) or kpm (preserve the knowledge in the rows)
     corda_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None  # direction, scale, stable_gamma
-    init_rows: Annotated[int, Field(ge=1)] = 64  # rows from which eva, corda and lora_ga start
-    init_data: Any = None  # where these rows come from, as in a recipe's `data`; not given: the run's own
-    bias: Literal["none", "all", "lora_only"] = "none"  # which biases train as well
-    # ends of names of bare weights, e.g. mlp.experts.down_proj: the fused experts of a MoE
+    init_rows: Annotated[int, Field(ge=1)] = 64  # rows for eva, corda and lora_ga
+    init_data: Any = None  # source of these rows, as in a recipe's `data`; not given: the run's own
+    bias: Literal["none", "all", "lora_only"] = "none"  # which biases are trained as well
+    # ends of names of parameters, e.g. mlp.experts.down_proj: the fused experts of a MoE
     target_parameters: list[str] | None = None
 
     @property

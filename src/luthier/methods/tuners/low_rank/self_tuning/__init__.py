@@ -43,9 +43,9 @@ class SelfTuning(Delta):
 
     r: Annotated[int, Field(ge=0)] = 8  # rank of the update; 0: a dense matrix
     lora_alpha: float = 16  # scale of the update, before division by r
-    dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1  # where the dropout starts
-    weight_decay: Annotated[float, Field(gt=0)] = 1e-4  # where the weight decay of the adapter starts
-    # where the spread starts in which responses are learned, in logits and logs
+    dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1  # initial dropout
+    weight_decay: Annotated[float, Field(gt=0)] = 1e-4  # initial weight decay of the adapter
+    # initial spread in which responses are learned, in logits and logs
     sigma: Annotated[float, Field(gt=0)] = 0.5
 
     def attach(self, model):

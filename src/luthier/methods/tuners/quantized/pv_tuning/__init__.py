@@ -39,13 +39,13 @@ class PVTuning(Tuner):
 
     on_quantized: ClassVar[bool] = True
 
-    code_lr: float = 1e-2  # length of the codes' Adam step, in the weights' own unit
-    code_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95  # of its second moment; its first has no memory
+    code_lr: float = 1e-2  # size of the codes' Adam step, in the units of the weights
+    code_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95  # beta2 of this Adam; its beta1 is 0
     # share of a weight's codes that may change in a step
     max_code_change_per_step: Annotated[float, Field(gt=0, le=1)] = 0.01
-    # by how much of its length a weight may change in a step
+    # maximum relative change of a weight's norm in a step
     code_trust_ratio: Annotated[float, Field(gt=0)] = 0.01
-    # share of the unrealised update that is forgotten; 1 forgets all of it
+    # share of the unapplied update that is dropped; 1 drops all of it
     delta_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     tune_rest: bool = True  # train norms, embeddings, head and biases as well
 

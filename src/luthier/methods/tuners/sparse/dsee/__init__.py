@@ -46,15 +46,15 @@ class DSEE(Delta):
     r: Annotated[int, Field(ge=1), Range(4, 64, log=True)] = 16  # rank of B A
     lora_alpha: float = 32  # scale of B A, before division by r
     n_sparse: Annotated[int, Field(ge=0)] = 64  # entries of S in each matrix
-    # where they are: where W is least low-rank, or anywhere
+    # positions of S: where W is least low-rank, or random
     support: Literal["decompose", "random"] = "decompose"
     sparsity: Share = 0.0  # share of W's entries that is masked; 0: no mask
     # share of each layer's heads that is removed (the paper: 0.25); 0: heads have no coefficients
     head_sparsity: Share = 0.0
     # share of each layer's feed-forward units that is removed (the paper: 0.4); 0: units have none
     ffn_sparsity: Share = 0.0
-    l1_weight: Annotated[float, Field(ge=0)] = 1e-4  # of the coefficients' absolute values, beside the loss
-    prune_at: Annotated[float, Field(ge=0, le=1)] = 0.5  # when, as a share of the run
+    l1_weight: Annotated[float, Field(ge=0)] = 1e-4  # weight of the coefficients' absolute values in the loss
+    prune_at: Annotated[float, Field(ge=0, le=1)] = 0.5  # when to prune, as a share of the run
     # heads of a layer, those that share keys and values as one; filled in when it is attached
     groups: Annotated[int, INTERNAL] = 0
     part: Annotated[str, INTERNAL] = ""  # what a module does in its layer; filled in for each

@@ -40,8 +40,8 @@ class RAMT(Delta):
 
     # which matrices of the layers, unless target_modules names modules
     where: Literal["attention", "mlp", "all"] = "attention"
-    mask_init: float = 1e-2  # M at the start, above the threshold: nothing is masked
-    threshold: float = 5e-3  # a weight is masked where its M is not above it
+    mask_init: float = 1e-2  # initial M, above the threshold: nothing is masked
+    threshold: float = 5e-3  # a weight is masked if its M is not above this
 
     def __post_init__(self):
         if self.mask_init <= self.threshold:

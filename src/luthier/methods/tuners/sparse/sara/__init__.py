@@ -39,11 +39,13 @@ class SaRA(Sparse):
 
     # share of each weight that is trained, where no threshold is given
     density: Annotated[float, Field(gt=0, le=1)] = 0.1
-    # train the entries below it in magnitude; in place of density
+    # train the entries below this magnitude; replaces density
     threshold: Annotated[float, Field(gt=0)] | None = None
     # weight of the nuclear norm, which favours low rank; 0 = none
     lambda_rank: Annotated[float, Field(ge=0)] = 5e-4
-    min_side: int = 64  # weights whose shorter side is more are drawn for it; all, where there is none
+    # the nuclear norm is applied to weights whose shorter side is larger than this; to all, if there are
+    # none
+    min_side: int = 64
     # when entries that have grown are frozen, as a share of the run; 1 = never
     progressive: Annotated[float, Field(ge=0, le=1)] = 0.5
 

@@ -45,11 +45,11 @@ class SpIEL(Sparse):
 
     # growth by accumulated gradients, or by SM3's row and column statistics
     selection_algorithm: Literal["ag", "ma"] = "ag"
-    # optimizer steps between two exchanges; more than the run has: never
+    # optimizer steps between two exchanges; more than the run has: no exchange
     reselection_steps: Annotated[int, Field(ge=1)] = 20
-    # steps at the start of an interval in which gradients are gathered
+    # steps at the start of an interval in which gradients are collected
     selection_accumulation_steps: Annotated[int, Field(ge=1)] = 5
-    # share exchanged, falling to 0 over the run
+    # initial share that is exchanged, falling to 0 over the run
     initial_reselection_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
 
     def __post_init__(self):

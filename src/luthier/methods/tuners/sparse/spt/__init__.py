@@ -41,8 +41,7 @@ class SPT(Sparse):
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     on_quantized: ClassVar[bool] = False  # sensitivities are gradients of dense weights
 
-    # trainable parameters; null: density of the chosen weights
-    budget: Annotated[int, Field(ge=1)] | None = None
+    budget: Annotated[int, Field(ge=1)] | None = None  # trainable parameters; null: use density
     # LoRA where its parameters are at most alpha per sensitive entry; 0 = never
     alpha: Annotated[float, Field(ge=0)] = 10.0
     r: Annotated[int, Field(ge=1)] = 8  # rank of the LoRAs
