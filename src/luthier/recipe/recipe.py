@@ -45,78 +45,80 @@ class Recipe:
     """One run; with `plan`, several. Every field is a key of the YAML file."""
 
     # the model
-    model: str = "toy:lm"  # folder, hub name, or toy:NAME
-    architecture: Any = "auto"  # how the network reads and writes: causal, seq2seq, masked_lm, classifier
-    # auto: bfloat16 where the chip computes in it
+
+    model: str = "toy:lm"  # model to fine-tune: a folder, Hub name, or toy:NAME
+    # kind of model: causal, seq2seq, masked_lm, classifier, ...; auto: from its config
+    architecture: Any = "auto"
+    # auto: bfloat16 if the hardware computes in it
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None  # as in transformers: sdpa, eager, ...
-    # built-in name, .jinja file or template text, in place of the tokenizer's own
+    # built-in name, .jinja file or template text, instead of the tokenizer's own
     chat_template: str | None = None
-    # number format of the base's linear weights: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit
-    # reads as nf4
+    # number format of the base's linear weights: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit is
+    # read as nf4
     quantization: Any = None
-    # a finished run whose adapter training begins with, or {merge: average, of: [run, run]}
+    # a finished run whose adapter training starts from, or {merge: average, of: [run, run]}
     init_from: Any = None
 
-    # what moves, toward what, how
-    tuner: Any = "lora"  # what is trained
+    tuner: Any = "lora"  # which parameters are trained: lora, full, ...
     # the loss: a name, a sum such as "dpo + 0.1*sft", or a list of {name, weight, ...}
     objective: Any = "sft"
-    # other networks of the run: {reference: base | initial | {name: model, ...}}
+    # other models of the run: {reference: base | initial | {name: model, ...}}
     roles: dict[str, Any] = field(default_factory=dict)
     estimator: Any = "backprop"  # how the gradient is computed
     # the optimizer: a name, or a chain of transforms such as [clip, adam, weight_decay]
     optim: Any = "adamw"
-    learning_rate: Annotated[float, Field(ge=0), Range(1e-5, 1e-2, log=True)] = 2e-4  # of the optimizer
-    lr_scheduler_type: str = "linear"  # constant, linear, cosine, warmup_stable_decay
+    # learning rate of the optimizer
+    learning_rate: Annotated[float, Field(ge=0), Range(1e-5, 1e-2, log=True)] = 2e-4
+    lr_scheduler_type: str = "linear"  # learning-rate schedule: constant, linear, cosine, warmup_stable_decay
     # steps of linear warm-up; below 1, a share of the run
     warmup_steps: Annotated[float, Field(ge=0), Range(0, 0.3)] = 0.03
 
-    # on which rows
+    # the data
 
-    # file, folder, hub name, toy:TASK, {path, split, format, columns, limit}, rows, or a list
+    # training data: file, folder, Hub name, toy:TASK, {path, split, format, columns, limit}, rows, or a
+    # list
     data: Any = None
-    eval_data: Any = 0.05  # the same, or the share of data that is held out
-    max_length: Count | None = None  # tokens of a row at most; default: what the model can read, up to 2048
-    max_bad_rows: Share = 0.05  # share of unusable rows above which the run stops before it starts
-    stages: list[Any] = field(default_factory=list)  # rows in, rows out: once, before training
-    # rows in, rows out: on the rows of each step, with the policy of that step
+    eval_data: Any = 0.05  # held-out data in the same forms, or the share of `data` that is held out
+    max_length: Count | None = None  # maximum tokens per row; default: what the model can read, up to 2048
+    max_bad_rows: Share = 0.05  # maximum share of unusable rows; with more, the run stops before training
+    stages: list[Any] = field(default_factory=list)  # stages that process the rows once, before training
+    # stages that process the rows of each step, with the current policy
     online_stages: list[Any] = field(default_factory=list)
-    num_iterations: Count = 1  # optimizer steps for each draw of online rows
+    num_iterations: Count = 1  # optimizer steps per batch of online samples
 
-    # for how long
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0  # passes over the rows
-    # optimizer steps, in place of epochs; 0 trains nothing
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0  # passes over the training rows
+    # optimizer steps, instead of epochs; 0 trains nothing
     max_steps: Annotated[int, Field(ge=0)] | None = None
-    per_device_train_batch_size: Count = 8  # rows of a micro-batch
-    # micro-batches of an optimizer step; changes memory, never the result
-    gradient_accumulation_steps: Count = 1
-    # recompute activations in backward; auto: where a step would not fit
+    per_device_train_batch_size: Count = 8  # rows per micro-batch
+    gradient_accumulation_steps: Count = 1  # micro-batches per optimizer step; changes memory, not the result
+    # recompute activations in the backward pass; auto: if a step would not fit otherwise
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    # compile the network's layers: for long runs, as the first steps then take minutes
+    # compile the model's layers; for long runs, as the first steps then take minutes
     torch_compile: bool = False
     # cache the outputs of the layers below the tuner on disk; auto: where rows are read more than once
     cache_frozen: bool | Literal["auto"] = "auto"
     # cache the outputs of roles that never change on disk; auto: where rows are read more than once
     cache_reference: bool | Literal["auto"] = "auto"
-    seed: int = 0  # of every random draw
+    seed: int = 0  # random seed of the whole run
 
-    # over which plan
+    # the plan
     plan: Any = None  # rounds, continual, search; a list is a sequence of changes to this recipe
 
-    # and then
+    # evaluation and output
 
-    # what is measured before and after; default: loss, accuracy, generate, forgetting, where the rows allow
+    # evaluators to run before and after; default: loss, accuracy, generate, forgetting, if the rows allow
+    # them
     evaluate: list[Any] | None = None
     # steps between evaluations during training (below 1: a share of the run); default: none
     eval_steps: Annotated[float, Field(gt=0)] | None = None
     save_steps: Annotated[float, Field(gt=0)] = 0.1  # steps between checkpoints (below 1: a share of the run)
-    save_total_limit: Count = 2  # checkpoints to keep
-    logging_steps: Count = 1  # steps between lines of metrics.jsonl
+    save_total_limit: Count = 2  # number of checkpoints to keep
+    logging_steps: Count = 1  # steps between lines in metrics.jsonl
     # trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...
     report_to: list[str] = field(default_factory=list)
-    output_dir: str | None = None  # run folder; default: runs/<name made of the recipe>
-    overwrite: bool = False  # start anew in a folder that holds another recipe's run
+    output_dir: str | None = None  # folder of the run; default: runs/<name made from the recipe>
+    overwrite: bool = False  # start over in a folder that holds another recipe's run
 
     # key -> where its value came from
     origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -52,17 +52,17 @@ class PenaltyBilevel(Estimator):
 
     fixed_tensors: ClassVar[bool] = True
 
-    validation: str = "validation"  # the source (term) that decides; the others are weighed
-    # s: the smaller, the truer the gradient of the weights, and the noisier
+    validation: str = "validation"  # the validation source (term); the weights of the others are learned
+    # s: smaller values give a more accurate but noisier gradient of the weights
     penalty: Annotated[float, Field(gt=0)] = 0.1
     # s at the end, reached geometrically; not given: as at the start
     final_penalty: Annotated[float, Field(gt=0)] | None = None
-    # of the weights (their logits) and of the log of the decay
+    # learning rate of the weights (their logits) and of the log of the decay
     upper_learning_rate: Annotated[float, Field(ge=0)] = 0.5
-    inner_steps: Annotated[int, Field(ge=1)] = 1  # steps of both copies for each step of the weights
-    # eta of the single loop; 1, as not given, corrects nothing
+    inner_steps: Annotated[int, Field(ge=1)] = 1  # steps of both copies per step of the weights
+    # eta of the single loop; 1, the same as not given, corrects nothing
     momentum: Annotated[float, Field(gt=0, le=1)] | None = None
-    # where the learned decay starts; not given: none is learned
+    # initial value of the learned decay; not given: none is learned
     weight_decay: Annotated[float, Field(gt=0)] | None = None
 
     def suits(self, objective):

@@ -24,7 +24,7 @@ class Column(Role):
 
     answers: ClassVar[Literal["outputs", "logprobs", "text"]] = "logprobs"
 
-    column: str = "cached_logprobs"  # rows[column]: one list of numbers per completion
+    column: str = "cached_logprobs"  # name of the column: one list of numbers per completion
 
     @property
     def active_requires(self):

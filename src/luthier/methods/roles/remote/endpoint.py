@@ -30,11 +30,11 @@ class Endpoint(Role):
 
     answers: ClassVar[Literal["outputs", "logprobs", "text"]] = "text"
 
-    base_url: str  # up to and with the version, such as http://localhost:8000/v1
-    model: str  # its name at that address
-    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key, if one is wanted
+    base_url: str  # URL up to and including the version, such as http://localhost:8000/v1
+    model: str  # name of the model at that URL
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the API key, if one is needed
     timeout: Annotated[float, Field(gt=0)] = 120.0  # seconds to wait for an answer
-    retries: Annotated[int, Field(ge=0)] = 3  # further tries where it is busy or does not answer
+    retries: Annotated[int, Field(ge=0)] = 3  # further attempts if it is busy or does not answer
 
     def __post_init__(self):
         if not self.base_url.startswith(("http://", "https://")):

@@ -33,7 +33,7 @@ class LISA(Tuner):
 
     changes_phase: ClassVar[bool] = True
 
-    n_layers: int = 2  # layers trained at once
+    n_layers: int = 2  # number of layers trained at once
     interval: int = 20  # optimizer steps between draws
 
     def __post_init__(self):

@@ -39,11 +39,11 @@ class OwLore(Tuner):
 
     changes_phase: ClassVar[bool] = True
 
-    n_layers: Annotated[int, Field(ge=1)] = 5  # layers trained at once
+    n_layers: Annotated[int, Field(ge=1)] = 5  # number of layers trained at once
     interval: Annotated[int, Field(ge=1)] = 50  # optimizer steps between draws
-    # what makes a layer likely: outliers, or depth
+    # layers are drawn by outliers, or by depth
     prob_mode: Literal["owl", "owl_reverse", "uniform", "increasing", "decreasing"] = "owl"
-    outlier_ratio: Annotated[float, Field(gt=0)] = 13.0  # an outlier is that many times the mean
+    outlier_ratio: Annotated[float, Field(gt=0)] = 13.0  # an outlier is larger than this times the mean
     init_rows: Annotated[int, Field(ge=1)] = 16  # rows on which outliers are counted
 
     def attach(self, model):
