@@ -4,14 +4,19 @@ somewhere.
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
+import shlex
 
 import pytest
 import yaml
+from typer.main import get_command
 
 import luthier
 from helpers.paths import ROOT
 from luthier import registry
+from luthier.cli import app
 from luthier.registry import describe
 from luthier.tools import docs
 from luthier.tools.method_page import escape, terminal_page
@@ -94,6 +99,35 @@ def test_links_lead_somewhere(page):
 def test_recipes_in_pages_can_be_read(page):
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
         luthier.Recipe.load(yaml.safe_load(block)).yaml()  # builds every method it names
+
+
+def commands(page) -> list[str]:
+    """The lines of a page's shell blocks that begin with luthier."""
+    lines = []
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M)
+    for language, block in blocks:
+        if language in ("", "bash", "sh"):
+            lines += [line for line in block.splitlines() if line.startswith("luthier ")]
+    return lines
+
+
+def test_commands_in_pages_have_the_options_that_they_use():
+    command = get_command(app)
+    lines = [line for page in [*PAGES, ROOT / "README.md"] for line in commands(page)]
+    assert len(lines) > 25
+    for line in lines:
+        verb, *words = shlex.split(line, comments=True)[1:]
+        command.commands[verb].make_context(verb, words)  # parses; click.UsageError where it cannot
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
+def test_python_in_pages_compiles_and_imports_what_there_is(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        for node in ast.parse(block).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("luthier"):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
 
 
 def test_sentences_that_are_explained_are_said():

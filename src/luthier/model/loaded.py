@@ -43,6 +43,7 @@ class Loaded:
 
     @property
     def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
         return self.roles.renderer.tokenizer
 
     def generate(
@@ -55,12 +56,20 @@ class Loaded:
         hear: Callable[[str], object] | None = None,
         **how: Any,
     ) -> Any:
-        """The answer to a prompt: text, which is continued as it is, or messages, which go through the chat
-        template.
+        """The answer to a prompt.
 
-        A list of prompts gives a list of answers. temperature 0 takes the likeliest token; how: top_p, top_k.
-        hear: called with the answer so far after each token, of one prompt; where it returns true, the answer
-        ends there.
+        Args:
+            prompt: text, which is continued as it is, or messages, which go through the chat template; a list
+                of either gives a list of answers.
+            max_new_tokens: tokens of an answer at most.
+            temperature: of sampling; 0 takes the likeliest token.
+            seed: of the random draws.
+            hear: for one prompt, called with the answer so far after each token; where it returns true, the
+                answer ends there.
+            how: `top_p` and `top_k`.
+
+        Raises:
+            RecipeError: the network does not generate text.
         """
         if "generate" not in self.roles.policy.architecture.provides:
             raise RecipeError(
@@ -97,7 +106,9 @@ class Loaded:
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[dict]) -> torch.Tensor:
-        """The log-probability of each supervised token of canonical rows."""
+        """The log-probability of each supervised token of canonical rows: [tokens of all rows], float32, in
+        nats.
+        """
         self.roles.policy.eval()
         return self.roles.policy.logprobs(self.roles.batch(list(rows))).float().cpu()
 
@@ -117,10 +128,15 @@ class NoTuner:
 
 
 def load(name: str | Path, **settings: Any) -> Loaded:
-    """A run's folder, an exported adapter, a model's folder, a hub name, or toy:NAME.
+    """Load a model, ready to generate.
 
-    settings: keys of a recipe that should differ from how it was tuned, e.g. dtype="float32" or
-    max_length=512.
+    Args:
+        name: a run's folder, an exported adapter, a model's folder, a hub name, or toy:NAME.
+        settings: keys of a recipe that should differ from how it was tuned, e.g. dtype="float32" or
+            max_length=512.
+
+    Raises:
+        RecipeError: there is no such model, or it cannot be read.
     """
     folder = Path(name).expanduser()
     if (folder / "recipe.yaml").is_file():

@@ -133,10 +133,14 @@ class Recipe:
     def load(
         source: str | Path | Mapping | Recipe | None = None, changes: Sequence[str] | Mapping | None = None
     ) -> Recipe:
-        """source: a YAML file, YAML text, a mapping, or toy:TASK. changes: ["learning_rate=1e-4",
-        "tuner.r=16"] or a mapping.
+        """Read a recipe.
 
-        Raises RecipeError for whatever cannot be understood.
+        Args:
+            source: a YAML file, YAML text, a mapping, a `Recipe`, or toy:TASK.
+            changes: ["learning_rate=1e-4", "tuner.r=16"] or a mapping.
+
+        Raises:
+            RecipeError: a key, a method or a value is not understood.
         """
         if isinstance(source, Recipe):
             source = source.public()

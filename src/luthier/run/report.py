@@ -14,7 +14,17 @@ from luthier.storage.layout import REPORT
 
 @dataclass
 class Report:
-    """What a run measured. Also lies in its folder as report.json."""
+    """What a run measured; also in its folder, as report.json.
+
+    Attributes:
+        folder: of the run.
+        before: metrics before training, by name; losses in nats a token, shares from 0 to 1.
+        after: metrics after training.
+        losses: the loss of each logged step.
+        stats: numbers of rows and tokens, seconds, memory, parameters.
+        notes: the warnings of the run.
+        runs: of a plan, the folders of its runs.
+    """
 
     folder: str
     before: dict[str, float] = field(default_factory=dict)  # metrics before training

@@ -69,12 +69,24 @@ def tune(
     watch: Any = None,
     **settings: Any,
 ) -> Report:
-    """Tune a model. recipe: a YAML file, text or mapping; settings: keys of a recipe.
+    """Fine-tune a model, and evaluate it before and after. A run that was stopped resumes.
 
-    folder: of the run, in place of output_dir. callback, stop_at: as in `perform`. watch: the former name of
-    callback. Raises RecipeError.
+    Args:
+        recipe: a YAML file, YAML text, a mapping, a `Recipe` or "toy:TASK"; None: `settings` alone.
+        folder: the run's folder, in place of the recipe's `output_dir`.
+        callback: an object with the methods of `luthier.report.console.Callback`, called as the run goes on.
+        stop_at: pause at this step, below 1 at this share of the steps; the next call continues.
+        watch: the former name of `callback`.
+        settings: keys of the recipe, such as `tuner="lora"`, `learning_rate=1e-4`.
 
-    >>> luthier.tune(model="toy:lm", data="rows.jsonl", tuner="lora", objective="sft")
+    Returns:
+        metrics before and after, the loss of each logged step, and the folder.
+
+    Raises:
+        RecipeError: the recipe cannot work; its subclasses say which outcome it was.
+
+    Examples:
+        >>> luthier.tune(model="toy:lm", data="rows.jsonl", tuner="lora", objective="sft")
     """
     if watch is not None:
         warnings.warn(

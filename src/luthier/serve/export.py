@@ -31,10 +31,20 @@ ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.1}  # and what rounding the m
 def export(folder: str | Path, kind: str, to: str | Path) -> str:
     """Write a run's result for other tools, load it back, and compare its answers with the tuned model's.
 
-    kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model in the base's
-    precision. Both are first compared in fp32, so that rounding cannot hide an adapter that was lost. Raises
-    where the exported thing answers otherwise than the tuned one; then nothing is left at `to`. Returns a
-    sentence.
+    Both forms are first compared in fp32, so that rounding cannot hide an adapter that was lost.
+
+    Args:
+        folder: of a finished run.
+        kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model in the base's
+            precision.
+        to: a folder that does not exist or is empty.
+
+    Returns:
+        a sentence for people that says what was written and how far its log-probabilities differ.
+
+    Raises:
+        RecipeError: it has no such form, or what was written differs from the tuned model by more than
+            rounding; then nothing is left at `to`.
     """
     if kind not in WRITERS:
         raise RecipeError(f"there is no export format '{kind}'{did_you_mean(kind, WRITERS)}")

@@ -35,13 +35,24 @@ def inspect(
     preference: bool = False,
     report: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Two models on the same rows: {base: {model, metrics}, tuned: {...}, rows, measured_on, notes}.
+    """Evaluate two models on the same rows.
 
-    data: as in a recipe; by default what the run `tuned` held out, or trained on where it held nothing out.
-    preference: how both rank pairs too, with `base` as the reference (see the evaluator `preference`). Raises
-    RecipeError where no row has a better and a worse completion. report: a page to write (HTML); for it
-    answers, calibration and diversity are measured too, and the weights are compared (`weights` of what is
-    returned).
+    Args:
+        base: the model before: a folder, a hub name, toy:NAME or a run.
+        tuned: the model after.
+        data: as in a recipe; by default what the run `tuned` held out, or trained on where it held nothing
+            out.
+        preference: measure how both rank pairs as well, with `base` as the reference (evaluator
+            `preference`).
+        report: an HTML page to write; for it answers, calibration and diversity are measured too, and the
+            weights are compared (`weights` of the result).
+
+    Returns:
+        {base: {model, metrics}, tuned: {model, metrics}, rows, measured_on, notes}; losses in nats a token,
+        shares from 0 to 1.
+
+    Raises:
+        RecipeError: a model cannot be loaded, or `preference` and no row has a better and a worse completion.
     """
     if report is not None and Path(report).is_dir():
         page = Path(report) / "inspect.html"

@@ -68,7 +68,7 @@ def method_entries() -> list[Any]:
         by_family = families(kind)
         if not by_family:
             continue
-        listed: list[Any] = [f"methods/{kind}.md"]
+        listed: list[Any] = [{"Overview": f"methods/{kind}.md"}]
         for family, cards in by_family.items():
             pages = [{card.name: f"methods/{kind}/{card.name}.md"} for card in cards]
             if len(by_family) == 1:

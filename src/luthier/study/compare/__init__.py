@@ -61,19 +61,25 @@ def compare(
 ) -> dict[str, Any]:
     """Compare recipes and return the result, which is also written to FOLDER/comparison.json and report.html.
 
-    >>> luthier.compare(
-    ...     {"lora": {"tuner": "lora"}, "full": {"tuner": "full"}}, data="rows.jsonl", budget="100 steps"
-    ... )
+    Args:
+        arms: name -> a recipe's file, mapping or Recipe.
+        seeds: runs of each arm.
+        budget: of each run, as "30m", "500 steps" or "200k tokens"; None: as the recipes say.
+        metric: by which arms are ranked and stopped early.
+        stop_early: stop arms that are significantly behind the best.
+        learning_rates: of which each arm takes its best, by a run with a seed that is not reported.
+        together: LoRA runs that share a base model train side by side in one process.
+        folder: default runs/compare-<fingerprint>.
+        callback: called as the runs go on.
+        shared: recipe keys of all arms.
 
-    arms: name -> a recipe's file, mapping or Recipe.
-    seeds: runs of each arm.
-    budget: of each run, as "30m", "500 steps" or "200k tokens"; None: as the recipes say.
-    metric: by which arms are ranked and stopped early.
-    learning_rates: of which each arm takes its best, by a run with a seed that is not reported.
-    together: LoRA runs that share a base model train side by side in one process.
-    folder: default runs/compare-<fingerprint>.
-    shared: recipe keys of all arms.
-    Raises RecipeError where the arms cannot be compared.
+    Raises:
+        RecipeError: the arms cannot be compared.
+
+    Examples:
+        >>> luthier.compare(
+        ...     {"lora": {"tuner": "lora"}, "full": {"tuner": "full"}}, data="rows.jsonl", budget="100 steps"
+        ... )
     """
     recipes = {str(name): Recipe.load(arm, shared) for name, arm in arms.items()}
     spec = ComparisonSpec(

@@ -79,27 +79,34 @@ def search(
     """Search for better configurations of a recipe and return the result, which is also written to
     OUTPUT_DIR/search.json and report.html.
 
-    >>> luthier.search(
-    ...     "recipe.yaml", space="tuner=lora|ssf, learning_rate", goals="quality, parameters", trials=40
-    ... )
+    Args:
+        recipe: its file, mapping or Recipe.
+        space: what varies, as "tuner.r=4..64 log"; nothing: the learning rate, and what the recipe's methods
+            declare.
+        goals: what is improved, as "quality, memory" or any metric.
+        constraint: limits, as "memory <= 8GB".
+        trials: full runs at most, 40 if there is no budget either.
+        budget: a time, as "2h".
+        sampler: a searcher, by name or with its settings.
+        seeds: how many, or which; a configuration is chosen by its mean over them.
+        test_seeds: how many, or which; the chosen configurations are tested on them.
+        metric: what the goal `quality` means; None: the loss, or ranking accuracy of pairs.
+        earlier: the folder of an earlier search, whose results are measured first.
+        test_data: rows on which the chosen configurations are tested; None: the held-out rows.
+        storage: URL of a database, as Optuna has it; None: a journal in the folder.
+        output_dir: default runs/search-<fingerprint>.
+        workers: of a Ray cluster, side by side.
+        subprocesses: each run in a process of its own.
+        callback: called as the runs go on.
+        settings: keys of the recipe.
 
-    recipe: its file, mapping or Recipe.
-    space: what varies, as "tuner.r=4..64 log"; nothing: the learning rate, and what the recipe's methods
-    declare.
-    goals: what is improved, as "quality, memory" or any metric.
-    constraint: limits, as "memory <= 8GB".
-    trials: full runs at most, 40 if there is no budget either. budget: a time, as "2h".
-    sampler: a searcher, by name or with its settings.
-    seeds, test_seeds: how many, or which. A configuration is chosen by the former and tested on the latter.
-    metric: what the goal `quality` means; None: the loss, or ranking accuracy of pairs.
-    earlier: the folder of an earlier search, whose results are measured first.
-    test_data: rows on which the chosen configurations are tested; None: the held-out rows.
-    storage: URL of a database, as Optuna has it; None: a journal in the folder.
-    output_dir: default runs/search-<fingerprint>.
-    workers: of a Ray cluster, side by side.
-    subprocesses: each run in a process of its own.
-    settings: keys of the recipe.
-    Raises RecipeError for what cannot be searched.
+    Raises:
+        RecipeError: it cannot be searched.
+
+    Examples:
+        >>> luthier.search(
+        ...     "recipe.yaml", space="tuner=lora|ssf, learning_rate", goals="quality, parameters", trials=40
+        ... )
     """
     arguments = {
         "space": space,
