@@ -213,8 +213,8 @@ BROKEN = [
     ({"messages": [{"role": "narrator", "content": "x"}, BOT]}, "unknown role 'narrator'"),
     ({"messages": [USER]}, "no assistant turn"),
     ({"messages": [BOT, USER, BOT]}, "begins with an assistant turn"),
-    ({"messages": 7}, "messages is not a list of messages"),
-    ({"messages": []}, "messages is not a list of messages"),
+    ({"messages": 7}, "messages is not a list with at least one message"),
+    ({"messages": []}, "messages is not a list with at least one message"),
     ({"messages": None, "other": 1}, "do not match the file's format"),
     (
         {"messages": [USER, {"role": "assistant", "content": "x" * 1_000_001}]},

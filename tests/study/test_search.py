@@ -147,10 +147,11 @@ def test_a_plan_is_searched_by_its_front(tmp_path):
         "metric": "ranking_accuracy",
         "apart": False,
     }
-    with pytest.raises(RecipeError, match="`worst` for short, complete"):
+    with pytest.raises(RecipeError, match="set `worst` in plan 'front' for short, complete"):
         luthier.search(base, **how, output_dir=tmp_path / "a")
     plan["worst"] = {"short": 0.0, "complete": 0.0}
-    with pytest.raises(RecipeError, match="configuration 0 .*goal/short -.* lies beyond 0"):
+    beyond = "configuration 0 .*goal/short -.* is worse than the reference point 0"
+    with pytest.raises(RecipeError, match=beyond):
         luthier.search(base, **how, output_dir=tmp_path / "a")
     plan["worst"]["short"] = -100.0
     found = luthier.search(base, **how, output_dir=tmp_path / "b")
@@ -473,7 +474,7 @@ def test_arguments_of_the_first_version_are_read(shared, tmp_path):
     with pytest.raises(RecipeError, match="holds another search"):
         luthier.search(shared, **how)
     assert "over is now called space" in callback.notes
-    with pytest.raises(RecipeError, match="give one of them"):
+    with pytest.raises(RecipeError, match="keep one of them"):
         luthier.search(shared, space="learning_rate", **how)
 
 
