@@ -470,7 +470,7 @@ def test_a_role_is_refused_under_a_name_that_it_cannot_play(role, name):
             recipe = recipe.but(roles={name: small("role", role)})
         validate(recipe, CANONICAL)
         return
-    with pytest.raises(RecipeError, match=f"role '{role}' cannot play '{name}'"):
+    with pytest.raises(RecipeError, match=f"role '{role}' cannot be used as '{name}'"):
         validate(recipe, CANONICAL)
 
 

@@ -96,7 +96,7 @@ def test_each_act_goes_on_from_the_last(recipe):
         ([{"objective": "sft"}, {"tuner": "full"}], "run 1 has another tuner .* `init_from: null`"),
         ([{"objective": "sft"}, {"tuner.r": 2}], "run 1 has another tuner"),
         ([{"start": {"merge": "average", "of": "all"}}], "run 0 merges all earlier runs"),
-        ([{"objective": "sft"}, {"learning_rat": 1}], "no 'learning_rat'"),
+        ([{"objective": "sft"}, {"learning_rat": 1}], "no key 'learning_rat'"),
         ([{"start": {"merge": "averag", "of": ["a"]}}], "no merger 'averag'"),
     ],
 )

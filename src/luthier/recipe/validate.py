@@ -94,19 +94,19 @@ def check_players(methods: Methods, recipe: Recipe) -> None:
     """Refuse a role under a name that it cannot play: a memory as a reference, a column as a teacher."""
     own_names = {word for card in cards("role") for word in card.provides}
     for name, role in methods.roles.items():
-        plays = " or ".join(sorted(role.provides)) or "a network's role"
+        plays = " or ".join(sorted(role.provides)) or "a model"
         if name not in role.provides and (role.provides or name in own_names):
-            raise RecipeError(f"roles: role '{role.name}' cannot play '{name}': it plays {plays}")
+            raise RecipeError(f"roles: role '{role.name}' cannot be used as '{name}', only as {plays}")
         able = NETWORK_ROLES.get(name)
         if able and role.answers not in able:
             raise RecipeError(
-                f"roles: role '{role.name}' cannot play '{name}': it gives {role.answers} alone, and no"
-                " network's outputs"
+                f"roles: role '{role.name}' cannot be used as '{name}': it gives only {role.answers}, not a"
+                " model's outputs"
             )
         if role.answers != "outputs" and f"{name}_outputs" in methods.require():
             raise RecipeError(
-                f"{label(methods.objective, recipe)} asks the {name} for whole distributions or hidden"
-                f" states, and role '{role.name}' gives {role.answers} alone; e.g."
+                f"{label(methods.objective, recipe)} needs whole distributions or hidden states"
+                f" from the {name}, but role '{role.name}' gives only {role.answers}; e.g."
                 f" `roles: {{{name}: initial}}`"
             )
 
@@ -303,8 +303,9 @@ def check_phases(methods: Methods) -> None:
     for tuner in (methods.tuner, *submethods(methods.tuner)):
         if methods.estimator.fixed_tensors and getattr(tuner, "changes_phase", False):
             raise RecipeError(
-                f"estimator '{methods.estimator.name}' keeps a second copy of what moves, and tuner"
-                f" '{tuner.name}' moves now this and now that"
+                f"estimator '{methods.estimator.name}' keeps a second copy of the trainable"
+                f" parameters, but tuner '{tuner.name}' changes which ones are trainable during"
+                " training; use another tuner"
             )
 
 

@@ -30,7 +30,7 @@ VALUES = Capability("values", says="a network that gives numbers, not text (arch
 
 SOFT_PROMPTS = Capability("soft_prompts", says="a network that reads vectors before the text")
 FIXED_TARGETS = Capability(
-    "fixed_targets", says="a network that is asked the same of a row at every step (not a masked_lm)"
+    "fixed_targets", says="a model whose input for a row is the same at every step (not a masked_lm)"
 )
 
 

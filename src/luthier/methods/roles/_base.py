@@ -19,9 +19,9 @@ REFERENCE = Capability(
     "reference",
     says="a reference model",
     advice="set it under roles, e.g. `roles: {reference: initial}`",
-    costs="a forward pass of the reference over the same rows, without gradient. With a tuner that can be"
-    " switched off the reference is the base model itself and takes no memory; stage `cache_logprobs` stores"
-    " its log-probabilities beforehand.",
+    costs="a forward pass of the reference over the same rows, without gradient. With a tuner that"
+    " can be disabled the reference is the base model itself and takes no memory; stage"
+    " `cache_logprobs` stores its log-probabilities beforehand.",
 )
 SAMPLER = Capability(
     "sampler",

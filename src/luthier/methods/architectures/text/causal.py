@@ -57,8 +57,8 @@ ENDLESS = 2**31  # a row in which any batch finds room
 
 @architecture(
     provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, EMBEDDINGS, FIXED_TARGETS, SOFT_PROMPTS],
-    use_when="the model writes text from left to right: GPT, Llama, Qwen, Mistral and their kin. It is"
-    " chosen by itself.",
+    use_when="the model writes text from left to right: GPT, Llama, Qwen, Mistral and similar models."
+    " It is selected automatically.",
     costs="packed rows: no computation on padding; prompts are read once for all their completions.",
 )
 class Causal(LanguageModel):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @architecture(
     provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, FIXED_TARGETS, SOFT_PROMPTS],
-    use_when="the model is an encoder-decoder: T5, BART and their kin. It is chosen by itself.",
+    use_when="the model is an encoder-decoder: T5, BART and similar models. It is selected automatically.",
     costs="padded batches; the encoder reads a prompt once for all its completions.",
 )
 class Seq2Seq(LanguageModel):

@@ -88,7 +88,7 @@ class OptoPrime(Compiler):
                 labels = {k: v for k, v in rows[i].items() if k not in tuned.reads(rows[i])}
                 optimizer.backward(
                     as_graph(trace, texts),
-                    f"score {float(metric(rows[i], prediction)):g}; the row also says"
+                    f"score {float(metric(rows[i], prediction)):g}; the row also has"
                     f" {json.dumps(labels, default=str)}",
                 )
             if not optimizer.step():

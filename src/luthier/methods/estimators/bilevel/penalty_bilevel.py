@@ -43,8 +43,8 @@ Tree = dict[str, Params]  # site -> slot -> tensor
     provides=[GRADIENT],
     use_when="rows come from several sources of unknown value and you have trusted validation rows: it"
     " learns the sources' weights, and the weight decay.",
-    costs="two gradients a step and one more copy of what moves with its optimizer state; with"
-    " `momentum` twice that.",
+    costs="two gradients a step and one more copy of the trainable parameters with its optimizer"
+    " state; with `momentum` twice that.",
     starting_rate="that of the tuner.",
 )
 class PenaltyBilevel(Estimator):

@@ -23,7 +23,7 @@ from luthier.registry import Range, estimator
     row="glad",
     provides=[GRADIENT],
     use_when="you want part of SAM's effect: `alpha` mixes its gradient with the plain one.",
-    costs="two forward and backward passes a step, and a copy of what moves.",
+    costs="two forward and backward passes a step, and a copy of the trainable parameters.",
     starting_rate="that of the tuner.",
 )
 class GLAD(Estimator):

@@ -19,7 +19,7 @@ from luthier.registry import estimator
     paper="arXiv:2010.01412",
     provides=[GRADIENT],
     use_when="few rows, overfitting, and time for twice the computation: it looks for flat minima.",
-    costs="two forward and backward passes a step, and a copy of what moves.",
+    costs="two forward and backward passes a step, and a copy of the trainable parameters.",
     starting_rate="that of the tuner.",
 )
 class SAM(Estimator):

@@ -39,7 +39,7 @@ PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the
     use_when="memory suffices for inference but not for training, or the metric has no gradient worth"
     " following. It needs many more steps than backprop.",
     costs="two forward passes for each of `n_probes` directions, no backward pass and no kept"
-    " activations; memory of inference plus a copy of what moves.",
+    " activations; memory of inference plus a copy of the trainable parameters.",
     starting_rate="with `sgd` far smaller than Adam's rates: the paper takes 1e-7 to 1e-6 for all"
     " weights of OPT-13B.",
 )

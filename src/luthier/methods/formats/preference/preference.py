@@ -20,7 +20,7 @@ MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
 
 @row_format(
     provides=[PAIRS],
-    use_when="rows have `chosen` and `rejected`, as text or messages, for `dpo` and its kin.",
+    use_when="rows have `chosen` and `rejected`, as text or messages, for `dpo` and similar objectives.",
 )
 class Preference(Format):
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.

@@ -19,7 +19,7 @@ from luthier.registry import merger
 @merger(
     paper="arXiv:2203.05482",
     row="model-soups",
-    use_when="several runs began at one model and one model is to come of them; plan `greedy_soup`"
+    use_when="several runs started from one model and should become one model; plan `greedy_soup`"
     " chooses which.",
     costs="one pass over the tensors in float64; inference costs one model.",
 )

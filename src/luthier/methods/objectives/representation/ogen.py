@@ -44,7 +44,8 @@ NOTED = {"base_classes": "known", "new_classes": "unknown"}  # terms -> names of
     requires=[COMPLETIONS, TEACHER, GENERATOR, HIDDEN, TOPK],
     former_settings={"known": "base_classes", "unknown": "new_classes"},
     use_when="you tune a classifier on some classes and must not lose classes that no row has.",
-    costs="a small generator that trains along; its teacher keeps several snapshots of what moves.",
+    costs="a small generator that is trained along; its teacher keeps several snapshots of the"
+    " trainable parameters.",
     starting_rate="that of `sft`.",
 )
 class OGEN(Objective):

@@ -25,7 +25,7 @@ CURVES = {  # divergence -> phi(r)
     paper="arXiv:2507.00018",
     row="sft-dpo-bridge",
     requires=[COMPLETIONS, REFERENCE, LOGPROBS],
-    use_when="plain SFT moves too far from the reference: a concave curve of the log-ratio holds it near.",
+    use_when="plain SFT drifts too far from the reference: a concave curve of the log-ratio keeps it close.",
     starting_rate="that of `sft`.",
 )
 class FSFT(Objective):

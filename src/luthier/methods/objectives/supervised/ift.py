@@ -21,7 +21,7 @@ from luthier.registry import objective
     row="ift",
     requires=[COMPLETIONS, LOGPROBS, TOPK, EMBEDDINGS],
     use_when="you have only SFT rows and want some of what preference tuning gives: the model also"
-    " learns to go on from its own predictions.",
+    " learns to continue from its own predictions.",
     costs="two forward passes and one backward pass a row.",
     starting_rate="that of `sft`.",
 )

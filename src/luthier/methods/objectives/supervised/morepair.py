@@ -17,8 +17,8 @@ from luthier.registry import objective
     paper="arXiv:2404.12636",
     row="morepair",
     requires=[COMPLETIONS, TASKS, LOGPROBS],
-    use_when="you fix programs and have a rationale for each fix: both are learned, only the fix is"
-    " asked for later.",
+    use_when="you fix programs and have a rationale for each fix: both are trained on, only the fix is"
+    " generated later.",
     costs="as `sft` on answer and rationale; the prompt is read once.",
     starting_rate="that of `sft`.",
 )

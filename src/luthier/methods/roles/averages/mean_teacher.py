@@ -20,7 +20,7 @@ from luthier.registry import role
 @role(
     paper="arXiv:1703.01780",
     use_when="a steadier teacher is wanted without another model: an average of the policy over steps.",
-    costs="a copy of what moves, and a forward pass where it is asked.",
+    costs="a copy of the trainable parameters, and a forward pass where it is used.",
 )
 class MeanTeacher(Role):
     """The exponential moving average of the policy."""

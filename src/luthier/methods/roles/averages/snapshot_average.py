@@ -25,7 +25,7 @@ from luthier.registry import role
     row="ogen",
     use_when="objective `ogen` needs it, or a teacher that averages the last snapshots rather than all"
     " steps.",
-    costs="one copy of what moves for each of up to `most` snapshots.",
+    costs="one copy of the trainable parameters for each of up to `most` snapshots.",
 )
 class SnapshotAverage(Role):
     """An average over a window of snapshots. Each takes a copy of the trainable parameters."""

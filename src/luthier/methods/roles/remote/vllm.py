@@ -43,7 +43,7 @@ Answers = list[list[tuple[list[int], list[float]]]]
     use_when="rollouts are the slow part and a GPU is free for a vLLM server that writes in the"
     " policy's place. It was tested against a server that follows vLLM's documentation, not against vLLM"
     " itself.",
-    costs="a server with the base model; the adapter is sent whenever it has moved.",
+    costs="a server with the base model; the adapter is sent whenever it has changed.",
 )
 class VLLM(Endpoint):
     """POST base_url/completions and base_url/load_lora_adapter; for `online_stages: [{name: rollout, sampler:

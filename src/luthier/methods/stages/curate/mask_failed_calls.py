@@ -20,7 +20,8 @@ ERRORS = (
     paper="arXiv:2412.15495",
     row="tl-training",
     requires=[COMPLETIONS],
-    use_when="conversations with tools contain calls that failed, and these should be read but not learned.",
+    use_when="conversations with tools contain calls that failed, and these should be read but not"
+    " trained on.",
     costs="no model is read.",
 )
 class MaskFailedCalls(Stage):

@@ -14,8 +14,8 @@ from luthier.registry import stage
 @stage(
     requires=[COMPLETIONS, SCORES],
     provides=[PAIRS],
-    use_when="rows have several scored completions and you want to train `dpo` or its kin on best"
-    " against worst.",
+    use_when="rows have several scored completions and you want to train `dpo` or similar objectives on"
+    " best against worst.",
     costs="nothing beside reading the scores.",
 )
 class Pairs(Stage):

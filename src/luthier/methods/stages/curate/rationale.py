@@ -20,8 +20,8 @@ TASKS = Column(
     requires=[COMPLETIONS, RATIONALE],
     provides=[TASKS],
     removes=[PAIRS, SCORES],
-    use_when="rows have answers and rationales that are to be learned as two tasks after one prompt,"
-    " for objective `morepair`.",
+    use_when="rows have answers and rationales to be trained on as two tasks after one prompt, for"
+    " objective `morepair`.",
     costs="a second completion for each row.",
 )
 class Rationale(Stage):

@@ -11,8 +11,8 @@ from luthier.registry import stage
     paper="arXiv:2304.06767",
     requires=[COMPLETIONS, SCORES],
     removes=[PAIRS],
-    use_when="rows have several scored completions and only the best one should be learned (rejection"
-    " sampling).",
+    use_when="rows have several scored completions and only the best one should be trained on"
+    " (rejection sampling).",
     costs="nothing beside reading the scores.",
 )
 class Best(Stage):

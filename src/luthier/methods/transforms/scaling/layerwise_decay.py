@@ -24,7 +24,7 @@ BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
 @transform(
     paper="doi:10.1016/j.patter.2023.100729",
     row="stable-ft-biomedical",
-    use_when="you fine-tune a pretrained encoder on few rows and lower layers should move less.",
+    use_when="you fine-tune a pretrained encoder on few rows and lower layers should change less.",
     costs="nothing.",
     starting_rate="that of `full`, for the top layer.",
 )

@@ -27,7 +27,7 @@ from luthier.registry import Range, tuner
     row="stable-ft-biomedical",
     provides=[MERGE],
     use_when="you fine-tune an encoder on a few hundred rows and some seeds fail: the top layers, most"
-    " specific to pretraining, start anew.",
+    " specific to pretraining, are re-initialised.",
     costs="as full fine-tuning.",
     starting_rate="start with that of `full`.",
 )

@@ -26,7 +26,7 @@ from luthier.registry import tuner
     paper="arXiv:2409.06633",
     row="sara-sparse",
     provides=[DISABLE_ADAPTER, MERGE],
-    use_when="you want to add a skill while moving only the weights that matter least to the base"
+    use_when="you want to add a skill while training only the weights that matter least to the base"
     " model: the smallest ones.",
     costs="values and positions of the trained entries; whole gradients of a matrix are computed and"
     " then reduced to them.",
