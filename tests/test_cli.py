@@ -147,7 +147,8 @@ def test_ctrl_c_says_that_it_goes_on(monkeypatch, rows):
 
 def test_methods_as_json():
     found = json.loads(luth("methods", "--json").stdout)
-    assert {"kind", "name", "paper", "rows", "requires", "provides", "summary"} == set(found[0])
+    keys = {"kind", "name", "paper", "rows", "requires", "provides", "metrics", "summary"}
+    assert keys == set(found[0])
     assert all(m["summary"] for m in found)
     lora = next(m for m in found if (m["kind"], m["name"]) == ("tuner", "lora"))
     assert lora["paper"] == "arXiv:2106.09685" and "low-rank" in lora["provides"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from typer.core import TyperGroup
 
 from luthier import compat
 from luthier.compat.lazy_imports import READER, after, rarely, read_once
-from luthier.errors import RecipeError
+from luthier.errors import PluginWarning, RecipeError
 from luthier.storage.failure import report_outcome
 from luthier.storage.toy import is_toy
 
@@ -56,9 +57,11 @@ class Commands(TyperGroup):
         return name, command, words
 
     def invoke(self, ctx):
-        warnings.simplefilter("ignore", FutureWarning)  # of other libraries to their developers
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of other libraries to their developers
+                warnings.showwarning = plugins_in_one_line(warnings.showwarning)
+                return super().invoke(ctx)
         except RecipeError as error:
             report_outcome(error)
             typer.echo(f"luthier: {error}", err=True)
@@ -71,6 +74,18 @@ class Commands(TyperGroup):
                 message += " from its last checkpoint"
             typer.echo(f"\nluthier: {message}", err=True)
             raise typer.Exit(130) from None
+
+
+def plugins_in_one_line(show: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: of other packages' methods without the place in luthier's code."""
+
+    def show_warning(message, category, *place, **where):
+        if issubclass(category, PluginWarning):
+            typer.echo(f"luthier: {message}", err=True)
+        else:
+            show(message, category, *place, **where)
+
+    return show_warning
 
 
 app = typer.Typer(

@@ -22,6 +22,10 @@ class RecipeError(ValueError):
             self.code = code
 
 
+class PluginWarning(UserWarning):
+    """A method that another package announces cannot be used. The message is one line."""
+
+
 class Refused(RecipeError):
     """A run that would have looked like a success without being one."""
 

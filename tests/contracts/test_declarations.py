@@ -7,13 +7,12 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-import textwrap
 from dataclasses import MISSING, fields
 
 import pytest
 
 from luthier.errors import RecipeError
-from luthier.registry import KINDS, build, card, cards, discover, find, helps, names, page, spec
+from luthier.registry import KINDS, build, card, cards, find, helps, names, page, spec
 
 EVERY = [(c.kind, c.name) for c in cards()]
 
@@ -66,37 +65,9 @@ def test_did_you_mean():
     assert "did you mean 'learning" not in str(pytest.raises(RecipeError, build, "tuner", "zzzzzz").value)
 
 
-def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
-    """An entry point `luthier.objectives` is a method like ours."""
-    (tmp_path / "outside.py").write_text(
-        textwrap.dedent('''
-        """Twice the loss."""
-        from luthier.registry import objective
-        from luthier.methods.objectives._base import Objective
-
-        @objective(requires="completions logprobs")
-        class Twice(Objective):
-            """-2 log p."""
-
-            def loss(self, roles, batch):
-                return -2 * roles.policy.logprobs(batch)
-    ''')
-    )
-    info = tmp_path / "outside-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[luthier.objectives]\noutside = outside\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for found in (discover.modules, discover.announced, discover.every_entry_point):
-        found.cache_clear()
-    try:
-        assert (
-            build("objective", "outside").unit == "token"
-            and card("objective", "outside").summary == "Twice the loss."
-        )
-    finally:
-        for found in (discover.modules, discover.announced, discover.every_entry_point):
-            found.cache_clear()
+def test_evaluators_declare_what_they_measure():
+    """A metric without a declaration has no label and no direction, and cannot be a goal."""
+    assert [c.name for c in cards("evaluator") if not c.metrics] == []
 
 
 def test_imports_cost_nothing():

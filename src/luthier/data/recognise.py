@@ -8,23 +8,22 @@ from functools import cache
 
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, Format
-from luthier.registry import build, find, names
+from luthier.registry import build, classes
 
 SAMPLE = 32  # rows of equal columns that are tried with each format
 LISTED = 20  # columns that a message lists
 
 
 @cache
-def format_class(name: str) -> type[Format]:
-    """A format's class."""
-    return find("format", name)
+def every_format() -> list[type[Format]]:
+    """The class of every format."""
+    return classes("format")
 
 
 def matching_formats(columns: Iterable[str]) -> list[type[Format]]:
     """The formats that can read rows with these columns, the most specific first."""
     columns = set(columns)
-    classes = map(format_class, names("format"))
-    matches = [cls for cls in classes if cls.matches(columns)]
+    matches = [cls for cls in every_format() if cls.matches(columns)]
     return sorted(matches, key=lambda cls: specificity(cls, columns), reverse=True)
 
 
@@ -97,7 +96,7 @@ def nearest_formats(columns: set[str]) -> list[tuple[str, list[str]]]:
     the plainest.
     """
     ranked = []
-    for cls in map(format_class, names("format")):
+    for cls in every_format():
         for shape in cls.columns:
             required = shape.split()
             shared = len(columns.intersection(required)) / len(required)

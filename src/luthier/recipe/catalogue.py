@@ -43,6 +43,7 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
             "rows": list(card.rows),
             "requires": sorted(card.requires),
             "provides": sorted(card.provides),
+            "metrics": [metric.name for metric in card.metrics],
             "summary": card.summary,
         }
         listing.append(method)
@@ -72,11 +73,11 @@ def pages(name: str, kind: str | None = None, write: Callable[[type], str] = pag
     return texts
 
 
-def papers(word: str | None = None) -> list[dict[str, Any]]:
+def papers(word: str | None = None, own: bool = False) -> list[dict[str, Any]]:
     """The papers of the catalogue whose name, title, kind, family or method contains `word`; `by`: the
-    methods that implement each.
+    methods that implement each. own: luthier's methods alone.
     """
-    implementers = implemented()
+    implementers = implemented(own)
     matches = []
     for paper in all_papers():
         name, title, kind, family = (paper[column] for column in COLUMNS)
@@ -93,12 +94,12 @@ def all_papers() -> tuple[dict[str, str], ...]:
     return tuple(json.loads(PAPERS.read_text(encoding="utf-8")))
 
 
-def implemented() -> dict[str, list[str]]:
+def implemented(own: bool = False) -> dict[str, list[str]]:
     """Short name of a paper -> 'kind/method' of whatever declares it, and 'claim/name' of the claims that try
     it.
     """
     by = defaultdict(list)
-    for c in cards():
+    for c in cards(own=own):
         for row in c.rows:
             by[row].append(f"{c.kind}/{c.name}")
     for path in sorted(claims_folder().glob("*.yaml")):

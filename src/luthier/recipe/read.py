@@ -14,7 +14,7 @@ import yaml
 
 from luthier.errors import RecipeError
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS, FORMER_ROLES, METHOD_KEYS, NAMES, QUANTIZATION
-from luthier.registry import cards, did_you_mean, find, names
+from luthier.registry import classes, did_you_mean, find, names
 from luthier.storage.toy import is_toy, toy_name, toy_package
 
 
@@ -276,9 +276,9 @@ class Reading:
         """What a key that nothing here has may have meant."""
         owners = []
         for kind in ("tuner", "objective", "optimizer", "estimator"):
-            for card in cards(kind):
-                if key in settings_of(kind, card.name):
-                    owners.append(f"{kind} '{card.name}'")
+            for cls in classes(kind):
+                if key in settings_of(kind, cls.name):
+                    owners.append(f"{kind} '{cls.name}'")
         if owners:
             return f"; it is a setting of {', '.join(owners[:3])}"
         return did_you_mean(key, {*self.defaults, *ALIASES}.union(*places.values()))

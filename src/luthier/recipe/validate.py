@@ -20,7 +20,7 @@ from luthier.recipe import model_names
 from luthier.recipe.capabilities import columns_of, require, requirements
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.schedule import schedule
-from luthier.registry import build, cards, did_you_mean, find, provides_of, submethods
+from luthier.registry import build, cards, classes, did_you_mean, provides_of, submethods
 
 DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting")
 FIXED = frozenset("policy tuner clock renderer device warn players policies batch text".split())  # of roles
@@ -161,17 +161,20 @@ def detect(model: str) -> Any:
     """The architecture of a checkpoint, by its config."""
     config = model_names.model_config(model)
     every, suited = [], []
-    for card in cards("architecture"):
-        architecture = build("architecture", card.name)
+    for cls in classes("architecture"):
+        try:
+            architecture = build("architecture", cls.name)
+        except RecipeError:  # it has settings that must be given, so it is only chosen by name
+            continue
         every.append(architecture)
         if architecture.suits(config):
             suited.append(architecture)
     if len(suited) == 1:
         return suited[0]
-    classes = ", ".join(config.architectures or ["no architecture"])
+    named = ", ".join(config.architectures or ["no architecture"])
     choices = ", ".join(architecture.name for architecture in every)
     raise RecipeError(
-        f"{model}: the architecture is not clear from its config ({classes}); set"
+        f"{model}: the architecture is not clear from its config ({named}); set"
         f" `architecture:` to one of {choices}"
     )
 
@@ -313,7 +316,7 @@ def check_quantized(tuner: Any, quantizer: Any) -> None:
     """Refuse a tuner that trains the very weights that a quantized base keeps as codes."""
     if tuner.on_quantized:
         return
-    able = [f"'{card.name}'" for card in cards("tuner") if find("tuner", card.name).on_quantized]
+    able = [f"'{cls.name}'" for cls in classes("tuner") if cls.on_quantized]
     raise RecipeError(
         f"tuner '{tuner.name}' trains the base model's weights, which `quantization:"
         f" {quantizer.name}` makes untrainable; use one of {', '.join(able)}, or leave"

@@ -41,6 +41,7 @@ from luthier.registry.discover import (
     Card,
     card,
     cards,
+    classes,
     declared_words,
     did_you_mean,
     find,
@@ -48,6 +49,8 @@ from luthier.registry.discover import (
     module_of,
     modules,
     names,
+    package_of,
+    plugins,
 )
 from luthier.registry.kinds import KINDS, Kind
 from luthier.registry.metrics import COSTS, evaluator_of, former_metrics, metric, metrics

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from luthier.registry.build import spec
 from luthier.registry.declare import INTERNAL
 from luthier.registry.kinds import KINDS
+from luthier.registry.words import Metric
 
 
 @cache
@@ -77,7 +78,9 @@ def text_of(cls: type) -> list[str]:
 
 
 def facts(cls: type) -> list[str]:
-    """What it costs, which learning rate to start with, what it requires, provides and removes, its paper."""
+    """What it costs, which learning rate to start with, what it requires, provides, removes, measures and
+    leaves in a run's folder, its paper.
+    """
     lines = []
     if cls.costs:
         lines.append(f"- Costs: {cls.costs}")
@@ -87,9 +90,16 @@ def facts(cls: type) -> list[str]:
             lines.append(f"- Costs of `{word}`: {costs}")
     if cls.starting_rate:
         lines.append(f"- Learning rate: {cls.starting_rate}")
-    for label, words in (("Requires", cls.requires), ("Provides", cls.provides), ("Removes", cls.removes)):
-        if words:
-            lines.append(f"- {label}: {', '.join(describe_word(w) for w in sorted(words))}.")
+    declared = {
+        "Requires": sorted(map(describe_word, cls.requires)),
+        "Provides": sorted(map(describe_word, cls.provides)),
+        "Removes": sorted(map(describe_word, cls.removes)),
+        "Measures": list(map(describe_metric, cls.metrics)),
+        "Writes": [with_meaning(artifact.pattern, artifact.says) for artifact in cls.artifacts],
+    }
+    for label, items in declared.items():
+        if items:
+            lines.append(f"- {label}: {', '.join(items)}.")
     if cls.paper:
         lines.append(f"- Paper: {paper_link(cls.paper)}")
     return [*lines, ""]
@@ -97,10 +107,24 @@ def facts(cls: type) -> list[str]:
 
 def describe_word(word: str) -> str:
     """A capability or column, with what it means."""
-    says = getattr(word, "says", "")
-    if says:
-        return f"`{word}` ({says})"
-    return f"`{word}`"
+    return with_meaning(str(word), getattr(word, "says", ""))
+
+
+def describe_metric(metric: Metric) -> str:
+    """A metric with its label, its unit and which way is better."""
+    about = [metric.label]
+    if metric.unit:
+        about.append(f"in {metric.unit}")
+    if metric.better:
+        about.append(f"{metric.better} is better")
+    return with_meaning(metric.name, ", ".join(about))
+
+
+def with_meaning(name: str, meaning: str) -> str:
+    """A name as code, with what it means in brackets where that is declared."""
+    if meaning:
+        return f"`{name}` ({meaning})"
+    return f"`{name}`"
 
 
 def paper_link(paper: str) -> str:

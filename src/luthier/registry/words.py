@@ -62,6 +62,8 @@ class Column(Capability):
         example: tuple[Any, ...] = (),
         former: str = "",
     ) -> Self:
+        if per not in ("row", "completion", "token"):
+            raise ValueError(f"column '{name}' is per row, completion or token, not per {per}")
         self = super().__new__(cls, name, says or f"rows with a column `{name}`", advice, of_rows=True)
         self.per, self.example, self.former = per, example, former
         return self
@@ -85,6 +87,10 @@ class Metric:
     better: Literal["higher", "lower"] | None = None
     rank: int = 50
     former: str = ""
+
+    def __post_init__(self) -> None:
+        if self.better not in ("higher", "lower", None):
+            raise ValueError(f"metric '{self.name}': better is higher, lower or None, not {self.better!r}")
 
     @property
     def is_share(self) -> bool:

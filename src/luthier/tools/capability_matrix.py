@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.registry import build, cards, find
+from luthier.registry import build, classes, find
 
 WIDE = ("name", "paper", "share", "merge", "off", "lora", "quantized", "tied", "experts")
 IDS = torch.arange(3, 17).reshape(2, 7)
@@ -40,14 +40,15 @@ def tuners() -> list[dict[str, Any]]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    names = [cls.name for cls in classes("tuner")]
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of PEFT, about tied weights and missing masks
         meta = _llama(DEPTH, "meta", **SEVEN)
         table = []
-        for card in cards("tuner"):
-            row = {"name": card.name, "paper": card.paper or ""}
-            row |= _abilities(card.name)
-            row["share"] = _share(card.name, meta)
+        for name in names:
+            row = {"name": name, "paper": find("tuner", name).paper or ""}
+            row |= _abilities(name)
+            row["share"] = _share(name, meta)
             table.append(row)
         return table
 

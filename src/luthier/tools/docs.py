@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 from luthier import compat, registry
@@ -26,12 +27,14 @@ TASKS_BEGIN, TASKS_END = "<!-- tasks: written by luthier.tools.docs -->", "<!-- 
 
 
 def pages() -> dict[str, str]:
-    """Path below docs/ -> text, of every generated page of the repository."""
+    """Path below docs/ -> text, of every generated page of the repository: of luthier's own methods, whatever
+    other packages are installed here.
+    """
     out = {}
     for kind in registry.KINDS:
-        if registry.cards(kind):
+        if registry.cards(kind, own=True):
             out[f"methods/{kind}.md"] = tidy(index(kind))
-    out["methods/index.md"] = tidy(kinds())
+    out["methods/index.md"] = tidy(kinds(own=True))
     out["papers.md"] = tidy(papers_page())
     out["claims.md"] = tidy(claims_page())
     out["compat.md"] = tidy(compat_page())
@@ -39,15 +42,16 @@ def pages() -> dict[str, str]:
 
 
 def site_pages() -> dict[str, str]:
-    """Path below the site's docs folder -> text: a page for every method, and its kinds' pages, which there
-    link to these.
+    """Path below the site's docs folder -> text: a page for every method, other packages' among them, and its
+    kinds' pages, which there link to these.
     """
-    out = {}
+    out = {"methods/index.md": tidy(kinds())}
     for kind in registry.KINDS:
-        if registry.cards(kind):
+        if families(kind):
             out[f"methods/{kind}.md"] = tidy(site_index(kind))
-    for card in registry.cards():
-        out[f"methods/{card.kind}/{card.name}.md"] = tidy(site_page(card))
+        for cards in families(kind).values():
+            for card in cards:
+                out[f"methods/{kind}/{card.name}.md"] = tidy(site_page(card))
     return out
 
 
@@ -66,10 +70,16 @@ def site_index(kind: str) -> str:
     return "\n".join(lines)
 
 
+@cache
 def families(kind: str) -> dict[str, list[registry.Card]]:
-    """Family of a kind (a folder of methods/<kind>) -> its methods; those of other packages apart."""
+    """Family of a kind (a folder of methods/<kind>) -> its methods; those of other packages apart, without
+    what cannot be imported.
+    """
+    usable = [cls.name for cls in registry.classes(kind)]
     out: dict[str, list[registry.Card]] = {}
     for card in registry.cards(kind):
+        if card.name not in usable:
+            continue
         parts = card.module.split(".")
         family = "other packages"
         if parts[:2] == ["luthier", "methods"]:
@@ -78,24 +88,25 @@ def families(kind: str) -> dict[str, list[registry.Card]]:
     return dict(sorted(out.items()))
 
 
-def kinds() -> str:
-    """The kinds of methods, a link each."""
+def kinds(own: bool = False) -> str:
+    """The kinds of methods, a link each. own: luthier's methods alone are counted."""
     lines = ["# Methods", "", "| kind | what it is | how many |", "| - | - | - |"]
     for kind, about in registry.KINDS.items():
-        if registry.cards(kind):
-            lines.append(f"| [{kind}]({kind}.md) | {about.title} | {len(registry.cards(kind))} |")
+        count = len(registry.cards(kind, own))
+        if count:
+            lines.append(f"| [{kind}]({kind}.md) | {about.title} | {count} |")
     return "\n".join(lines)
 
 
 def index(kind: str) -> str:
-    """Every method of a kind on one page."""
+    """Every method of luthier's of a kind on one page."""
     lines = [f"# {registry.KINDS[kind].title}", ""]
     lines += [
         "`luthier methods --kind " + kind + "` prints the same, `luthier methods NAME` a method's page.",
         "",
     ]
     lines += ["| name | what it does | paper |", "| - | - | - |"]
-    for card in registry.cards(kind):
+    for card in registry.cards(kind, own=True):
         lines.append(f'| <a id="{card.name}"></a>`{card.name}` | {cell(card.summary)} | {link(card.paper)} |')
     return "\n".join(lines)
 
@@ -118,8 +129,8 @@ def compat_page() -> str:
 
 
 def papers_page() -> str:
-    """The papers of the catalogue that a method implements or a claim tries."""
-    done = [p for p in papers() if p["by"]]
+    """The papers of the catalogue that a method of luthier's implements or a claim tries."""
+    done = [p for p in papers(own=True) if p["by"]]
     total = len(all_papers())
     lines = [
         "# Papers",

@@ -23,6 +23,7 @@ def examine() -> dict[str, Any]:
         "machine": machine(),
         "sandbox": sandbox(),
         "toy_models": toy_models(),
+        "plugins": plugins(),
         "hub": {k: os.environ.get(k) for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")},
     }
 
@@ -128,6 +129,19 @@ def toy_models() -> list[str]:
     return [f"toy:{name}" for name in models()]
 
 
+def plugins() -> list[dict[str, Any]]:
+    """The methods that other packages announce: {kind, name, package, place, usable}. Each is imported."""
+    from luthier import registry
+
+    announced = []
+    for kind in registry.KINDS:
+        usable = [cls.name for cls in registry.classes(kind)] if registry.plugins(kind) else []
+        for name, point in registry.plugins(kind).items():
+            facts = {"kind": kind, "name": name, "package": registry.package_of(point)}
+            announced.append({**facts, "place": point.value, "usable": name in usable})
+    return announced
+
+
 # --------------------------------------------------------------------------------------------------- in words
 
 
@@ -166,6 +180,11 @@ def summary(facts: dict[str, Any]) -> str:
     for what, holds in facts["sandbox"].items():
         lines += [f"  {yes_or_no(holds):<4} {what}"]
     lines += ["", f"toy models: {', '.join(facts['toy_models']) or 'none'}"]
+    for method in facts["plugins"]:
+        line = f"{method['kind']} '{method['name']}' of package '{method['package']}' ({method['place']})"
+        if not method["usable"]:
+            line += ": cannot be imported"
+        lines += [line]
     switches = [f"{k}={v}" for k, v in facts["hub"].items() if v]
     lines += [f"hub: {', '.join(switches) or 'online, default cache'}"]
     return "\n".join(lines)

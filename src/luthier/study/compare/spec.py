@@ -15,7 +15,7 @@ from luthier.errors import RecipeError
 from luthier.recipe.capabilities import columns_of, requirements
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import dry_run, first_run, validate
-from luthier.registry import build, provides_of
+from luthier.registry import build, evaluator_of, provides_of
 
 DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting", "calibration", "diversity")
 # recipe keys that must be the same in all arms, or nothing is comparable
@@ -151,7 +151,9 @@ def resolve_arms(spec: ComparisonSpec) -> tuple[dict[str, Recipe], list[str]]:
     _check_settings(spec)
     notes = _check_keys(spec.arms)
     data = load_data(next(iter(spec.arms.values())))
-    arms = {name: _resolve_arm(name, recipe, data.rows[:SAMPLE]) for name, recipe in spec.arms.items()}
+    arms = {}
+    for name, recipe in spec.arms.items():
+        arms[name] = _resolve_arm(name, recipe, data.rows[:SAMPLE], spec.metric)
     arms, shared = _share_evaluators(arms)
     if shared is not None:
         notes.append(f"evaluated with the evaluators that every arm supports: {', '.join(shared)}")
@@ -216,7 +218,7 @@ def _short(value: Any) -> str:
     return str(value)[:60]
 
 
-def _resolve_arm(name: str, recipe: Recipe, rows: Sequence[dict]) -> Recipe:
+def _resolve_arm(name: str, recipe: Recipe, rows: Sequence[dict], metric: str) -> Recipe:
     """The arm's recipe, validated on some rows, with the evaluators that suit it."""
     try:
         if recipe.plan is not None:
@@ -225,12 +227,18 @@ def _resolve_arm(name: str, recipe: Recipe, rows: Sequence[dict]) -> Recipe:
     except RecipeError as error:
         raise RecipeError(f"arm {name}: {error}") from None
     if recipe.evaluate is None:
-        recipe = recipe.but(evaluate=default_evaluators(built, rows))
+        recipe = recipe.but(evaluate=default_evaluators(built, rows, metric))
     return recipe.but(save_steps=0.5, save_total_limit=1, report_to=[])
 
 
-def default_evaluators(built: Any, rows: Sequence[dict]) -> list[str]:
-    """Those of DEFAULT_EVALUATORS whose requirements the built methods of a recipe and its rows meet."""
+def default_evaluators(built: Any, rows: Sequence[dict], metric: str) -> list[str]:
+    """Those of DEFAULT_EVALUATORS, and what measures the metric, whose requirements the built methods of a
+    recipe and its rows meet.
+    """
+    names = [*DEFAULT_EVALUATORS]
+    measures_metric = evaluator_of(metric)
+    if measures_metric is not None and measures_metric not in names:
+        names.append(measures_metric)
     available = (
         columns_of(rows)
         | built.architecture.provides
@@ -238,7 +246,15 @@ def default_evaluators(built: Any, rows: Sequence[dict]) -> list[str]:
         | provides_of(built.tuner)
         | set(built.roles)
     )
-    return [name for name in DEFAULT_EVALUATORS if requirements(build("evaluator", name)) <= available]
+    usable = []
+    for name in names:
+        try:
+            evaluator = build("evaluator", name)
+        except RecipeError:
+            continue  # it needs settings: the recipes bring it
+        if requirements(evaluator) <= available:
+            usable.append(name)
+    return usable
 
 
 def _share_evaluators(arms: dict[str, Recipe]) -> tuple[dict[str, Recipe], list[str] | None]:

@@ -16,10 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, liked
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 
 
 @evaluator(
+    metrics=[
+        Metric("gflops_per_row", "GFLOPs per training row", better="lower"),
+        Metric("stored_mb", "stored size (MB)", better="lower"),
+    ],
     row="personalized-unit-test-models",
     requires=[COMPLETIONS, LOGPROBS],
     use_when="you compare tuners by operations per row and by what a tuned copy stores, rather than by"

@@ -7,10 +7,11 @@ import math
 from luthier.methods.architectures._base import GENERATE, LOGPROBS
 from luthier.methods.evaluators._base import PerExample, liked, named
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 
 
 @evaluator(
+    metrics=[Metric("bits_per_byte", "bits per byte", better="lower")],
     row="monocoder",
     requires=[COMPLETIONS, LOGPROBS, GENERATE],
     use_when="you compare losses of models with different tokenizers.",

@@ -20,13 +20,16 @@ from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.methods.roles._base import REFERENCE
 from luthier.registry import Metric, evaluator
 
+REWARD_ACCURACY = Metric("reward_accuracy", "reward accuracy", unit="%", better="higher", rank=12)
+REWARD_MARGIN = Metric("reward_margin", "reward margin (nats)", better="higher", rank=13)
+
 
 @evaluator(
     metrics=[
         Metric("ranking_accuracy", "ranking accuracy", unit="%", better="higher", rank=10),
         Metric("reference_ranking_accuracy", "ranking accuracy of the reference", unit="%", rank=11),
-        Metric("reward_accuracy", "reward accuracy", unit="%", better="higher", rank=12),
-        Metric("reward_margin", "reward margin (nats)", better="higher", rank=13),
+        REWARD_ACCURACY,
+        REWARD_MARGIN,
         Metric("chosen_drift", "log-prob shift, chosen (nats)", better="higher", rank=14),
         Metric("rejected_drift", "log-prob shift, rejected (nats)", rank=15),
         Metric("length_correlation", "correlation of reward and length", rank=16),

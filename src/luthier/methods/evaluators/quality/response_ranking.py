@@ -7,10 +7,11 @@ import torch
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, batches, liked
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 
 
 @evaluator(
+    metrics=[Metric("response_ranking", "response ranking accuracy", unit="%", better="higher")],
     paper="arXiv:2409.14254",
     row="implicit-instruction-tuning",
     requires=[COMPLETIONS, LOGPROBS],

@@ -4,12 +4,14 @@ import torch
 
 from luthier.methods.architectures._base import VALUES
 from luthier.methods.evaluators._base import Evaluator, batches, paired
+from luthier.methods.evaluators.quality.preference import REWARD_ACCURACY, REWARD_MARGIN
 from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.registry import evaluator
 
 
 @evaluator(
+    metrics=[REWARD_ACCURACY, REWARD_MARGIN],
     requires=[PAIRS, VALUES],
     use_when="you train a reward model.",
     costs="one forward pass over the held-out pairs.",

@@ -10,10 +10,14 @@ from torch import Tensor
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, batches
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 
 
 @evaluator(
+    metrics=[
+        Metric("auc", "ROC AUC", better="higher"),
+        Metric("auc_ensemble", "ROC AUC, descriptions averaged", better="higher"),
+    ],
     paper="arXiv:2104.04670",
     row="meta-tuning",
     requires=[COMPLETIONS, LOGPROBS],

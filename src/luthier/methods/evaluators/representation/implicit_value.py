@@ -8,10 +8,14 @@ from torch import Tensor
 from luthier.methods.architectures._base import TOPK
 from luthier.methods.evaluators._base import Evaluator, batches
 from luthier.methods.formats._base import COMPLETIONS, SCORES
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 
 
 @evaluator(
+    metrics=[
+        Metric("value_correlation", "correlation of logits' value and score"),
+        Metric("value_correlation_last", "correlation of logits' value and score, last token"),
+    ],
     paper="arXiv:2507.00018",
     row="sft-dpo-bridge",
     requires=[COMPLETIONS, SCORES, TOPK],

@@ -20,10 +20,15 @@ from transformers.pytorch_utils import Conv1D
 from luthier.methods.evaluators._base import Evaluator
 from luthier.methods.tuners._base import MERGE
 from luthier.model.weight_changes import effective_rank, likeness, plain_matrices
-from luthier.registry import evaluator
+from luthier.registry import Artifact, Metric, evaluator
 
 
 @evaluator(
+    metrics=[
+        Metric("intruders", "intruder dimensions per matrix", better="lower"),
+        Metric("change_rank", "effective rank of the update"),
+    ],
+    artifacts=[Artifact("before-tuning.safetensors", says="trainable weights before training")],
     paper="arXiv:2410.21228",
     row="intruder-dimensions",
     requires=[MERGE],

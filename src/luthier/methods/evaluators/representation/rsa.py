@@ -21,10 +21,12 @@ from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, liked
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.model.anatomy import layer_of
-from luthier.registry import evaluator
+from luthier.registry import Artifact, Metric, evaluator
 
 
 @evaluator(
+    metrics=[Metric("rsa", "similarity of representations to those before training")],
+    artifacts=[Artifact("rsa.safetensors", says="similarities of the rows before training")],
     paper="arXiv:2304.05216",
     row="telly-k",
     requires=[COMPLETIONS, LOGPROBS],

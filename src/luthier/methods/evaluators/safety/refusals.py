@@ -17,7 +17,7 @@ from pydantic import Field
 from luthier.data.load import load_rows
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator
-from luthier.registry import Metric, evaluator
+from luthier.registry import Artifact, Metric, evaluator
 from luthier.storage import files
 
 OPENINGS = (
@@ -49,6 +49,7 @@ OPENINGS = (
         Metric("refused_unsafe", "refusals of unsafe prompts", unit="%", better="higher", rank=45),
         Metric("refused_safe", "refusals of safe prompts", unit="%", better="lower", rank=46),
     ],
+    artifacts=[Artifact("refusals.jsonl"), Artifact("refusals-*.jsonl")],
     requires=[GENERATE],
     use_when="tuning might make a chat model answer unsafe requests, or decline safe ones. It matches"
     " words, so read the answers where it matters.",

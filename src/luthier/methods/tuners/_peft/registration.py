@@ -5,7 +5,6 @@ PeftType.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import field, fields, make_dataclass
 from functools import wraps
@@ -17,7 +16,7 @@ from peft.utils.peft_types import PeftType
 from luthier.compat.peft import add_type
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners._peft.layer import DeltaLayer, DeltaModel
-from luthier.registry import find, names
+from luthier.registry import classes, find
 
 CLASSES: dict[type, tuple[type, type]] = {}  # Delta -> its PEFT config and model class
 
@@ -86,16 +85,9 @@ def register_one(name: str) -> None:
 
 
 def register() -> None:
-    """Make every Delta known to PEFT. A method that cannot be imported is told of and does not stop the
-    others.
+    """Make every Delta known to PEFT. Another package's that cannot be imported is named in a warning and
+    does not stop the others.
     """
-    for name in names("tuner"):
-        try:
-            cls = find("tuner", name)
-        except Exception as error:  # another package's tuner must not break `import peft`
-            warnings.warn(
-                f"luthier's tuner '{name}' could not be registered with PEFT: {error}", stacklevel=2
-            )
-            continue
+    for cls in classes("tuner"):
         if issubclass(cls, Delta):
             config_of(cls)

@@ -21,11 +21,17 @@ from luthier.methods.evaluators.cost.pareto.genetic import Genes, guided, search
 from luthier.methods.evaluators.cost.pareto.predictor import predicted
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.tuners.pruned.elastic import ELASTIC
-from luthier.registry import evaluator
+from luthier.registry import Artifact, Metric, evaluator
 from luthier.storage import files
 
 
 @evaluator(
+    metrics=[
+        Metric("pareto_size", "sub-networks on the front", better="higher"),
+        Metric("pareto_cheapest_loss", "loss of the cheapest sub-network", better="lower"),
+        Metric("pareto_cheapest_share", "cost of the cheapest sub-network", unit="%", better="lower"),
+    ],
+    artifacts=[Artifact("pareto.json", says="each sub-network with its loss, cost and shape")],
     paper="arXiv:2308.15609",
     row="instatune",
     requires=[ELASTIC, COMPLETIONS, LOGPROBS],
