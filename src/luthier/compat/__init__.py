@@ -1,15 +1,19 @@
 """Every touch on another library's inside, each with what and why, applied for a while and taken back.
 
 A patch is a function that changes something and returns the function that restores it. In library use patches
-hold for a run: `session()` is entered by a run, and its outermost exit restores everything, the last first.
-The command line's own process keeps them (`keep()`), since nothing else lives in it.
+hold for a run: `session()` is entered by a run, and when the last run has ended everything is restored, the
+last first. A model that is loaded outside of runs holds the entries that it computes with for as long as it
+lives (`hold()`). The command line's own process keeps all of them (`keep()`), since nothing else lives in it.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 Restore = Callable[[], None]
 
@@ -32,6 +36,7 @@ PATCHES = (
         "one pass over q and k",
     ),
     Patch("attention", "transformers", "an entry `luthier` among its attention functions", "packed batches"),
+    Patch("quantizers", "transformers", "an entry `luthier` among its quantizers", "bases saved as codes"),
     Patch(
         "logging",
         "transformers",
@@ -50,6 +55,7 @@ PATCHES = (
         "`mallopt`: freed memory stays with the process",
         "saves a quarter of a step on CPUs",
     ),
+    Patch("optuna", "optuna", "verbosity during a search", "one progress display per search"),
     Patch(
         "lazy_imports",
         "torch, transformers",
@@ -70,9 +76,12 @@ PATCHES = (
     ),
 )
 
-_depth = 0
+_lock = threading.RLock()  # runs may go on in several threads
 _permanent = False
-_restores: list[Restore] = []
+_runs = 0
+_models = 0  # loaded outside of runs, and alive
+_after_runs: list[Restore] = []
+_after_models: list[Restore] = []
 
 
 def keep() -> None:
@@ -88,24 +97,64 @@ def keeps() -> bool:
 
 def active() -> bool:
     """Whether patches may be applied now: within a run, or in the command line's process."""
-    return _permanent or _depth > 0
+    return _permanent or _runs > 0
 
 
 def on_exit(restore: Restore) -> None:
-    """Have something restored when the outermost session ends; outside of one it stays."""
-    if _depth > 0 and not _permanent:
-        _restores.append(restore)
+    """Have something restored when the last run has ended; outside of runs, when the last model that was
+    loaded there is gone. With neither it stays.
+    """
+    with _lock:
+        if _permanent:
+            return
+        if _runs > 0:
+            _after_runs.append(restore)
+        elif _models > 0:
+            _after_models.append(restore)
 
 
 @contextmanager
 def session() -> Iterator[None]:
-    """For as long as a run lasts. Sessions may lie within each other."""
-    global _depth
-    _depth += 1
+    """For as long as a run lasts. Sessions may lie within each other, and beside each other in threads."""
+    global _runs
+    with _lock:
+        _runs += 1
     try:
         yield
     finally:
-        _depth -= 1
-        if _depth == 0:
-            while _restores:
-                _restores.pop()()
+        with _lock:
+            _runs -= 1
+            while _runs == 0 and _after_runs:
+                _after_runs.pop()()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For as long as a model is loaded outside of runs; what it needs is restored at the end, unless the
+    model is held.
+    """
+    _add_model()
+    try:
+        yield
+    finally:
+        _remove_model()
+
+
+def hold(model: Any) -> None:
+    """What a model needs stays for as long as it lives."""
+    _add_model()
+    weakref.finalize(model, _remove_model).atexit = False
+
+
+def _add_model() -> None:
+    global _models
+    with _lock:
+        _models += 1
+
+
+def _remove_model() -> None:
+    global _models
+    with _lock:
+        _models -= 1
+        while _models == 0 and _after_models:
+            _after_models.pop()()

@@ -344,20 +344,26 @@ def takes_plans(model: Any) -> bool:
     """Can this network be handed a plan? Registers the attention with transformers, and with a network that
     uses SDPA.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
     config = model.config.get_text_config()
     if config._attn_implementation == NAME:
+        _add_attention()  # a run that has ended meanwhile may have taken it back
         return True
     sources = {type(m).__module__ for m in model.modules()}
     chooses = any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[source]) for source in sources)
     if config._attn_implementation != "sdpa" or not chooses:
         return False
-    add_entry(AttentionInterface._global_mapping, NAME, attention)
-    add_entry(AttentionMaskInterface._global_mapping, NAME, sdpa_mask)
+    _add_attention()
     config._attn_implementation = NAME
     return True
+
+
+def _add_attention() -> None:
+    """Make this attention known to transformers by its name, with SDPA's masks."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    add_entry(AttentionInterface._global_mapping, NAME, attention)
+    add_entry(AttentionMaskInterface._global_mapping, NAME, sdpa_mask)
 
 
 def exclude_from_compile(model: Any) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier import compat
+from luthier.compat.transformers import quiet
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import Untuned
 from luthier.model.load import assemble, tensors_of
@@ -138,11 +140,19 @@ def load(name: str | Path, **settings: Any) -> Loaded:
     Raises:
         RecipeError: there is no such model, or it cannot be read.
     """
+    with compat.loading(), quiet():
+        loaded = _load(name, settings)
+        compat.hold(loaded.model)
+    return loaded
+
+
+def _load(name: str | Path, settings: Mapping[str, Any]) -> Loaded:
+    """As `load`."""
     folder = Path(name).expanduser()
     if (folder / "recipe.yaml").is_file():
         return load_run(folder, settings)
     if (folder / REPORT).is_file():  # a plan: its last run
-        return load(files.read_json(folder / REPORT)["folder"], **settings)
+        return _load(files.read_json(folder / REPORT)["folder"], settings)
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder, settings)
     recipe, roles = load_plain(str(name), settings)

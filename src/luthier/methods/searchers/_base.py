@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from luthier import compat
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.registry import family
@@ -254,12 +256,15 @@ def at_common_share(history: Sequence[Observation], least: int) -> list[Observat
 
 
 def load_optuna() -> Any:
-    """The library, quiet. Raises RecipeError where it is missing."""
+    """The library, quiet for as long as a search lasts. Raises RecipeError where it is missing."""
     try:
         import optuna
     except ImportError:
         raise RecipeError("searching needs optuna: pip install 'luthier[search]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    verbosity = optuna.logging.get_verbosity()
+    if compat.active() and verbosity < optuna.logging.WARNING:
+        compat.on_exit(partial(optuna.logging.set_verbosity, verbosity))
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
 

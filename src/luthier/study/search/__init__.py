@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier import compat
 from luthier.errors import RecipeError
 from luthier.report.console import Callback
 from luthier.study.search.measure import measure
@@ -55,6 +56,7 @@ FORMER = {
 }
 
 
+@compat.session()
 def search(
     recipe: Any = None,
     space: Sequence[str] | str = (),
