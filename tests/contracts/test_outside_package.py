@@ -191,7 +191,7 @@ def test_a_recipe_that_lacks_something_is_refused_in_the_words_of_the_package(fa
     assert "tuner 'gated' has no setting 'gian'; did you mean 'gain'?" in refusals["setting"]
     assert "it is a setting of tuner 'gated'" in refusals["loose_setting"]
     assert not refusals["none"] and not refusals["column_of_a_stage"]
-    assert facts["feeds"]["feeds"] == "through a stage" and "rate" in facts["feeds"]["why"]
+    assert facts["feeds"]["feeds"] == "with a stage" and "rate" in facts["feeds"]["why"]
 
 
 def test_methods_of_every_kind_take_part_in_runs(facts):
