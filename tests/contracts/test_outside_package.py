@@ -273,7 +273,7 @@ REASONS = {
     "evaluator 'absent'": "there is no module broken.no_such_file",
     "reward 'absent_package'": "there is no module no_such_package.reward",
     "objective 'malformed'": "a declaration has no 'requirez'; did you mean 'requires'?",
-    "stage 'unknown_word'": "`len('x')` is no declared capability, column, metric or artifact",
+    "stage 'unknown_word'": "`len('x')` is not a declared Capability, Column, Metric or Artifact",
     "transform 'unparsable'": "invalid syntax",
     "plan 'no_class'": "broken.malformed declares no plan Plan",
 }

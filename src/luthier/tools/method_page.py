@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from luthier import registry
-from luthier.errors import RecipeError
+from luthier.errors import PluginWarning, RecipeError
 from luthier.recipe.catalogue import all_papers, claims_folder
 from luthier.recipe.recipe import Recipe
 from luthier.registry import describe
@@ -167,6 +167,7 @@ def methods_of(path: Path) -> Iterator[tuple[str, str]]:
     """(kind, name) of every method that a recipe names. Nothing of a file that is no valid recipe."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an old name is still that method
+        warnings.simplefilter("default", PluginWarning)
         try:
             recipe = Recipe.load(path)
             built = {"objective": recipe.aim(), **recipe.methods()}
