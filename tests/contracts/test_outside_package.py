@@ -1,5 +1,6 @@
 """A package outside the repository brings a method of every kind, a capability, a column and a metric;
-nothing in luthier changes, and each appears wherever ours do. Packages that are broken are named, and the rest works.
+nothing in luthier changes, and each appears wherever ours do. Packages that are broken are named, and the
+rest works.
 
 The package lies in tests/fixtures/outside; here it becomes a distribution on sys.path, as `pip install` makes
 one, and is used in processes of their own.
