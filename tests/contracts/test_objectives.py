@@ -24,6 +24,7 @@ from helpers.rows import example_value
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
+from luthier.methods.estimators._base import gradients as chain_gradients
 from luthier.methods.stages._base import OLD_LOGPROBS
 from luthier.model.policy import Policy, Roles
 from luthier.model.quantized import quantize
@@ -164,6 +165,44 @@ def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
     now = roles.tuner.tensors()
     assert all(bool(p.isfinite().all()) for p in now.values())
     assert any(not torch.equal(now[k], was[k]) for k in now)
+
+
+def in_turn(tuner: str) -> list[str]:
+    """One objective of each family for a tuner, another one for the next tuner."""
+    families: dict[str, list[str]] = {}
+    for name in OBJECTIVES:
+        families.setdefault(card("objective", name).module.split(".")[-2], []).append(name)
+    turn = names("tuner").index(tuner)
+    return [members[turn % len(members)] for members in families.values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuner", names("tuner"))
+def test_every_tuner_takes_two_steps_on_an_objective_of_every_family(tuner):
+    spec = {"name": tuner, **find("tuner", tuner).example}
+    coded = "quantized_weights" in find("tuner", tuner).requires
+    for name in in_turn(tuner):
+        objective = build("objective", name)
+        try:
+            roles = tuned(spec, copy.deepcopy(_codes()) if coded else None)
+        except RecipeError as error:
+            assert tuner in str(error)
+            pytest.skip(str(error))
+        batch = batch_of(contract_rows(objective))
+        before = roles.tuner.tensors()
+        chain = Chain((build("transform", "momentum"),), roles.tuner, roles.clock, 1e-2)
+        for roles.clock.step in range(2):
+            roles.tuner.begin_step(roles.clock)
+            batch.read.clear()
+            loss = average(objective, roles, batch)
+            assert bool(loss.isfinite()), name
+            for p in roles.tuner.parameters().values():
+                p.grad = None
+            loss.backward()
+            chain.step(chain_gradients(chain))
+            roles.tuner.end_step(roles.clock)
+        after = roles.tuner.tensors()
+        assert any(k not in before or not torch.equal(t, before[k]) for k, t in after.items()), name
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
