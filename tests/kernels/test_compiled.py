@@ -23,10 +23,10 @@ def test_refused_in_a_sentence_without_a_compiler(tiny, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     recipe = Recipe.load({"model": tiny, "data": SUMS, "torch_compile": True})
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(RecipeError, match="no C.. compiler here"):
+    with pytest.raises(RecipeError, match="no C.. compiler was found"):
         dry_run(recipe, [{"id": "0", "prompt": "1+1=", "completions": ["2"], "scores": [1.0]}])
     monkeypatch.setenv("CXX", "/nowhere/cc")
-    with pytest.raises(RecipeError, match="CXX names /nowhere/cc"):
+    with pytest.raises(RecipeError, match="the compiler in CXX, /nowhere/cc"):
         check_compiler()
 
 

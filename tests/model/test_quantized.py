@@ -59,7 +59,7 @@ def test_transformers_words():
         {"load_in_4bit": True, "load_in_8bit": True},
         {"load_in_4bit": True, "quantization": "int8"},
     ):
-        with pytest.raises(RecipeError, match="give one of them"):
+        with pytest.raises(RecipeError, match="keep one of them"):
             read(**given)
 
 

@@ -100,7 +100,7 @@ def test_what_else_is_said_of_a_front():
     )
     for said, plan, why in (
         ("utility", {}, "describes a Pareto front"),
-        ("hypervolume", {"goal/short": None}, "`worst` for short"),
+        ("hypervolume", {"goal/short": None}, "in plan 'front' for short"),
         ("utility(loss @ 3)", {}, "only a hypervolume"),
     ):
         with pytest.raises(RecipeError, match=why):

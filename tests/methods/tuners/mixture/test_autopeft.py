@@ -128,7 +128,7 @@ def test_both_adapters_add_up_and_start_as_the_base():
 @pytest.mark.parametrize(
     ("settings", "kind", "why"),
     [
-        (dict(insert=[1, 0, 1]), "llama", "insert holds 3 flags, and LlamaForCausalLM has 2 layers"),
+        (dict(insert=[1, 0, 1]), "llama", "insert has 3 flags, but LlamaForCausalLM has 2 layers"),
         (dict(serial=4, parallel=0), "mixtral", "MixtralForCausalLM has no module for serial"),
         (dict(insert=[1, 2]), "llama", "insert"),
     ],
