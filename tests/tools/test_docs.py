@@ -78,6 +78,27 @@ def test_internal_settings_are_on_no_page():
     assert "| `counts` |" not in made["methods/tuner/apet.md"]
 
 
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path, monkeypatch):
+    pytest.importorskip("mkdocstrings")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.chdir(ROOT)  # recipes and claims of the clone
+    docs.write_site(ROOT / "docs", tmp_path / "docs")
+    config = load_config(
+        str(ROOT / "mkdocs.yml"), docs_dir=str(tmp_path / "docs"), site_dir=str(tmp_path / "site")
+    )
+    build(config)  # strict: a warning raises
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 250
+    for page in pages:
+        loaded = re.findall(
+            r"<(?:script|link|img)[^>]+(?:src|href)=.?https?://", page.read_text(encoding="utf-8")
+        )
+        assert not loaded, f"{page.name} loads something from another server"
+
+
 def test_every_key_is_in_the_table():
     text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
     assert all(f"| `{key}` |" in text for key in luthier.Recipe().public())

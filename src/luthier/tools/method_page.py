@@ -201,8 +201,9 @@ def names_in(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def claims_section(card: registry.Card) -> list[str]:
-    """What was measured of a paper's claims."""
-    return ["## Measured", "", *measured(card), ""]
+    """What was measured of a paper's claims, with links to the page of claims."""
+    lines = [re.sub(r"claim `(\w+)`", r"[claim `\1`](../../claims.md#\1)", line) for line in measured(card)]
+    return ["## Measured", "", *lines, ""]
 
 
 def measured(card: registry.Card) -> list[str]:
