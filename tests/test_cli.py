@@ -158,16 +158,16 @@ def test_methods_as_json():
 def test_one_method_tells_its_settings():
     said = luth("methods", "autopeft").stdout
     assert (
-        "| `serial` | `16` | width of the bottleneck" in said
+        "serial: 16  # width of the bottleneck" in said
         and "(down_proj|mlp" in said
         and "tuner: autopeft" in said
     )
     assert luth("methods", "dora").stdout.startswith(
-        "`dora` is short for `{name: lora, use_dora: true}`.\n\n# lora"
+        "`dora` is short for `{name: lora, use_dora: true}`.\n\nlora (tuner)\n\nUse it when "
     )
     both = luth("methods", "self_tuning").stdout
     assert "tuner: self_tuning" in both and "estimator: self_tuning" in both
-    assert "\ntuner: " not in luth("methods", "self_tuning", "--kind", "estimator").stdout
+    assert "In a recipe: tuner: " not in luth("methods", "self_tuning", "--kind", "estimator").stdout
     assert [m["kind"] for m in json.loads(luth("methods", "self_tuning", "--json").stdout)] == [
         "tuner",
         "estimator",

@@ -59,9 +59,8 @@ def terminal_page(cls: type) -> str:
     if not card.use_when and not describe.facts(cls):
         lines.append("")
     path = recipe_of(card)
-    if path is None:
-        lines += ["In a recipe:", "", f"    {snippet(card)}", ""]
-    else:
+    lines += [f"In a recipe: {snippet(card)}", ""]
+    if path is not None:
         lines += [f"A whole recipe, {path.as_posix()}:", ""]
         lines += [f"    {line}" for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
         lines.append("")
