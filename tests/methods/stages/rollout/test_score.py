@@ -42,7 +42,7 @@ def test_several_rewards_add_up_by_weight(roles):
 def test_a_reward_that_gives_no_numbers_is_named(roles, monkeypatch, wrong):
     stage = build("stage", "score")
     monkeypatch.setattr(type(stage.reward[0]), "scores", lambda self, row, texts: wrong)
-    with pytest.raises(RecipeError, match="'exact_match' gave .* of row a"):
+    with pytest.raises(RecipeError, match="'exact_match' returned .* of row a"):
         list(stage([{"id": "a", "prompt": "", "answer": "1", "completions": ["1", "2"]}], roles))
 
 
