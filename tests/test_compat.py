@@ -93,8 +93,8 @@ before = snapshot()
 import luthier
 after_import = snapshot()
 assert not differences(before, after_import), differences(before, after_import)
-tuners = [m for m in sys.modules if m.startswith("luthier.methods.tuners.")]
-assert not tuners, "tuners wait until they are used"
+loaded = [m for m in sys.modules if m.startswith("luthier.methods.tuners.")]
+assert not loaded, "tuners wait until they are used"
 for tuner in json.loads(sys.argv[2]):
     luthier.tune(model="toy:lm-small", data="toy:people", tuner=tuner, max_steps=1, max_length=64,
                  evaluate=["loss"], folder=f"{sys.argv[1]}/{tuner}")
@@ -114,6 +114,109 @@ def test_a_run_leaves_other_libraries_as_they_were(tmp_path: Path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+EVERYTHING = (
+    SNAPSHOT
+    + """
+import luthier
+from luthier.errors import RecipeError
+from luthier.serve.chat import chat
+from luthier.serve.inspect import inspect
+from luthier.study.compare import ComparisonSpec, run_comparison
+
+folder = sys.argv[1]
+SHARED = dict(model="toy:lm-small", data="toy:people", max_steps=1, max_length=64, evaluate=["loss"])
+warm = luthier.tune(SHARED, folder=folder + "/warm")  # what libraries import and set by themselves is there
+before, places = snapshot(), attributes()
+
+
+def untouched(what):
+    gc.collect()
+    changed = differences(before, snapshot()) + touched(places)
+    print(what, changed[:8], flush=True)
+    assert not changed, (what, changed[:8])
+
+
+class Fails:
+    def __getattr__(self, name):
+        raise ZeroDivisionError(name)
+
+
+def fails():
+    try:
+        luthier.tune(SHARED, tuner="ssf", folder=folder + "/fails", callback=Fails())
+    except ZeroDivisionError:
+        return
+    raise AssertionError("it did not fail")
+
+
+def refused():
+    try:
+        luthier.tune(SHARED, tuner="ssf", learning_rate=1e30, max_steps=8, folder=folder + "/diverges")
+    except RecipeError:
+        return
+    raise AssertionError("it was not refused")
+
+
+def in_a_thread():
+    ended = []
+    thread = threading.Thread(
+        target=lambda: ended.append(luthier.tune(SHARED, tuner="ssf", folder=folder + "/thread"))
+    )
+    thread.start()
+    thread.join()
+    assert ended, "the run in a thread failed"
+
+
+def compares():
+    arms = {rate: luthier.Recipe.load({**SHARED, "learning_rate": float(rate)}) for rate in ("1e-3", "1e-4")}
+    run_comparison(ComparisonSpec(arms, seeds=1, subprocesses=False), folder=folder + "/compare")
+
+
+def searches():
+    luthier.search(SHARED, "learning_rate", sampler="random", trials=1, test_seeds=1, subprocesses=False,
+                   output_dir=folder + "/search")
+
+
+def loads():
+    model = luthier.load(folder + "/warm")
+    assert model.ask("one", max_new_tokens=1) is not None
+    assert logging.get_verbosity() == before["verbosity"][0], "loading is quiet, not what follows"
+    luthier.tune(SHARED, folder=folder + "/beside")  # what a run takes back is not what the model needs
+    model.logprobs([{"id": "0", "prompt": "a", "completions": ["b"]}])
+    model.ask("one", max_new_tokens=1)
+
+
+def chats():
+    chat(folder + "/warm", "hello", say=lambda text: None, max_new_tokens=1)
+
+
+def inspects():
+    inspect("toy:lm-small", folder + "/warm")
+
+
+def quantized():
+    luthier.tune(SHARED, quantization="nf4", folder=folder + "/quantized")
+
+
+for use in (fails, refused, in_a_thread, compares, searches, loads, chats, inspects, quantized):
+    use()
+    untouched(use.__name__)
+assert "luthier.methods.tuners.adapters.houlsby" not in sys.modules, "nobody has used it"
+"""
+)
+
+
+@pytest.mark.slow
+def test_no_use_of_the_library_changes_another_one(tmp_path: Path):
+    """Runs that fail, that diverge, in threads; comparing, searching, loading, chatting, inspecting: every
+    function, class and method of the libraries is the object that it was.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", EVERYTHING, str(tmp_path)], capture_output=True, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
 
 def test_importing_neither_loads_tuners_nor_changes_how_modules_are_found():

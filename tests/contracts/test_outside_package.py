@@ -236,7 +236,7 @@ def test_a_comparison_ranks_by_the_metric(facts):
 
 def test_a_search_takes_the_metric_as_a_goal(facts):
     search = facts["search"]
-    assert search["goals"][0] == {"name": "certainty", "metric": "certainty", "up": True}
+    assert search["goals"][0] == {"name": "certainty", "metric": "certainty", "higher_is_better": True}
     assert "certainty" in search["page"] and search["points"]
     assert search["evaluate"] == ["certainty", "loss"], "what measures the goal, and the loss for `quality`"
 

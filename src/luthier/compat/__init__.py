@@ -13,8 +13,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
+from typing_extensions import ParamSpec
+
+P = ParamSpec("P")
+R = TypeVar("R")
 Restore = Callable[[], None]
 
 
@@ -77,6 +82,7 @@ PATCHES = (
 )
 
 _lock = threading.RLock()  # runs may go on in several threads
+_loading = threading.RLock()
 _permanent = False
 _runs = 0
 _models = 0  # loaded outside of runs, and alive
@@ -138,6 +144,19 @@ def loading() -> Iterator[None]:
         yield
     finally:
         _remove_model()
+
+
+def one_at_a_time(load: Callable[P, R]) -> Callable[P, R]:
+    """Let one thread load at a time: while transformers and PEFT load a model they replace functions of torch
+    and of their own for a while, and two threads would restore each other's.
+    """
+
+    @wraps(load)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _loading:
+            return load(*args, **kwargs)
+
+    return locked
 
 
 def hold(model: Any) -> None:

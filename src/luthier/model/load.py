@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier import compat
 from luthier.clock import Clock
 from luthier.compat.lazy_imports import import_models
 from luthier.compat.malloc import keep_memory
@@ -54,6 +55,7 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
     return torch.float32
 
 
+@compat.one_at_a_time
 def load_model(
     recipe: Recipe, parts: Methods, network: Mapping[str, Any], folder: Path | None = None
 ) -> tuple[Network, Any]:
@@ -125,6 +127,7 @@ def _calibrated(parts: Methods, roles: Roles, rows: list[dict], folder: Path | N
         save(roles.policy.model, folder / FILE)
 
 
+@compat.one_at_a_time
 def assemble(
     recipe: Recipe,
     parts: Methods,
