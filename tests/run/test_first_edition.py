@@ -111,6 +111,7 @@ def test_adapters_answer_as_they_did(name, base, tmp_path):
     assert expected["logprobs"] != pytest.approx(untuned, abs=0.02), "the adapter does something"
     assert answers(luthier.load(folder, dtype="float32")) == pytest.approx(expected["logprobs"], abs=CLOSE)
     if "logits" in expected:  # not on a quantized base, which PEFT does not know of
+        luthier.register_peft()
         network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         through_peft = torch.tensor(logits(PeftModel.from_pretrained(network, folder)))
         assert torch.allclose(through_peft, torch.tensor(expected["logits"]), rtol=0, atol=CLOSE)
