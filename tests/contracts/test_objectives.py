@@ -61,6 +61,16 @@ def test_one_finite_number_per_unit(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_unit_is_of_a_row(name):
+    objective = build("objective", name)
+    for _, term in objective.terms():
+        batch = batch_of(contract_rows(objective))
+        rows = term.rows_of_units(batch)
+        if term.unit != "batch":
+            assert len(rows) == term.count(batch) and bool((rows < len(batch.rows)).all())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_reaches_the_policy_and_nobody_else(name):
     objective, roles = build("objective", name), cast()
     average(objective, roles, batch_of(contract_rows(objective))).backward()

@@ -402,7 +402,7 @@ def names_both(pick: Pick, sentence: str) -> bool:
     parts += [f"roles.{name}" for name in recipe.roles]
     network = (f"'{architecture}'", f"a {architecture}", "classifier", recipe.model)
     named = sum(part in sentence for part in parts)
-    return named + (any(n in sentence for n in network) or f"{family}for" in sentence.lower()) >= 2
+    return named + (any(n in sentence for n in network) or family in sentence.lower()) >= 2
 
 
 # ---------------------------------------------------------------------------------------------- tests

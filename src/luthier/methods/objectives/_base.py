@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from luthier.registry import family, requires_of
@@ -32,6 +33,14 @@ class Objective:
     def count(self, batch: Batch) -> int:
         """How many units a batch holds; known before any forward."""
         return batch.count(self.unit)
+
+    def rows_of_units(self, batch: Batch) -> Tensor:
+        """[count(batch)] the row that each unit is of."""
+        if self.unit == "token":
+            return batch.group[batch.owner]
+        if self.unit == "sequence":
+            return batch.group
+        return torch.arange(len(batch.rows), device=batch.ids.device)
 
     def divisor(self, batch: Batch) -> float:
         """What the sum over all units of a global batch is divided by, this batch's share of it: how many

@@ -36,5 +36,8 @@ class ChosenSFT(Objective):
     def count(self, batch):
         return int(self.chosen(batch).sum())
 
+    def rows_of_units(self, batch):
+        return batch.group[batch.owner][self.chosen(batch)]
+
     def loss(self, roles, batch):
         return -roles.policy.logprobs(batch)[self.chosen(batch)]

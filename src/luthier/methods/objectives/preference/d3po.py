@@ -43,6 +43,10 @@ class D3PO(Objective):
     def count(self, batch):
         return int(self.steps(batch).sum())
 
+    def rows_of_units(self, batch):
+        steps = self.steps(batch)
+        return torch.arange(len(steps), device=steps.device).repeat_interleave(steps)
+
     def loss(self, roles, batch):
         longest = -(-int(batch.lengths.max()) // self.step)
         cell = batch.owner * longest + batch.place // self.step

@@ -63,6 +63,9 @@ class AdamV2(Objective):
     def count(self, batch):
         return len(long_enough(batch, self.parts_of_whole))
 
+    def rows_of_units(self, batch):
+        return batch.group[long_enough(batch, self.parts_of_whole)]
+
     def loss(self, roles, batch):
         heads, m = roles.part_heads, self.parts_of_whole
         if heads.m != m:

@@ -62,6 +62,9 @@ class CoreTuning(Objective):
     def count(self, batch):
         return len(answered(batch))
 
+    def rows_of_units(self, batch):
+        return batch.group[answered(batch)]
+
     def loss(self, roles, batch):
         out, kinds = roles.policy.outputs(batch), classes(batch)
         h, tokens = features(batch, out), batch.labels[batch.supervised][batch.place == 0]

@@ -46,6 +46,9 @@ class Look(Objective):
     def count(self, batch):
         return len(answered(batch))
 
+    def rows_of_units(self, batch):
+        return batch.group[answered(batch)]
+
     def loss(self, roles, batch):
         memory, kinds, rows = roles.memory, classes(batch), of_rows(batch)
         memory.remember(rows, kinds, features(batch, roles.teacher.outputs(batch)))

@@ -65,6 +65,9 @@ class OGEN(Objective):
     def count(self, batch):
         return len(answered(batch))
 
+    def rows_of_units(self, batch):
+        return batch.group[answered(batch)]
+
     def loss(self, roles, batch):
         make, out, late = roles.generator, roles.policy.outputs(batch), roles.teacher.outputs(batch)
         h = features(batch, out)

@@ -31,6 +31,9 @@ class ProcessReward(Objective):
     def count(self, batch):
         return int((self.targets(batch) >= 0).sum())
 
+    def rows_of_units(self, batch):
+        return batch.group[batch.owner][self.targets(batch) >= 0]
+
     def loss(self, roles, batch):
         targets, values = self.targets(batch), roles.policy.outputs(batch).values
         ends = targets >= 0

@@ -77,11 +77,13 @@ class OfSource(Objective):
             dtype=torch.bool,
             device=batch.ids.device,
         )
-        of = {"token": lambda: batch.group[batch.owner], "sequence": lambda: batch.group}.get(self.inner.unit)
-        return rows if of is None else rows[of()]
+        return rows[self.inner.rows_of_units(batch)]
 
     def loss(self, roles, batch):
         return torch.where(self.here(batch), self.inner.loss(roles, batch), 0.0)
+
+    def rows_of_units(self, batch):
+        return self.inner.rows_of_units(batch)
 
     def count(self, batch):
         return self.inner.count(batch)

@@ -39,6 +39,9 @@ class FSFT(Objective):
     def count(self, batch):
         return batch.count(self.level)
 
+    def rows_of_units(self, batch):
+        return batch.group if self.level == "sequence" else batch.group[batch.owner]
+
     def loss(self, roles, batch):
         ratios = log_ratios(roles, batch)
         r = self.beta * (ratios if self.level == "token" else batch.sums(ratios))
