@@ -117,11 +117,27 @@ def _quantized(
     return loaded(load, parts.quantizer, dtype, where, saved)
 
 
+@torch.no_grad()
+def _read_otherwise(policy: Policy, batch: Any) -> None:
+    """Networks that cannot be packed are read padded here, too: calibration comes before a run's checks."""
+    while True:
+        try:
+            policy(batch)
+            return
+        except ValueError:
+            simpler = policy.architecture.simpler()
+            if simpler is None:
+                raise
+            policy.architecture = simpler
+
+
 def _calibrated(parts: Methods, roles: Roles, rows: list[dict], folder: Path | None) -> None:
     from luthier.model.quantized import FILE, quantize, save
 
     if parts.quantizer.reads and not rows:
         raise RecipeError(f"quantizer '{parts.quantizer.name}' needs calibration rows, and there are none")
+    if parts.quantizer.reads:
+        _read_otherwise(roles.policy, roles.batch(rows[:1]))
     quantize(roles.policy.model, parts.quantizer, roles, rows)
     if folder is not None:
         save(roles.policy.model, folder / FILE)

@@ -28,6 +28,9 @@ EMBEDDINGS = Capability("embeddings", says="a network that reads mixed token emb
 VALUES = Capability("values", says="a network that gives numbers, not text (architecture `reward_model`)")
 
 
+ANSWER_TOKENS = Capability(
+    "answer_tokens", says="a network whose answers are texts of tokens (not a classifier)"
+)
 SOFT_PROMPTS = Capability("soft_prompts", says="a network that reads vectors before the text")
 FIXED_TARGETS = Capability(
     "fixed_targets", says="a model whose input for a row is the same at every step (not a masked_lm)"

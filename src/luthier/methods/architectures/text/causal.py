@@ -22,6 +22,7 @@ from luthier.kernels import attention, sparse_mlp
 from luthier.kernels.attention_plan import plan
 from luthier.kernels.layout import Layout, joined
 from luthier.methods.architectures._base import (
+    ANSWER_TOKENS,
     EMBEDDINGS,
     ENTROPY,
     FIXED_TARGETS,
@@ -56,7 +57,17 @@ ENDLESS = 2**31  # a row in which any batch finds room
 
 
 @architecture(
-    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, EMBEDDINGS, FIXED_TARGETS, SOFT_PROMPTS],
+    provides=[
+        LOGPROBS,
+        ENTROPY,
+        TOPK,
+        HIDDEN,
+        GENERATE,
+        EMBEDDINGS,
+        FIXED_TARGETS,
+        SOFT_PROMPTS,
+        ANSWER_TOKENS,
+    ],
     use_when="the model writes text from left to right: GPT, Llama, Qwen, Mistral and similar models."
     " It is selected automatically.",
     costs="packed rows: no computation on padding; prompts are read once for all their completions.",

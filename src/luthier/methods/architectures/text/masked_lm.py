@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.architectures._base import ENTROPY, HIDDEN, LOGPROBS, SOFT_PROMPTS, TOPK
+from luthier.methods.architectures._base import ANSWER_TOKENS, ENTROPY, HIDDEN, LOGPROBS, SOFT_PROMPTS, TOPK
 from luthier.model.batch import Batch, pad
 from luthier.model.language_model import LanguageModel, path, picked, soft_first
 from luthier.model.outputs import Outputs
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @architecture(
     paper="arXiv:1810.04805",
-    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, SOFT_PROMPTS],
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, SOFT_PROMPTS, ANSWER_TOKENS],
     use_when="the model is an encoder (BERT, RoBERTa, ModernBERT) that is trained on masked text or on"
     " clozes.",
     costs="padded batches.",

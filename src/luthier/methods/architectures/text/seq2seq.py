@@ -9,6 +9,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.methods.architectures._base import (
+    ANSWER_TOKENS,
     ENTROPY,
     FIXED_TARGETS,
     GENERATE,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @architecture(
-    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, FIXED_TARGETS, SOFT_PROMPTS],
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, FIXED_TARGETS, SOFT_PROMPTS, ANSWER_TOKENS],
     use_when="the model is an encoder-decoder: T5, BART and similar models. It is selected automatically.",
     costs="padded batches; the encoder reads a prompt once for all its completions.",
 )

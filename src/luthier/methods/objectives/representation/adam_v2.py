@@ -23,7 +23,7 @@ from torch import Tensor
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.methods.architectures._base import HIDDEN
+from luthier.methods.architectures._base import ANSWER_TOKENS, HIDDEN
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Probability
@@ -36,7 +36,7 @@ from luthier.registry import Range, objective
 @objective(
     paper="arXiv:2404.15672",
     row="adam-v2-anatomy",
-    requires=[COMPLETIONS, TEACHER, PART_HEADS, HIDDEN],
+    requires=[COMPLETIONS, TEACHER, PART_HEADS, HIDDEN, ANSWER_TOKENS],
     contract={"head": "it uses embeddings below the head; train the head with a loss beside it"},
     use_when="texts have parts that make up wholes, you want representations of both, and there are no"
     " labels. It was made for medical images, so try it on a small run first.",

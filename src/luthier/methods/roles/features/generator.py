@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import ANSWER_TOKENS
 from luthier.methods.objectives.representation._features import features, of_rows
 from luthier.methods.roles._base import Part, Role, brought, everyone, width_of
 from luthier.model.policy import eval_mode
@@ -35,6 +36,7 @@ GENERATOR = Capability(
 @role(
     paper="arXiv:2401.15914",
     row="ogen",
+    requires=[ANSWER_TOKENS],
     provides=[GENERATOR],
     example={"base_classes": ["0", "1"], "new_classes": ["2"]},
     former_settings={"known": "base_classes", "unknown": "new_classes"},
