@@ -245,8 +245,8 @@ def test_each_bad_row_has_its_line_and_its_reason(tmp_path):
     [
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"prompt": "a", "completion": "  "}, "completion is only white space"),
-        ({"prompt": "a", "completion": 3}, "completion is a number, not text"),
-        ({"prompt": 3, "completion": "a"}, "prompt is a number, not text"),
+        ({"prompt": "a", "completion": True}, "completion is true/false, not text"),
+        ({"prompt": float("inf"), "completion": "a"}, "prompt is not a finite number"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
         ({"chosen": "abc", "rejected": "xyz"}, "do not start with the same text"),
         ({"prompt": "a", "completion": "b", "label": 0.3}, "label is 0.3, not true or false"),

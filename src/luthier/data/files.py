@@ -1,5 +1,5 @@
-"""Files to raw rows, one at a time and with their place: jsonl, json, csv, tsv, txt and parquet, gzipped or
-not.
+"""Files to raw rows, one at a time and with their place: jsonl, json, csv, tsv, txt and parquet, packed (.gz,
+.bz2, .xz, .zst) or not.
 
 A line that cannot be read is a `BadLine`, never an exception; only a file that is no such file at all is
 refused.
@@ -8,95 +8,101 @@ refused.
 from __future__ import annotations
 
 import codecs
-import csv
-import gzip
-import io
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from luthier.data.lines import (
+    MAX_LINE,
+    READ_ERRORS,
+    BadLine,
+    decode_line,
+    file_kind,
+    open_bytes,
+    read_lines,
+    read_parts,
+    refuse_utf16,
+)
 from luthier.data.recognise import matching_formats
+from luthier.data.tables import read_csv, read_tsv
 from luthier.errors import RecipeError
 from luthier.registry import did_you_mean
 
 CHUNK = 4000  # characters of running text that make one row of a .txt file
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+TEXT_PART = 2**20  # bytes of the longest row of a .txt file
 SURROGATES = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as "surrogateescape" decodes them
 NEXT_OBJECT = re.compile(r"\}\s*,\s*(?=\{)")
 SEPARATORS = re.compile(r"[\s,]*")
-
-
-@dataclass
-class BadLine:
-    """A row that could not even be read."""
-
-    reason: str
-    raw: Any
-
+LIST_OF_ROWS = re.compile(rb'\[\s*\{(?!\s*"(role|from|content|value)")')  # and not one of messages
+PACKERS = {
+    ".zip": "unzip it",
+    ".tar": "unpack it",
+    ".tgz": "unpack it",
+    ".7z": "unpack it",
+    ".rar": "unpack it",
+    ".lz4": "unpack it with lz4 -d",
+    ".zstd": "name it .zst",
+    ".xlsx": "save the sheet as .csv",
+    ".xls": "save the sheet as .csv",
+    ".ods": "save the sheet as .csv",
+    ".yaml": "write its rows as .jsonl",
+    ".yml": "write its rows as .jsonl",
+    ".pkl": "a pickle can run code, so none is read; write the rows as .jsonl or .parquet",
+    ".pickle": "a pickle can run code, so none is read; write the rows as .jsonl or .parquet",
+    ".pt": "a pickle can run code, so none is read; write the rows as .jsonl or .parquet",
+    ".npy": "write its rows as .jsonl or .parquet",
+    ".pdf": "write its text as .txt",
+    ".docx": "save it as .txt",
+}
 
 RawRows = Iterator[tuple[str, "dict | BadLine"]]  # (place, row)
 
 
-def file_kind(path: Path) -> str:
-    """What kind of file: '.jsonl' of rows.jsonl and of rows.jsonl.gz."""
-    if path.suffix == ".gz":
-        path = Path(path.stem)
-    return path.suffix.lower()
+def read_file(path: Path, max_row_chars: int, split: str | None = None) -> RawRows:
+    """Rows of one file. split: which part of a .json file is read that holds several ({"train": [...], ...}).
 
-
-def read_file(path: Path, max_row_chars: int) -> RawRows:
-    """Rows of one file. Raises RecipeError for a kind of file that is not known, and for one that is no text
-    at all.
+    Raises RecipeError for a kind of file that is not known, and for one that is no text at all.
     """
     kind = file_kind(path)
     if kind not in READERS:
-        raise RecipeError(f"{path}: this file type is not supported{did_you_mean(kind, READERS)}")
-    if kind != ".parquet":
-        refuse_utf16(path)
+        raise RecipeError(f"{path}: {unsupported(path)}")
     try:
-        yield from READERS[kind](path, max_row_chars)
-    except (OSError, EOFError, zlib.error) as why:
+        if kind != ".parquet":
+            refuse_utf16(path)
+        if kind == ".json":
+            yield from read_json(path, max_row_chars, split)
+        else:
+            yield from READERS[kind](path, max_row_chars)
+    except READ_ERRORS as why:
         raise RecipeError(f"{path} could not be read completely: {why}") from None
 
 
-def open_bytes(path: Path) -> io.BufferedIOBase:
-    """A file's bytes, unpacked."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    return open(path, "rb")
-
-
-def refuse_utf16(path: Path) -> None:
-    """UTF-16 would read as nothing but NUL bytes: the error says how to convert it."""
-    try:
-        with open_bytes(path) as file:
-            head = file.read(4096)
-    except (OSError, EOFError, zlib.error):
-        return  # the reader meets the same error and reports it
-    if head[:2] in UTF16 or head.count(0) > 0.3 * max(len(head), 1):
-        raise RecipeError(
-            f"{path} is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {path.name} >"
-            f" utf8_{path.name}"
-        )
+def unsupported(path: Path) -> str:
+    """Why a file of another kind is not read, and what helps."""
+    kinds = f"files are read that end in {', '.join(READERS)}, packed as .gz, .bz2, .xz or .zst too"
+    advice = PACKERS.get(path.suffix.lower(), "")
+    if advice:
+        return f"{path.suffix} files are not read; {advice} ({kinds})"
+    kind = file_kind(path)
+    if not kind:
+        return f"the name of the file does not tell what it is ({kinds})"
+    return f"this file type is not supported{did_you_mean(kind, READERS)} ({kinds})"
 
 
 def check_object(value: Any) -> dict | BadLine:
-    """A parsed value that must be an object with columns."""
-    if not isinstance(value, dict):
-        return BadLine("not a JSON object", value)
-    return value
+    """A parsed value that must be an object with columns; a list of messages is a conversation."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and value and all(is_message(turn) for turn in value):
+        return {"messages": value}
+    return BadLine("not a JSON object", value)
 
 
-def decode_line(line: bytes, offset: int) -> str | BadLine:
-    """A line's text; where it is not UTF-8, which byte of the file is not."""
-    try:
-        return line.decode()
-    except UnicodeDecodeError as why:
-        return BadLine(f"not UTF-8 (0x{line[why.start]:02x} at byte {offset + why.start} of the file)", line)
+def is_message(value: Any) -> bool:
+    """Whether a value has the keys of a message."""
+    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 
 def too_long(max_row_chars: int) -> str:
@@ -108,22 +114,30 @@ def too_long(max_row_chars: int) -> str:
 
 
 def read_jsonl(path: Path, max_row_chars: int) -> RawRows:
-    """One JSON object a line, read as bytes, so that no line can end the file."""
-    offset = 0
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            start = offset
-            offset += len(line)
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield f"{path.name}:{number}", parse_line(line, start, max_row_chars)
+    """One JSON object a line, read as bytes, so that no line can end the file. A JSON list, or an object over
+    several lines, is read as .json is.
+    """
+    first = True
+    for number, offset, line in read_lines(path):
+        where = f"{path.name}:{number}"
+        if isinstance(line, BadLine):
+            yield where, line
+        elif line.strip():
+            if first and opens_value(line):
+                yield from read_json(path, max_row_chars)
+                return
+            first = False
+            yield where, parse_line(line, offset)
 
 
-def parse_line(line: bytes, offset: int, max_row_chars: int) -> dict | BadLine:
+def opens_value(line: bytes) -> bool:
+    """Whether a line opens a JSON list of rows, or an object that ends on another line."""
+    line = line.strip()
+    return line in (b"[", b"{") or bool(LIST_OF_ROWS.match(line))
+
+
+def parse_line(line: bytes, offset: int) -> dict | BadLine:
     """One line of JSON. offset: the line's first byte in its file."""
-    if len(line) > 6 * max_row_chars:  # \uXXXX: six bytes a character
-        return BadLine(too_long(max_row_chars), line[:2000])
     text = decode_line(line, offset)
     if isinstance(text, BadLine):
         return text
@@ -140,8 +154,10 @@ def parse_line(line: bytes, offset: int, max_row_chars: int) -> dict | BadLine:
         return BadLine("not JSON", text)
 
 
-def read_json(path: Path, max_row_chars: int) -> RawRows:
-    """A list of objects, an object that holds one (`data`, `rows`, ...), or in truth one object a line."""
+def read_json(path: Path, max_row_chars: int, split: str | None = None) -> RawRows:
+    """A list of objects, an object that holds one (`data`, `rows`, ...), columns of lists, or in truth one
+    object a line.
+    """
     with open_bytes(path) as file:
         content = file.read().removeprefix(codecs.BOM_UTF8)
     if content.lstrip().startswith(b"["):
@@ -150,20 +166,87 @@ def read_json(path: Path, max_row_chars: int) -> RawRows:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        yield from read_jsonl(path, max_row_chars)
+        yield from read_objects(path, content)
         return
-    for i, row in enumerate(inner_list(value), 1):
+    for i, row in enumerate(rows_of_object(value, split, str(path)), 1):
         yield f"{path.name}:{i}", check_object(row)
 
 
-def inner_list(value: Any) -> list:
-    """The list of objects that an object holds, or the object as the only row."""
+def read_objects(path: Path, content: bytes) -> RawRows:
+    """Objects one after the other: one a line, or over several lines each."""
+    lines = [line for line in content.split(b"\n", 99) if line.strip()]
+    if lines and opens_value(lines[0]):
+        yield from read_json_list(path, b"[" + content)
+        return
+    offset = 0
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        if len(line) > MAX_LINE:
+            yield f"{path.name}:{number}", BadLine(f"a line longer than {MAX_LINE // 2**20} MB", line[:2000])
+        elif line.strip():
+            yield f"{path.name}:{number}", parse_line(line, offset)
+        offset += len(line)
+
+
+def rows_of_object(value: Any, split: str | None, label: str) -> Iterable[Any]:
+    """The rows that a JSON object holds: a list of objects under some key, splits under their names, columns
+    as lists or as {"0": cell, ...}, pandas' {"columns": ..., "data": ...}; else it is itself the only row.
+    """
     # One row may itself hold a list of objects: its turns.
-    if isinstance(value, dict) and not matching_formats(value):
-        for inner in value.values():
-            if isinstance(inner, list) and inner and isinstance(inner[0], dict):
-                return inner
+    if not isinstance(value, dict) or is_single_row(value):
+        return [value]
+    names, cells = value.get("columns"), value.get("data")
+    if is_list_of(names, str) and is_list_of(cells, list):
+        return [dict(zip(names, row, strict=False)) for row in cells]
+    if len(value) > 1 and all(is_list_of(rows, dict) for rows in value.values()):
+        return value[choose_split(value, split, label)]
+    for inner in value.values():
+        if is_list_of(inner, dict):
+            return inner
+    columns = {}
+    for name, column in value.items():
+        columns[name] = list(column.values()) if isinstance(column, dict) else column
+    if columns and all(isinstance(column, list) for column in columns.values()):
+        if len({len(column) for column in columns.values()}) == 1:
+            return rows_of_columns(columns)
     return [value]
+
+
+def is_list_of(value: Any, kind: type) -> TypeGuard[list]:
+    """Whether a value is a list that is not empty, of values of a kind, by its first."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
+
+
+def is_single_row(value: dict) -> bool:
+    """Whether an object is a row, by its columns, and not a table of such columns."""
+    formats = matching_formats(value)
+    if not formats:
+        return False
+    names: set[str] = set()
+    for shape in formats[0].columns:
+        if value.keys() >= set(shape.split()):
+            names.update(shape.split())
+    read = [value[name] for name in names]
+    if all(isinstance(cells, dict) and "0" in cells for cells in read):
+        return False
+    return not all(isinstance(cells, list) and cells and not isinstance(cells[0], dict) for cells in read)
+
+
+def rows_of_columns(columns: Mapping[str, list]) -> Iterator[dict]:
+    """The rows of a table given by its columns."""
+    for cells in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, cells, strict=True))
+
+
+def choose_split(splits: Iterable[str], split: str | None, label: str) -> str:
+    """The split to read: the one that is named, `train`, or the only one. Raises RecipeError."""
+    names = [str(name) for name in splits]
+    if split is None and "train" in names:
+        return "train"
+    if split is None and len(names) == 1:
+        return names[0]
+    if split not in names:
+        raise RecipeError(f"{label} has no split '{split or 'train'}' (there is: {', '.join(names)})")
+    return split
 
 
 def read_json_list(path: Path, content: bytes) -> RawRows:
@@ -208,114 +291,47 @@ def original_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-# ------------------------------------------------------------------------------------------ tables and text
-
-
-def read_csv(path: Path, max_row_chars: int) -> RawRows:
-    """Comma-separated rows under a header. A quote that never closes costs its own line, not the file."""
-    with open_bytes(path) as file:
-        lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
-    csv.field_size_limit(max(csv.field_size_limit(), max_row_chars))
-    place, offset, header = 0, 0, None
-    while place < len(lines):
-        feed = CsvLines(lines, place, 4 * max_row_chars)
-        problem = ""
-        cells = None
-        try:
-            cells = next(csv.reader(feed, strict=True), None)
-        except csv.Error:
-            problem, feed.place = "a quotation mark is not closed", place + 1
-        where = f"{path.name}:{place + 1}"
-        raw = b"".join(lines[place : feed.place])
-        start, offset, place = offset, offset + len(raw), feed.place
-        if problem:
-            yield where, BadLine(problem, raw)
-        elif cells and header is None:
-            header = cells
-        elif cells and header is not None:
-            yield where, row_of_cells(header, cells, raw, start)
-
-
-class CsvLines:
-    """Lines of a csv file from a place on, for one row: csv.Error where a row takes too many bytes."""
-
-    def __init__(self, lines: list[bytes], place: int, max_bytes: int):
-        self.lines, self.place, self.bytes_left = lines, place, max_bytes
-
-    def __iter__(self) -> CsvLines:
-        return self
-
-    def __next__(self) -> str:
-        if self.place >= len(self.lines):
-            raise StopIteration
-        line = self.lines[self.place]
-        self.bytes_left -= len(line)
-        if self.bytes_left < 0:
-            raise csv.Error("too long")
-        self.place += 1
-        return line.decode("utf-8", "surrogateescape")
-
-
-def row_of_cells(header: list[str], cells: list[str], raw: bytes, offset: int) -> dict | BadLine:
-    """A row of cells under its names. raw, offset: its bytes and where they begin in the file."""
-    text = decode_line(raw, offset)
-    if isinstance(text, BadLine):
-        return text
-    if len(cells) != len(header):
-        return BadLine(f"{len(cells)} cells, but the header has {len(header)} columns", raw)
-    return dict(zip(header, cells, strict=True))
-
-
-def read_tsv(path: Path, max_row_chars: int) -> RawRows:
-    """Tab-separated rows, a line each under a line of names. Quotes are text, except round a whole cell."""
-    header, offset = None, 0
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            start = offset
-            offset += len(line)
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-            cells = [unquote(cell) for cell in text.split("\t")]
-            if header is None:
-                header = cells
-            else:
-                yield f"{path.name}:{number}", row_of_cells(header, cells, line, start)
-
-
-def unquote(cell: str) -> str:
-    """A cell without the quotes round all of it."""
-    if len(cell) > 1 and cell[0] == cell[-1] == '"':
-        return cell[1:-1].replace('""', '"')
-    return cell
+# ---------------------------------------------------------------------------------------- text and parquet
 
 
 def read_txt(path: Path, max_row_chars: int) -> RawRows:
     """Running text (with blank lines): chunks of about CHUNK bytes that end at a blank line. Else a row a
-    line.
+    line; no row is longer than TEXT_PART bytes.
     """
-    with open_bytes(path) as file:
-        lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
-    running = any(not line.strip() for line in lines[:-1])
+    running = is_running_text(path)
     chunk: list[bytes] = []
-    first, size, offset = 1, 0, 0
-    for number, line in enumerate([*lines, b""], 1):
+    first = start = size = 0
+    for number, offset, line in read_parts(path, TEXT_PART):
         blank = not line.strip()
-        last = number > len(lines)
-        if chunk and (not running or last or (blank and size >= CHUNK)):
-            text = decode_line(b"".join(chunk), offset - size)
-            if isinstance(text, str):
-                yield f"{path.name}:{first}", {"text": text.replace("\r\n", "\n").strip("\n")}
-            else:
-                yield f"{path.name}:{first}", text
+        full = not running or size >= TEXT_PART or (blank and size >= CHUNK)
+        if chunk and full:
+            yield f"{path.name}:{first}", text_row(chunk, start)
             chunk, size = [], 0
         if chunk or not blank:
-            first = first if chunk else number
+            if not chunk:
+                first, start = number, offset
             chunk.append(line)
             size += len(line)
-        offset += len(line)
+    if chunk:
+        yield f"{path.name}:{first}", text_row(chunk, start)
+
+
+def is_running_text(path: Path) -> bool:
+    """Whether a text has blank lines between others."""
+    blank = False
+    for _, _, line in read_parts(path, TEXT_PART):
+        if blank:
+            return True
+        blank = not line.strip()
+    return False
+
+
+def text_row(chunk: list[bytes], offset: int) -> dict | BadLine:
+    """A row of running text. offset: its first byte in the file."""
+    text = decode_line(b"".join(chunk), offset)
+    if isinstance(text, BadLine):
+        return text
+    return {"text": text.replace("\r\n", "\n").strip("\n")}
 
 
 def read_parquet(path: Path, max_row_chars: int) -> RawRows:
@@ -325,12 +341,31 @@ def read_parquet(path: Path, max_row_chars: int) -> RawRows:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path.name}:{number}", row
-    except pyarrow.ArrowInvalid as why:
+        with open_bytes(path) as file:
+            if file_kind(path) != path.suffix.lower():  # packed: parquet is read from its end
+                file = pyarrow.BufferReader(file.read())
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+                for row in rows_of_batch(batch):
+                    number += 1
+                    yield f"{path.name}:{number}", row
+    except pyarrow.ArrowException as why:
         raise RecipeError(f"{path} is not a valid parquet file: {why}") from None
+
+
+def rows_of_batch(batch: Any) -> Iterator[dict | BadLine]:
+    """The rows of a batch; where a cell cannot be read (text that is no UTF-8, a date out of range), row by
+    row.
+    """
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError):
+        pass
+    for i in range(batch.num_rows):
+        try:
+            yield batch.slice(i, 1).to_pylist()[0]
+        except (ValueError, OverflowError) as why:
+            yield BadLine(f"a cell cannot be read: {str(why)[:100]}", "")
 
 
 READERS: dict[str, Callable[[Path, int], RawRows]] = {

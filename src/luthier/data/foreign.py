@@ -5,8 +5,11 @@ as settings of a Source.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from luthier.errors import RecipeError
 from luthier.registry import did_you_mean, names
@@ -38,16 +41,60 @@ LLAMA_FACTORY_TAGS = {
 }
 
 
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(instruction|input|system)\}")
+
+
+class PromptLayout(BaseModel):
+    """How axolotl writes a prompt of a row's instruction and input, where its `type:` is a mapping."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str = "{instruction} {input} "
+    no_input_format: str | None = None  # of rows without an input; default: `format`
+    system_prompt: str = ""  # of rows without a system prompt of their own
+    system_format: str = "{system}"
+
+    def apply(self, row: dict) -> dict:
+        """A row of instruction, input, system and output as prompt and completion; others as they are."""
+        if not isinstance(row.get("instruction"), str) or "output" not in row:
+            return row
+        cells = {name: str(row.get(name) or "") for name in ("instruction", "input", "system")}
+        cells["system"] = cells["system"] or self.system_prompt
+        layout = self.format
+        if not cells["input"] and self.no_input_format is not None:
+            layout = self.no_input_format
+        prompt = filled(layout, cells)
+        if cells["system"]:
+            prompt = filled(self.system_format, cells) + prompt
+        rest = {name: value for name, value in row.items() if name not in (*cells, "output")}
+        return {**rest, "prompt": prompt, "completion": row["output"]}
+
+
+def filled(layout: str, cells: dict[str, str]) -> str:
+    """A layout with {instruction}, {input} and {system} replaced; {{ and }} are braces."""
+
+    def cell(match: re.Match[str]) -> str:
+        name = match[1]
+        return match[0][0] if name is None else cells[name]
+
+    return PLACEHOLDER.sub(cell, layout)
+
+
 def from_axolotl(entry: dict) -> dict[str, Any]:
     """An entry of axolotl's `datasets:` under our keys; keys of ours pass through."""
     spec = dict(entry)
-    columns = dict(spec.pop("columns", None) or {})
-    tags = dict(spec.pop("tags", None) or {})
+    columns, tags = mapping(spec, "columns"), mapping(spec, "tags")
     prompt_type = spec.pop("type", None)
     if isinstance(prompt_type, dict):  # a prompt of the user's own: field_instruction, field_output, ...
-        for key, column in prompt_type.items():
-            if key.startswith("field_"):
-                columns.setdefault(key.removeprefix("field_"), column)
+        layout = {}
+        for key, value in prompt_type.items():
+            name = str(key).removeprefix("field_")
+            if name == key:
+                layout[key] = value
+            elif value and value != name:
+                columns.setdefault(name, value)
+        if layout:
+            spec["prompt_layout"] = layout
     elif prompt_type is not None:
         spec["format"] = spec.get("format") or axolotl_format(str(prompt_type))
     if spec.pop("ds_type", None) or spec.get("path") in AXOLOTL_LOADERS:
@@ -55,16 +102,24 @@ def from_axolotl(entry: dict) -> dict[str, Any]:
     for key, column in AXOLOTL_FIELDS.items():
         if key in spec:
             columns[column] = spec.pop(key)
-    for ours, theirs in (spec.pop("message_property_mappings", None) or {}).items():
-        tags[theirs] = ours
-    for role, aliases in (spec.pop("roles", None) or {}).items():
-        for alias in [aliases] if isinstance(aliases, str) else aliases:
-            tags[alias] = role
+    for ours, theirs in mapping(spec, "message_property_mappings").items():
+        tags[str(theirs)] = ours
+    for role, aliases in mapping(spec, "roles").items():
+        for alias in aliases if isinstance(aliases, list) else [aliases]:
+            tags[str(alias)] = role
     if columns:
         spec["columns"] = columns
     if tags:
         spec["tags"] = tags
     return spec
+
+
+def mapping(spec: dict, key: str) -> dict[str, Any]:
+    """A mapping that an entry has under a key, taken out of it. Raises RecipeError for anything else."""
+    value = spec.pop(key, None) or {}
+    if not isinstance(value, dict):
+        raise RecipeError(f"data: {key} must be a mapping of names, not {type(value).__name__}")
+    return dict(value)
 
 
 def axolotl_format(prompt_type: str) -> str | None:
@@ -83,7 +138,7 @@ def from_dataset_info(path: Path, name: str | None) -> dict[str, Any]:
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as why:
+    except (ValueError, RecursionError) as why:
         raise RecipeError(f"{path} is not valid JSON: {why}") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise RecipeError(f"{path} is not a list of data sets (a JSON object such as dataset_info.json)")
@@ -99,21 +154,20 @@ def from_dataset_info(path: Path, name: str | None) -> dict[str, Any]:
             f"{did_you_mean(name, entries)}"
         )
     entry = entries[name]
+    place = entry.get("hf_hub_url")
     if "file_name" in entry:
-        place = str(path.parent / entry["file_name"])
-    else:
-        place = entry.get("hf_hub_url")
+        place = str(path.parent / str(entry["file_name"]))
     if not place:
         raise RecipeError(f"{path}: the entry '{name}' has neither file_name nor hf_hub_url")
     columns = {}
-    for key, theirs in (entry.get("columns") or {}).items():
+    for key, theirs in mapping(dict(entry), "columns").items():
         ours = LLAMA_FACTORY_COLUMNS.get(key, key)
         if theirs and ours != theirs:
             columns[ours] = theirs
     tags = {}
-    for key, theirs in (entry.get("tags") or {}).items():
+    for key, theirs in mapping(dict(entry), "tags").items():
         if key in LLAMA_FACTORY_TAGS:
-            tags[theirs] = LLAMA_FACTORY_TAGS[key]
+            tags[str(theirs)] = LLAMA_FACTORY_TAGS[key]
     return {
         "path": place,
         "split": entry.get("split"),

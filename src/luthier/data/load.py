@@ -7,23 +7,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from luthier.data.files import BadLine, too_long
+from luthier.data.files import too_long
+from luthier.data.lines import BadLine
 from luthier.data.quarantine import bad_row, check_bad_rows, write_quarantine
-from luthier.data.recognise import format_of_row, recognise_format
-from luthier.data.sources import Source, is_row, read_source, resolve_source
+from luthier.data.recognise import every_format, format_of_row, matching_formats, recognise_format
+from luthier.data.sources import Source, expand, held_out_source, is_row, read_source, resolve_source
 from luthier.data.split import split
 from luthier.errors import RecipeError
-from luthier.methods.formats._base import BadRow, Format
+from luthier.methods.formats._base import BadRow, Format, kind_of
+from luthier.recipe.in_memory import MAX_DEPTH, plain_value
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, did_you_mean
 from luthier.storage.toy import current_row, former_row
 
+HELD_OUT_SHARE = 0.05  # of the rows, where the data bring none that are meant for it
+# columns that are read of every row, whatever its format
+READ_COLUMNS = (
+    ("prefix", str, "text"),
+    ("tools", list, "a list"),
+    ("chat_template_kwargs", dict, "an object"),
+    ("token_weights", list, "a list"),
+)
+NESTED = "is nested too deeply"
+MAX_BITS = 1024  # of a whole number: what a float holds
+MAX_NAME = 1000  # characters of a column's name
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 MIN_HELD_OUT = 4  # fewer rows measure nothing, so none are held out
 
 
@@ -35,6 +50,7 @@ class LoadedRows:
     bad: list[dict] = field(default_factory=list)  # as `bad_row` makes them
     format: str = ""  # the name of the format; several joined by " + "
     total: int = 0  # rows read, good and bad
+    notes: list[str] = field(default_factory=list)  # what is to be columns of where they come from
 
 
 @dataclass
@@ -46,6 +62,7 @@ class Data:
     bad: list[dict]  # as `bad_row` makes them
     fingerprint: str  # of rows and held_out; a resumed run must have the same
     format: str = ""  # what they were read as
+    notes: list[str] = field(default_factory=list)  # what is to be columns of where they come from
 
     def former_fingerprint(self) -> str:
         """The fingerprint that version 0.1 gave these rows, whose toy tasks had another column."""
@@ -62,9 +79,15 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
             "the recipe has no `data`; set it to a file, a folder, a Hub name, rows, or toy:TASK"
         )
     loaded = load_rows(recipe.data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
-    rows, bad = loaded.rows, loaded.bad
+    rows, bad, notes = loaded.rows, loaded.bad, loaded.notes
     held_out: list[dict] = []
     eval_data = recipe.eval_data
+    if eval_data == "auto":
+        own = own_held_out(recipe.data)
+        eval_data = own or HELD_OUT_SHARE
+        if own:
+            splits = ", ".join(str(source.split) for source in own)
+            notes = [*notes, f"held-out rows: the data's own ({splits}); `eval_data: 0.05` holds out others"]
     if isinstance(eval_data, (int, float)) and not isinstance(eval_data, bool):
         if not 0 <= eval_data < 1:
             raise RecipeError(f"eval_data: {eval_data} must be a fraction from 0 to below 1, or a file")
@@ -74,7 +97,17 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
     elif eval_data:
         other = load_rows(eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
         held_out, bad = other.rows, [*bad, *other.bad]
-    return Data(rows, held_out, bad, fingerprint_of(rows, held_out), loaded.format)
+    return Data(rows, held_out, bad, fingerprint_of(rows, held_out), loaded.format, notes)
+
+
+def own_held_out(data: Any) -> list[Source]:
+    """The validation or test rows that the sources bring; none where they bring none."""
+    own = []
+    for each in list_of_sources(data):
+        source = held_out_source(resolve_source(each))
+        if source is not None:
+            own.append(source)
+    return own
 
 
 def fingerprint_of(rows: list[dict], held_out: list[dict]) -> str:
@@ -113,11 +146,15 @@ def load_rows(
     ids: set[str] = set()
     for each in list_of_sources(source):
         resolved = resolve_source(each).model_copy(update=settings)
-        loaded = load_source(resolved, ids, max_bad_rows, max_row_chars, quarantine)
-        whole.rows += loaded.rows
-        whole.bad += loaded.bad
-        whole.total += loaded.total
-        formats[loaded.format] = None
+        parts, notes = expand(resolved)
+        whole.notes += notes
+        for part in parts:
+            loaded = load_source(part, ids, max_bad_rows, part.max_row_chars or max_row_chars, quarantine)
+            whole.rows += loaded.rows
+            whole.bad += loaded.bad
+            whole.total += loaded.total
+            whole.notes += loaded.notes
+            formats[loaded.format] = None
     whole.format = " + ".join(formats)
     if quarantine is not None:
         write_quarantine(whole.bad, quarantine)
@@ -126,7 +163,7 @@ def load_rows(
 
 def list_of_sources(source: Any) -> Sequence[Any]:
     """The sources of a list of them; anything else, a list of rows too, is one source."""
-    several = isinstance(source, (list, tuple)) and source and not any(map(is_row, source))
+    several = isinstance(source, (list, tuple)) and source and not any(is_row(each) for each in source)
     return source if several else [source]
 
 
@@ -140,20 +177,25 @@ def load_source(
         raise RecipeError(f"{source.label} has no rows")
     if not raw_rows:
         check_bad_rows(bad, total, source.label, max_bad_rows, quarantine)
+    raw_rows, notes = in_known_names(raw_rows, source)
     file_format = format_of_source(source, raw_rows)
     rows: list[dict] = []
     for where, raw in raw_rows:
         try:
             row = format_of_row(raw, file_format, bool(source.format)).row(raw)
+            check_columns(row)
         except BadRow as why:
             bad.append(bad_row(where, str(why), raw))
+            continue
+        except Exception as why:  # what nobody thought of: one row never ends a run
+            bad.append(bad_row(where, f"cannot be read ({type(why).__name__}: {str(why)[:100]})", raw))
             continue
         if source.source:
             row["source"] = source.source
         row["id"] = unique_id(raw.get("id"), where, ids)
         rows.append(row)
     check_bad_rows(bad, total, source.label, max_bad_rows, quarantine)
-    return LoadedRows(rows, bad, file_format.name, total)
+    return LoadedRows(rows, bad, file_format.name, total, notes)
 
 
 def read_raw_rows(source: Source, max_row_chars: int) -> tuple[list[tuple[str, dict]], list[dict]]:
@@ -163,20 +205,90 @@ def read_raw_rows(source: Source, max_row_chars: int) -> tuple[list[tuple[str, d
     raw_rows: list[tuple[str, dict]] = []
     bad: list[dict] = []
     columns: set[str] = set()
+    too_big = too_long(max_row_chars)
     for where, raw in islice(read_source(source, max_row_chars), source.limit):
         if isinstance(raw, BadLine):
             bad.append(bad_row(where, raw.reason, raw.raw))
-        elif problem := problem_of(raw, max_row_chars):
+            continue
+        problem = problem_of(raw, max_row_chars)
+        if problem == too_big and (pieces := pieces_of_text(raw, source, max_row_chars)):
+            columns.update(raw)
+            raw_rows += [(f"{where}#{k}", piece) for k, piece in enumerate(pieces)]
+        elif problem:
             bad.append(bad_row(where, problem, raw))
         else:
             columns.update(raw)
-            raw_rows.append((where, apply_names(raw, source)))
+            raw_rows.append((where, apply_names(plain_value(raw), source)))
     for theirs in source.columns.values():
         if raw_rows and theirs not in columns:
             raise RecipeError(
                 f"{source.label} has no column '{theirs}', which columns: maps{did_you_mean(theirs, columns)}"
             )
     return raw_rows, bad
+
+
+def check_columns(row: dict) -> None:
+    """Refuse a row with a column that luthier reads, but that its format did not, in another shape."""
+    for name, kind, words in READ_COLUMNS:
+        if name in row and not isinstance(row[name], kind):
+            raise BadRow(f"{name} is {kind_of(row[name])}, not {words}")
+    weights = row.get("token_weights", ())
+    if not all(isinstance(one, list) and all(isinstance(w, (int, float)) for w in one) for one in weights):
+        raise BadRow("token_weights is not a list of numbers for each completion")
+
+
+def pieces_of_text(raw: dict, source: Source, max_row_chars: int) -> list[dict]:
+    """A row of plain text that is too long, in pieces that end at a line or a word, so that nothing of it is
+    lost; none where it is another kind of row.
+    """
+    row = apply_names(plain_value(raw), source)
+    text = row.get("text")
+    formats = matching_formats(row)
+    if not isinstance(text, str) or not formats or formats[0].name != "text":
+        return []
+    if source.format and build("format", source.format).name != "text":
+        return []
+    rest = {name: value for name, value in row.items() if name != "text"}
+    if problem_of({**rest, "text": ""}, max_row_chars // 2):
+        return []
+    size = max_row_chars // 2
+    pieces = []
+    start = 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            end = max(text.rfind("\n", start, end), text.rfind(" ", start, end)) + 1 or end
+        piece = text[start:end]
+        start = end
+        if piece.strip():
+            pieces.append({**rest, "text": piece})
+    return pieces
+
+
+def in_known_names(
+    raw_rows: list[tuple[str, dict]], source: Source
+) -> tuple[list[tuple[str, dict]], list[str]]:
+    """Rows whose columns are columns but for spaces and upper case (`Prompt`, ` completion`) under the names of
+    the formats, and a sentence that says so. Rows that some format reads as they are stay as they are.
+    """
+    if source.format or any(matching_formats(raw) for _, raw in raw_rows[:100]):
+        return raw_rows, []
+    columns: set[str] = set()
+    for cls in every_format():
+        columns.update(*(shape.split() for shape in cls.columns), cls.optional.split())
+    names = {}
+    for _, raw in raw_rows[:100]:
+        for name in raw:
+            plain = "_".join(name.replace("\ufeff", "").lower().split())
+            if plain != name and plain in columns and plain not in raw:
+                names[name] = plain
+    if not names or not matching_formats(names.values()):
+        return raw_rows, []
+    renamed = []
+    for where, raw in raw_rows:
+        renamed.append((where, {names.get(name, name): value for name, value in raw.items()}))
+    listed = ", ".join(f"'{theirs}' as '{ours}'" for theirs, ours in names.items())
+    return renamed, [f"{source.label}: columns are read under other names: {listed}"]
 
 
 def format_of_source(source: Source, raw_rows: Sequence[tuple[str, dict]]) -> Format:
@@ -187,22 +299,53 @@ def format_of_source(source: Source, raw_rows: Sequence[tuple[str, dict]]) -> Fo
 
 
 def problem_of(raw: dict, max_row_chars: int) -> str | None:
-    """Why no format can read a row: too long, NUL bytes, text that no encoding can write."""
+    """Why no format can read a row: too long, nested too deeply, text or names of columns that are none."""
     total = 0
-    stack = list(raw.values())
+    stack: list[tuple[Any, int]] = [(raw, 0)]
     while stack:
-        value = stack.pop()
+        value, depth = stack.pop()
+        total += 1
         if isinstance(value, str):
             total += len(value)
-            if "\0" in value:
-                return "contains a NUL byte"
-            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-                return "contains a lone surrogate, which is not a character"
-        elif isinstance(value, dict):
-            stack += value.values()
-        elif isinstance(value, list):
-            stack += value
+            if problem := problem_of_text(value):
+                return problem
+        elif isinstance(value, int) and value.bit_length() > MAX_BITS:
+            return "contains a number that is too large"
+        elif isinstance(value, (dict, list, tuple)):
+            if depth > MAX_DEPTH:
+                return NESTED
+            if total + len(value) > max_row_chars:
+                return too_long(max_row_chars)
+            if isinstance(value, dict):
+                if problem := problem_of_names(value):
+                    return problem
+                total += sum(map(len, value))
+                value = value.values()
+            stack += [(inner, depth + 1) for inner in value]
     return too_long(max_row_chars) if total > max_row_chars else None
+
+
+def problem_of_text(text: str) -> str | None:
+    """Why a text cannot be learned or written."""
+    if "\0" in text:
+        return "contains a NUL byte"
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        return "contains a lone surrogate, which is not a character"
+    return None
+
+
+def problem_of_names(names: Iterable[Any]) -> str | None:
+    """Why names of columns, or of keys in a cell, cannot be used."""
+    for name in names:
+        if not isinstance(name, str):
+            return f"has a column whose name is not text but {type(name).__name__}"
+        if len(name) > MAX_NAME:
+            return f"has a column whose name is longer than {MAX_NAME:,} characters"
+        if problem := problem_of_text(name):
+            return f"has a column whose name {problem}"
+        if CONTROL.search(name):
+            return "has a column whose name contains a control character"
+    return None
 
 
 def apply_names(raw: dict, source: Source) -> dict:
@@ -219,6 +362,8 @@ def apply_names(raw: dict, source: Source) -> dict:
             if theirs in raw:
                 row[ours] = raw[theirs]
         raw = row
+    if source.prompt_layout:
+        raw = source.prompt_layout.apply(raw)
     if source.tags:
         raw = {name: apply_tags(value, source.tags) for name, value in raw.items()}
     return current_row({name: value for name, value in raw.items() if value is not None})

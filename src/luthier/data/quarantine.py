@@ -25,8 +25,19 @@ def bad_row(where: str, reason: str, raw: Any) -> dict[str, str]:
     if isinstance(raw, bytes):
         raw = raw[:2000].decode("utf-8", "backslashreplace")
     elif not isinstance(raw, str):
-        raw = json.dumps(raw, ensure_ascii=False, default=repr)
+        try:
+            raw = json.dumps(raw, ensure_ascii=False, default=repr)
+        except (ValueError, TypeError, RecursionError):  # names that are no text, lists in themselves
+            raw = plain_repr(raw)
     return {"where": where, "reason": reason, "raw": raw[:500]}
+
+
+def plain_repr(value: Any) -> str:
+    """A value as Python writes it, or at least its type."""
+    try:
+        return repr(value)
+    except Exception as why:  # whatever an object does when it is written
+        return f"{type(value).__name__} ({type(why).__name__})"
 
 
 def count_reasons(bad: Sequence[dict]) -> list[dict[str, Any]]:

@@ -12,14 +12,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from luthier.data.files import READERS, RawRows, check_object, file_kind, read_file
-from luthier.data.foreign import from_axolotl, from_dataset_info
+from luthier.data import folders
+from luthier.data.files import READERS, RawRows, check_object, choose_split, read_file, rows_of_columns
+from luthier.data.folders import DATASET_INFO
+from luthier.data.foreign import PromptLayout, from_axolotl, from_dataset_info
+from luthier.data.lines import file_kind
 from luthier.data.recognise import matching_formats
 from luthier.errors import RecipeError
+from luthier.recipe.in_memory import HELD_OUT, dataset_rows, rows_in_memory
 from luthier.registry import did_you_mean, format_errors
 from luthier.storage.toy import is_toy, toy_name, toy_package
 
-DATASET_INFO = "dataset_info.json"
 SOURCE_KEYS = {"path", "file_name", "hf_hub_url"}
 
 
@@ -28,14 +31,19 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str | list  # a file, a folder, toy:TASK/SPLIT, a hub name, or the rows themselves
-    split: str | None = None  # a split of a hub data set, a saved data set or a toy task (train)
-    name: str | None = None  # the configuration of a hub data set, or the entry of a dataset_info.json
+    # a file, a folder, toy:TASK/SPLIT, a hub name, or the rows themselves, perhaps {split: rows}
+    path: str | list | dict[str, list]
+    split: str | None = None  # a split of a hub data set, a saved data set, a folder or a toy task (train)
+    # the configuration of a hub data set, a subfolder of a folder, or the entry of a dataset_info.json
+    name: str | None = None
     # a format's name or {name, settings}; recognised by columns where there is none
     format: str | dict | None = None
     columns: dict[str, str] = {}  # our name of a column: the file's name of it
     tags: dict[str, str] = {}  # the file's names of roles and keys in messages: ours
+    prompt_layout: PromptLayout | None = None  # how a prompt is written of instruction and input (axolotl)
     limit: int | None = Field(default=None, ge=1)  # rows to read at most
+    # characters of the longest row (default: a million); longer texts are cut into pieces
+    max_row_chars: int | None = Field(default=None, ge=1)
     n: int = Field(default=1000, ge=1)  # rows to generate of a toy task
     seed: int = 0  # of a toy task
     source: str | None = None  # the value of the column `source` of its rows, for objective by_source
@@ -64,9 +72,17 @@ def resolve_source(value: Any) -> Source:
         return Source(path=str(value))
     if isinstance(value, (list, tuple)):
         return Source(path=list(value))
+    rows = rows_in_memory(value)
+    if rows is not None:
+        return Source(path=rows)
     if not isinstance(value, dict):
-        raise RecipeError(f"data: expected a path, a name, rows or {{path: ...}}, not {value!r}")
+        raise RecipeError(f"data: expected a path, a name, rows or {{path: ...}}, not {shortened(value)}")
+    if "path" not in value and value and all(isinstance(column, list) for column in value.values()):
+        return table_or_splits(value)
     spec = from_axolotl(value)
+    rows = rows_in_memory(spec.get("path"), spec.get("limit"))
+    if rows is not None:
+        spec["path"] = rows
     if str(spec.get("path", "")).endswith(DATASET_INFO):
         entry = dataset_info_source(spec.pop("path"), spec.pop("name", None))
         return entry.model_copy(update=spec)
@@ -75,6 +91,16 @@ def resolve_source(value: Any) -> Source:
         suggestion = did_you_mean(unknown[0], Source.model_fields)
         raise RecipeError(f"data: no setting is named '{unknown[0]}'{suggestion}")
     return check_source(spec, "data")
+
+
+def table_or_splits(value: dict[str, list]) -> Source:
+    """Rows given as {split: rows}, or as a table: {column: cells}."""
+    if all(isinstance(rows, list) and rows and isinstance(rows[0], dict) for rows in value.values()):
+        if not matching_formats(value):
+            return Source(path=value)
+    if len({len(cells) for cells in value.values()}) > 1:
+        raise RecipeError("data: the columns of a table must be equally long")
+    return Source(path=list(rows_of_columns(value)))
 
 
 def dataset_info_source(path: str, name: str | None) -> Source:
@@ -104,13 +130,109 @@ def is_row(value: Any) -> bool:
 
 def existing_file(path: Path) -> Path:
     """A path that exists. Raises RecipeError, with the nearest name, where it does not."""
-    if path.exists():
-        return path
-    folder = path.parent
-    if not folder.is_dir():
-        raise RecipeError(f"folder {folder} does not exist, so {path.name} cannot be read")
-    siblings = sorted(sibling.name for sibling in folder.iterdir())
-    raise RecipeError(f"file {path} does not exist{did_you_mean(path.name, siblings)}")
+    if existing_path(str(path)) is None:
+        raise RecipeError(missing(str(path)))
+    return path
+
+
+def missing(name: str) -> str:
+    """The message about a file that does not exist, with the nearest name."""
+    path = Path(name)
+    if existing_path(str(path.parent)) is None:
+        return (
+            f"folder {shortened(str(path.parent))} does not exist, so {shortened(path.name)} cannot be read"
+        )
+    siblings = sorted(sibling.name for sibling in path.parent.expanduser().iterdir())
+    return f"file {shortened(name)} does not exist{did_you_mean(path.name, siblings)}"
+
+
+def expand(source: Source) -> tuple[list[Source], list[str]]:
+    """The sources that one stands for, and what is to be known of it: the files of a folder that are read,
+    and those that LLaMA-Factory's dataset_info.json beside them says how to read.
+    """
+    if not isinstance(source.path, str) or is_toy(source.path):
+        return [source], []
+    path = existing_path(source.path)
+    if path is None or is_saved_dataset(path):
+        return [source], []
+    if path.is_file():
+        own = with_entry(source, path, folders.entries_beside(path.parent))
+        if own is None:
+            return [source], []
+        return [own], [f"{path}: its columns are read as its entry in {DATASET_INFO} says"]
+    listing = folders.data_files(path)
+    chosen = folders.choose_files(listing, path, source.split, source.name)
+    entries = folders.entries_beside(path)
+    notes = []
+    if len(listing) > 1:
+        notes.append(folders.describe(listing, chosen, path))
+    if not any(file.name in entries for file in chosen):
+        return [source], notes
+    notes.append(f"{path}: columns are read as {DATASET_INFO} says")
+    parts = []
+    for file in chosen:
+        alone = source.model_copy(update={"path": str(file), "name": None})
+        parts.append(with_entry(alone, file, entries) or alone)
+    return parts, notes
+
+
+def with_entry(source: Source, path: Path, entries: dict[str, str]) -> Source | None:
+    """A file as its entry of a dataset_info.json says; None where it has none, or the user says more."""
+    if path.name not in entries or source.columns or source.tags or source.format:
+        return None
+    entry = dataset_info_source(str(path.parent / DATASET_INFO), entries[path.name])
+    return source.model_copy(update={"columns": entry.columns, "tags": entry.tags})
+
+
+def held_out_source(source: Source) -> Source | None:
+    """The rows that a source brings to be held out: the validation or test files of a folder, or such splits;
+    None where it has none, or where a split is named.
+    """
+    if source.split is not None:
+        return None
+    splits: list[str] = []
+    if isinstance(source.path, dict):
+        splits = list(source.path)
+    elif isinstance(source.path, str) and not is_toy(source.path):
+        path = existing_path(source.path)
+        if path is None or not path.is_dir():
+            return None
+        if is_saved_dataset(path):
+            splits = saved_splits(path)
+        elif split := folders.own_held_out(path, source.name):
+            splits = ["train", split]
+    for split in HELD_OUT:
+        if split in splits and "train" in splits:
+            return source.model_copy(update={"split": split})
+    return None
+
+
+def existing_path(text: str) -> Path | None:
+    """The file or folder of this name; None where there is none, or where it cannot be a name."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def saved_splits(path: Path) -> list[str]:
+    """The splits of a folder written by `save_to_disk`."""
+    return sorted(split.name for split in path.iterdir() if split.is_dir())
+
+
+def shortened(value: Any, length: int = 60) -> str:
+    """A value as a message shows it."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) > length:
+        return f"{text[:length]}..."
+    return text
 
 
 # ---------------------------------------------------------------------------------------------- raw rows
@@ -118,15 +240,23 @@ def existing_file(path: Path) -> Path:
 
 def read_source(source: Source, max_row_chars: int) -> RawRows:
     """(place, raw row) of a source, in order."""
-    if not isinstance(source.path, str):
-        return ((f"rows:{i}", check_object(row)) for i, row in enumerate(source.path, 1))
-    if is_toy(source.path):
+    path = source.path
+    if isinstance(path, dict):
+        split = choose_split(path, source.split, "the data set")
+        return ((f"{split}:{i}", check_object(row)) for i, row in enumerate(path[split], 1))
+    if isinstance(path, list):
+        return ((f"rows:{i}", check_object(row)) for i, row in enumerate(path, 1))
+    if is_toy(path):
         return read_toy(source)
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        return read_folder(path, source, max_row_chars)
-    if path.is_file() or file_kind(path) in READERS or source.path.startswith((".", "/", "~")):
-        return read_file(existing_file(path), max_row_chars)
+    if "\0" in path:
+        raise RecipeError("data: a path cannot contain a NUL byte")
+    place = existing_path(path)
+    if place is not None and place.is_dir():
+        return read_folder(place, source, max_row_chars)
+    if place is not None:
+        return read_file(place, max_row_chars, source.split)
+    if file_kind(Path(path)) in READERS or path.startswith((".", "/", "~")) or len(path) > 200:
+        raise RecipeError(missing(path))
     return read_hub(source)
 
 
@@ -143,20 +273,18 @@ def read_toy(source: Source) -> RawRows:
 
 def read_folder(folder: Path, source: Source, max_row_chars: int) -> RawRows:
     """A folder that `datasets` saved, or one that holds data files (read in the order of their names)."""
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+    if is_saved_dataset(folder):
         import datasets
 
         return read_dataset(datasets.load_from_disk(str(folder)), source, folder.name)
-    files = []
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and file_kind(path) in READERS and path.name != DATASET_INFO:
-            files.append(path)
-    if not files:
+    listing = folders.data_files(folder)
+    if not listing:
         raise RecipeError(
             f"folder {folder} has no data: no {', '.join(sorted(READERS))} file and no data set"
             " from save_to_disk"
         )
-    return (entry for path in files for entry in read_file(path, max_row_chars))
+    files = folders.choose_files(listing, folder, source.split, source.name)
+    return (entry for path in files for entry in read_file(path, max_row_chars, source.split))
 
 
 def read_hub(source: Source) -> RawRows:
@@ -177,22 +305,8 @@ def read_hub(source: Source) -> RawRows:
 
 
 def read_dataset(dataset: Any, source: Source, label: str) -> RawRows:
-    """Rows of a Dataset, or of one split of a DatasetDict; a class label gets its name beside it
-    (`label_name`).
-    """
+    """Rows of a Dataset, or of one split of a DatasetDict."""
     if hasattr(dataset, "keys"):
-        split = source.split
-        if split is None and "train" in dataset:
-            split = "train"
-        elif split is None and len(dataset) == 1:
-            split = next(iter(dataset))
-        if split not in dataset:
-            raise RecipeError(f"{label} has no split '{split or 'train'}' (there is: {', '.join(dataset)})")
-        dataset = dataset[split]
-    feature = dataset.features.get("label")
-    class_names = feature.names if hasattr(feature, "int2str") else None
-    for i, row in enumerate(dataset, 1):
-        value = row.get("label")
-        if class_names is not None and value is not None and value >= 0:
-            row = {**row, "label_name": class_names[value]}
+        dataset = dataset[choose_split(dataset, source.split, label)]
+    for i, row in enumerate(dataset_rows(dataset), 1):
         yield f"{label}:{i}", row

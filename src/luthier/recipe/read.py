@@ -14,6 +14,7 @@ import yaml
 
 from luthier.errors import RecipeError
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS, FORMER_ROLES, METHOD_KEYS, NAMES, QUANTIZATION
+from luthier.recipe.in_memory import own_splits, rows_in_memory
 from luthier.registry import classes, did_you_mean, find, names
 from luthier.storage.toy import is_toy, toy_name, toy_package
 
@@ -33,6 +34,9 @@ def read(source: Any, changes: Any, defaults: Mapping[str, Any]) -> Reading:
     for key, value in reading.values.items():
         reading.read_key(str(key), value)
     reading.settle()
+    splits = own_splits(reading.out.get("data"))
+    if splits and reading.out.get("eval_data", "auto") == "auto":
+        reading.out["data"], reading.out["eval_data"] = splits
     return reading
 
 
@@ -123,7 +127,15 @@ def put(values: dict, key: str, value: Any, defaults: Mapping[str, Any]) -> None
 
 
 def paths_as_text(value: Any) -> Any:
-    """Paths as text, at any depth: from Python they come as `Path`."""
+    """Paths as text, and tables of rows as lists, at any depth: from Python they come as `Path`, Dataset or
+    DataFrame.
+    """
+    if isinstance(value, (str, int, float)) or value is None:
+        return value
+    if not hasattr(value, "kind"):  # methods are data already
+        rows = rows_in_memory(value)
+        if rows is not None:
+            return rows
     if isinstance(value, Mapping):
         return {k: paths_as_text(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -79,7 +79,9 @@ class Recipe:
     # training data: file, folder, Hub name, toy:TASK, {path, split, format, columns, limit}, rows, or a
     # list
     data: Any = None
-    eval_data: Any = 0.05  # held-out data in the same forms, or the share of `data` that is held out
+    # held-out data in the same forms, or the share of `data` that is held out; auto: the validation or test
+    # files that `data` brings, else 0.05
+    eval_data: Any = "auto"
     max_length: Count | None = None  # maximum tokens per row; default: what the model can read, up to 2048
     max_bad_rows: Share = 0.05  # maximum share of unusable rows; with more, the run stops before training
     stages: list[Any] = field(default_factory=list)  # stages that process the rows once, before training

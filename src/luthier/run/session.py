@@ -105,6 +105,8 @@ def open_session(
     for sentence in recipe.warnings:
         callback.warn(sentence)
     data = _load_data(recipe, folder, main)
+    for sentence in data.notes:
+        callback.warn(sentence)
     if sentence := unused_columns(data):
         callback.warn(sentence)
     methods = dry_run(recipe, data.rows[:100])

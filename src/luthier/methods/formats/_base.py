@@ -118,7 +118,7 @@ class Format:
         """Whether a row is a good one of this format."""
         try:
             return bool(self.row(raw))
-        except BadRow:
+        except Exception:  # whatever is in a row: it is none of this format
             return False
 
     def row(self, raw: dict) -> dict:
@@ -189,12 +189,14 @@ def as_list(value: Any) -> list:
 
 
 def text(raw: dict, name: str, empty: bool = False) -> str:
-    """The text in a column. Raises BadRow where it is missing, of another type, or blank (`empty`: "" is
-    allowed).
+    """The text in a column; a number as text. Raises BadRow where it is missing, of another type, or blank
+    (`empty`: "" is allowed).
     """
     value = raw.get(name)
     if value is None and empty:
         return ""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return plain(value, name)
     if not isinstance(value, str):
         raise unusable(value, name, f"is {kind_of(value)}, not text")
     if not value.strip() and not (empty and not value):

@@ -33,7 +33,8 @@ class GreedySoup(Plan):
             raise ValueError("of: greedy_soup needs at least two runs")
 
     def recipes(self, recipe):
-        if any("seed" in changes for changes in self.of) and isinstance(recipe.eval_data, (int, float)):
+        by_chance = recipe.eval_data == "auto" or isinstance(recipe.eval_data, (int, float))
+        if by_chance and any("seed" in changes for changes in self.of):
             raise RecipeError(
                 "plan 'greedy_soup': with other seeds, other rows would be held out; set eval_data to a file"
             )
