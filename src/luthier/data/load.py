@@ -50,7 +50,7 @@ class LoadedRows:
     bad: list[dict] = field(default_factory=list)  # as `bad_row` makes them
     format: str = ""  # the name of the format; several joined by " + "
     total: int = 0  # rows read, good and bad
-    notes: list[str] = field(default_factory=list)  # what is to be columns of where they come from
+    notes: list[str] = field(default_factory=list)  # what a user should know of their origin
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Data:
     bad: list[dict]  # as `bad_row` makes them
     fingerprint: str  # of rows and held_out; a resumed run must have the same
     format: str = ""  # what they were read as
-    notes: list[str] = field(default_factory=list)  # what is to be columns of where they come from
+    notes: list[str] = field(default_factory=list)  # what a user should know of their origin
 
     def former_fingerprint(self) -> str:
         """The fingerprint that version 0.1 gave these rows, whose toy tasks had another column."""
@@ -268,8 +268,8 @@ def pieces_of_text(raw: dict, source: Source, max_row_chars: int) -> list[dict]:
 def in_known_names(
     raw_rows: list[tuple[str, dict]], source: Source
 ) -> tuple[list[tuple[str, dict]], list[str]]:
-    """Rows whose columns are columns but for spaces and upper case (`Prompt`, ` completion`) under the names of
-    the formats, and a sentence that says so. Rows that some format reads as they are stay as they are.
+    """Rows under the names that formats have, where these are not met but for spaces and upper case (`Prompt`,
+    ` completion`), and a sentence that says so. Rows that some format reads as they are stay as they are.
     """
     if source.format or any(matching_formats(raw) for _, raw in raw_rows[:100]):
         return raw_rows, []
