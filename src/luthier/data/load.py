@@ -268,7 +268,7 @@ def pieces_of_text(raw: dict, source: Source, max_row_chars: int) -> list[dict]:
 def in_known_names(
     raw_rows: list[tuple[str, dict]], source: Source
 ) -> tuple[list[tuple[str, dict]], list[str]]:
-    """Rows under the names that formats have, where these are not met but for spaces and upper case (`Prompt`,
+    """Rows under the names that formats have, where theirs differ in spaces and upper case alone (`Prompt`,
     ` completion`), and a sentence that says so. Rows that some format reads as they are stay as they are.
     """
     if source.format or any(matching_formats(raw) for _, raw in raw_rows[:100]):
