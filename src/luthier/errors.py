@@ -56,8 +56,15 @@ class DiskError(RecipeError):
     code = "disk"
 
 
+class Damaged(RecipeError):
+    """A file of a run is missing, or does not hold what was written to it."""
+
+    code = "damaged"
+
+
 TYPES: dict[str, type[RecipeError]] = {
-    kind.code: kind for kind in (RecipeError, Refused, NotFinite, OutOfMemory, NothingMoves, DiskError)
+    kind.code: kind
+    for kind in (RecipeError, Refused, NotFinite, OutOfMemory, NothingMoves, DiskError, Damaged)
 }
 
 

@@ -18,7 +18,7 @@ from luthier.run.prepare import Prepared
 from luthier.run.report import Report
 from luthier.run.training import Trained
 from luthier.storage import checkpoints, files
-from luthier.storage.layout import LOG, PAUSED
+from luthier.storage.layout import PAUSED, read_log
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ def finish(trained: Trained) -> Finished:
     session, trainer = prepared.session, prepared.trainer
     session.callback.stage("evaluating after training")
     after = session.evaluate(trainer.roles, prepared.eval_rows, "after")
-    log = []
-    if (session.folder / LOG).is_file():
-        log = files.read_rows(session.folder / LOG)
+    log = read_log(session.folder)
     losses = [line["loss"] for line in log if "loss" in line]
     stats = _stats(prepared)
     close_caches(trainer, prepared.shared)
@@ -50,6 +48,7 @@ def finish(trained: Trained) -> Finished:
         str(session.folder), prepared.before, after, losses, stats, notes=list(session.callback.notes)
     )
     if session.main:
+        session.check_folder()
         _save(prepared)
         write_report(session.recipe, report, log, session.folder)
         report.write(session.folder)
@@ -64,6 +63,7 @@ def _pause(prepared: Prepared) -> Report:
     clock, totals = trainer.roles.clock, trainer.totals
     metrics = session.evaluate(trainer.roles, prepared.eval_rows, "during")
     if session.main:
+        session.check_folder()
         resume.save(session, trainer)
         stats = {
             "moving": prepared.stats["moving"],
@@ -110,9 +110,9 @@ def _save(prepared: Prepared) -> None:
     """What was trained, with the tokenizer, at the root of the folder; and a checkpoint of the last step."""
     session, trainer = prepared.session, prepared.trainer
     folder, roles = session.folder, trainer.roles
-    latest = resume.latest_checkpoint(folder)
+    latest = checkpoints.paths(folder)[-1:]
     if roles.clock.total or session.recipe.init_from is not None:
-        if latest is None or checkpoints.read_meta(latest)["step"] != roles.clock.total:
+        if not latest or checkpoints.read_meta(latest[0])["step"] != roles.clock.total:
             resume.save(session, trainer)
     session.callback.stage("saving")
     with files.disk_errors(folder):
@@ -120,6 +120,7 @@ def _save(prepared: Prepared) -> None:
         roles.renderer.tokenizer.save_pretrained(folder)
         if session.methods.quantizer is not None:
             files.write_json(folder / files.QUANTIZATION, spec(session.methods.quantizer))
+        files.settle(folder)
 
 
 def _peak_memory() -> float:

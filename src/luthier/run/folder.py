@@ -18,9 +18,10 @@ import yaml
 
 from luthier.data.load import Data
 from luthier.data.sources import is_row
-from luthier.errors import RecipeError
+from luthier.errors import Damaged, RecipeError
 from luthier.recipe.recipe import Recipe, plain
 from luthier.registry import KINDS, cards
+from luthier.run.report import Report
 from luthier.run.upgrade import (
     began_by_first_edition,
     is_first_edition,
@@ -31,7 +32,20 @@ from luthier.run.upgrade import (
     upgrade_folder,
 )
 from luthier.storage import checkpoints, files
-from luthier.storage.layout import BEFORE, FAILED, LOG, PAUSED, QUARANTINE, REPORT, ROWS, STATE
+from luthier.storage.layout import (
+    BEFORE,
+    FAILED,
+    LOG,
+    PAUSED,
+    QUARANTINE,
+    REPORT,
+    ROWS,
+    STATE,
+    log_entry,
+    read_state,
+    state_is_unchanged,
+    write_state,
+)
 from luthier.version import __version__
 
 # of a run, beside its checkpoints and what its methods declare; run.json goes last
@@ -52,6 +66,8 @@ class FolderState:
 
     finished: bool = False
     version: str = __version__  # of the luthier that began the run
+    lock: files.FolderLock | None = None  # of the main process
+    warnings: tuple[str, ...] = ()  # about what lies there
 
 
 @contextmanager
@@ -66,8 +82,10 @@ def open_folder(
     if not main:
         yield FolderState()
         return
-    with files.exclusive(folder):
+    with files.exclusive(folder) as lock:
+        files.remove_leftovers(folder)
         state = _read_state(folder, recipe, data, overwrite)
+        warnings = []
         if state is None:
             state = {
                 "fingerprint": recipe.fingerprint(),
@@ -76,17 +94,47 @@ def open_folder(
                 "version": __version__,
             }
             files.write_text(folder / "recipe.yaml", recipe.yaml())
-            files.write_json(folder / STATE, state)
+            write_state(folder, state)
+        elif not state_is_unchanged(state):
+            warnings.append(f"{folder / STATE} was changed after it was written: its checksum differs")
         (folder / FAILED).unlink(missing_ok=True)
-        finished = state["finished"] and (folder / REPORT).is_file()
-        yield FolderState(finished, state.get("version", "(unknown)"))
+        finished = state["finished"] and _is_readable(folder, warnings)
+        yield FolderState(finished, state.get("version", "(unknown)"), lock, tuple(warnings))
+
+
+def _is_readable(folder: Path, warnings: list[str]) -> bool:
+    """Whether what a finished run left can be used; else why not, and it is made again from the checkpoint
+    before.
+    """
+    if not (folder / REPORT).is_file():
+        return False
+    try:
+        Report.read(folder)
+    except Damaged as error:
+        warnings.append(f"{error}; it is written again")
+        return False
+    newest = checkpoints.paths(folder)[-1:]
+    # why it cannot be used is said when the run goes on from another
+    return all(checkpoints.damage(path) is None for path in newest)
 
 
 def _read_state(folder: Path, recipe: Recipe, data: Data, overwrite: bool) -> dict[str, Any] | None:
     """run.json where it is this run's and the run goes on; else None, and the folder is cleared."""
     if not (folder / STATE).is_file():
+        if checkpoints.paths(folder) and not recipe.overwrite:
+            raise Damaged(
+                f"{folder} holds checkpoints, but no {STATE} that says of which run; set another output_dir,"
+                " or overwrite=true to delete them and start over"
+            )
+        clear(folder)
         return None
-    state = files.read_json(folder / STATE)
+    try:
+        state = read_state(folder)
+    except Damaged as error:
+        if recipe.overwrite:
+            clear(folder)
+            return None
+        raise Damaged(f"{error}; set another output_dir, or overwrite=true to start over") from None
     same = (state["fingerprint"], state["data"]) == (recipe.fingerprint(), data.fingerprint)
     if not same and began_by_first_edition(folder, state, recipe, data):
         state = upgrade_folder(folder, state, recipe, data)
@@ -139,21 +187,24 @@ def clear(folder: Path) -> None:
 
 def update_state(folder: Path, **facts: Any) -> None:
     """Facts about the run into run.json."""
-    files.write_json(folder / STATE, {**files.read_json(folder / STATE), **facts})
+    write_state(folder, {**read_state(folder), **facts})
 
 
-def truncate_log(path: Path, step: int) -> None:
-    """Delete the lines of steps that a kill has undone."""
+def truncate_log(path: Path, step: int) -> int:
+    """Delete the lines of steps that a kill has undone. Returns how many lines before them were damaged."""
     if not path.is_file():
-        return
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(f"{line}\n")
-        except (json.JSONDecodeError, KeyError):
-            break  # the line that was being written when the process died
+        return 0
+    lines, pending, lost = [], 0, 0
+    for line in path.read_bytes().splitlines():
+        entry = log_entry(line)
+        if entry is None:  # the last one was being written when the process died
+            pending += 1
+        elif entry["step"] <= step:
+            lines.append(line.decode() + "\n")
+            lost += pending
+            pending = 0
     files.write_text(path, "".join(lines))
+    return lost
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -177,7 +228,10 @@ def _began_before(folder: Path, recipe: Recipe) -> bool:
     """Whether a folder holds this run, begun by version 0.1."""
     if not (folder / STATE).is_file():
         return False
-    state = files.read_json(folder / STATE)
+    try:
+        state = read_state(folder)
+    except Damaged:
+        return False
     if state["fingerprint"] != recipe.fingerprint():
         if not is_first_edition(folder) or not same_recipe(folder, state, recipe):
             return False

@@ -49,7 +49,7 @@ class Prepared:
 def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     """A run made ready, at the step where it goes on. Raises RecipeError where it cannot work."""
     session.callback.stage("loading the model")
-    checkpoint = resume.latest_checkpoint(session.folder)
+    checkpoint = resume.starting_point(session)
     roles = _load_roles(session, shared)
     training, held_out = load_rows(session, roles, checkpoint)
     training = describe_rows(session, roles, training)

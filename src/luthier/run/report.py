@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luthier.errors import Damaged
 from luthier.storage import files
 from luthier.storage.layout import REPORT
 
@@ -36,11 +37,17 @@ class Report:
 
     @staticmethod
     def read(folder: str | Path) -> Report:
-        """The report in a run's folder, also one that version 0.1 wrote."""
-        values = files.read_json(Path(folder) / REPORT)
+        """The report in a run's folder, also one that version 0.1 wrote. Raises Damaged where it is missing or
+        is none.
+        """
+        path = Path(folder) / REPORT
+        values = files.read_object(path, **_TYPES)
         runs = [str(path) for path in plan_runs(values)]
         values.pop("acts", None)
-        return Report(**{**values, "runs": runs})
+        try:
+            return Report(**{**values, "runs": runs})
+        except TypeError as error:
+            raise Damaged(f"{path} is damaged: {error}") from None
 
     @property
     def acts(self) -> list[str]:
@@ -58,3 +65,6 @@ def plan_runs(report: Mapping[str, Any]) -> list[Path]:
     Version 0.1 called them acts.
     """
     return [Path(folder) for folder in report.get("runs") or report.get("acts") or ()]
+
+
+_TYPES = {"folder": str, "before": dict, "after": dict, "losses": list, "stats": dict, "notes": list}

@@ -5,16 +5,32 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from luthier.errors import Damaged
 from luthier.run.folder import truncate_log
 from luthier.run.session import Session
-from luthier.storage import checkpoints, files
-from luthier.storage.layout import BEFORE, LOG
+from luthier.storage import checkpoints, files, manifest
+from luthier.storage.layout import BEFORE, LOG, ROWS, constant_files
 from luthier.train.trainer import Totals, Trainer
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    paths = checkpoints.paths(folder)
-    return paths[-1] if paths else None
+def starting_point(session: Session) -> Path | None:
+    """The checkpoint that a run goes on from; None where it begins. One that is damaged is said and left
+    aside; so is what the run made before its first step, and can make again.
+    """
+    folder = session.folder
+    checkpoint = checkpoints.newest_intact(folder, session.warn)
+    if checkpoint is None:
+        return None
+    for name in manifest.changed_run_files(checkpoint, folder):
+        if name not in (BEFORE, ROWS):
+            raise Damaged(
+                f"{folder / name} is not what it was when {checkpoint.name} was saved; put it back, or set"
+                " overwrite=true to start over"
+            )
+        session.warn(f"{folder / name} is missing or damaged, and is made again")
+        if session.main:
+            (folder / name).unlink(missing_ok=True)
+    return checkpoint
 
 
 def evaluate_start(
@@ -23,11 +39,20 @@ def evaluate_start(
     """Metrics before training: measured once, then read back."""
     path = session.folder / BEFORE
     if checkpoint is not None and path.is_file():
-        return files.read_json(path)
+        return read_metrics(path)
     session.callback.stage("evaluating before training")
     metrics = session.evaluate(trainer.roles, rows, "before")
     if session.main:
         files.write_json(path, metrics)
+    return metrics
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """Metrics by name. Raises Damaged where a value is no number."""
+    metrics = files.read_object(path)
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float, type(None))):
+            raise Damaged(f"{path} is damaged: {name} is not a number")
     return metrics
 
 
@@ -43,7 +68,11 @@ def resume(session: Session, trainer: Trainer, checkpoint: Path | None) -> None:
         trainer.totals = Totals(**moment.totals)
         session.warn(f"resuming from {checkpoint.name} (of {clock.total} steps)")
     if session.main:
-        truncate_log(session.folder / LOG, clock.step)
+        lost = truncate_log(session.folder / LOG, clock.step)
+        if lost:
+            session.warn(
+                f"{lost} lines of {LOG} are damaged; the losses of those steps are not in the report"
+            )
 
 
 def save(session: Session, trainer: Trainer) -> None:
@@ -54,4 +83,4 @@ def save(session: Session, trainer: Trainer) -> None:
     moment = checkpoints.Checkpoint(
         trainer.roles.tuner.state(), trainer.chain.state, clock.step, draw, asdict(trainer.totals)
     )
-    checkpoints.save(session.folder, moment, session.recipe.save_total_limit)
+    checkpoints.save(session.folder, moment, session.recipe.save_total_limit, constant_files(session.folder))

@@ -18,7 +18,7 @@ import yaml
 from luthier.data.checks import unused_columns
 from luthier.data.load import Data, load_data
 from luthier.data.quarantine import write_quarantine
-from luthier.errors import OutOfMemory
+from luthier.errors import OutOfMemory, RecipeError
 from luthier.methods.evaluators._base import run_all
 from luthier.model.policy import Roles
 from luthier.recipe.recipe import Recipe
@@ -44,6 +44,7 @@ class Session:
     callback: Any  # report.console.Callback or alike
     accelerator: Any
     stop_at: float | None = None  # pause at this step; below 1 a share of the run
+    lock: files.FolderLock | None = None  # of the folder, in the main process
 
     @property
     def main(self) -> bool:
@@ -51,6 +52,19 @@ class Session:
 
     def warn(self, sentence: str) -> None:
         self.callback.warn(sentence)
+
+    def check_folder(self) -> None:
+        """Raises RecipeError where the folder was removed, or was taken by another run."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def has_folder(self) -> bool:
+        """Whether the folder is still this run's."""
+        try:
+            self.check_folder()
+        except RecipeError:
+            return False
+        return True
 
     @torch.no_grad()
     def evaluate(self, roles: Roles, rows: list[dict], when: str) -> dict[str, float]:
@@ -111,6 +125,8 @@ def open_session(
         callback.warn(sentence)
     methods = dry_run(recipe, data.rows[:100])
     with open_folder(folder, recipe, data, main, overwrite) as state:
+        for sentence in state.warnings:
+            callback.warn(sentence)
         if _broadcast(state.finished, accelerator):
             callback.warn(
                 f"{folder} already holds this run, finished; nothing to do (overwrite=true starts over)"
@@ -122,7 +138,7 @@ def open_session(
                 f"this run was started by luthier {state.version} and is resumed by"
                 f" {__version__}: its results may match neither version"
             )
-        session = Session(recipe, methods, data, folder, callback, accelerator, stop_at)
+        session = Session(recipe, methods, data, folder, callback, accelerator, stop_at, state.lock)
         _quarantine(session)
         set_seed(recipe.seed)
         _start_trackers(session)
@@ -132,7 +148,7 @@ def open_session(
             outcome = error
             if checks.out_of_memory(error):
                 outcome = OutOfMemory(checks.TOO_BIG)
-            if main:
+            if main and session.has_folder():
                 write_failure(folder, outcome)
             if outcome is error:
                 raise

@@ -38,6 +38,7 @@ def recorded(prepared: Prepared) -> Iterator[None]:
     """While the trainer steps: logs, evaluations and checkpoints after each step."""
 
     def after_step(trainer: Trainer, log: dict) -> None:
+        prepared.session.check_folder()
         _evaluate(prepared, log)
         _write_log(prepared, log)
         prepared.session.callback.step(log)

@@ -20,7 +20,7 @@ from luthier.recipe.aliases import FORMER_ROLES
 from luthier.recipe.recipe import NOT_THE_RUN, Recipe
 from luthier.registry import former_metrics, provides_of
 from luthier.storage import checkpoints, files
-from luthier.storage.layout import BEFORE, ROWS, STATE
+from luthier.storage.layout import BEFORE, ROWS, write_state
 from luthier.storage.toy import OLD_PREFIX, current_row
 from luthier.storage.toy import PREFIX as TASK_PREFIX
 
@@ -64,14 +64,14 @@ def upgrade_folder(folder: Path, state: Mapping[str, Any], recipe: Recipe, data:
     the recipe: a kill in between leaves a folder that is upgraded again.
     """
     if (folder / BEFORE).is_file():
-        files.write_json(folder / BEFORE, rename_metrics(files.read_json(folder / BEFORE)))
+        files.write_json(folder / BEFORE, rename_metrics(files.read_object(folder / BEFORE)))
     methods = recipe.methods()
     upgrade_rows(folder / ROWS, methods["stages"])
     for path in checkpoints.paths(folder):
         upgrade_rows(checkpoints.draw_file(path), [*methods["stages"], *methods["online_stages"]])
     upgrade_tensors(folder, recipe)
     state = {**state, "fingerprint": recipe.fingerprint(), "data": data.fingerprint}
-    files.write_json(folder / STATE, state)
+    write_state(folder, state)
     files.write_text(folder / RECIPE, recipe.yaml())
     return state
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.storage import files
+from luthier.errors import Damaged
+from luthier.storage import files, manifest
 
+STATE = "state.json"  # written last but for the manifest: with it a checkpoint is one
 DRAW = "draw.jsonl"  # rows of the current draw
 FORMER_DRAW = "held.jsonl"  # as version 0.1 called it
 WINDOW = 2**28  # bytes of a file that are mapped at a time while it is read back
@@ -31,16 +34,68 @@ class Checkpoint:
 
 def paths(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    whole = []
+    return [path for path in _numbered(folder) if (path / STATE).is_file()]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Every folder that is called as a checkpoint is, oldest first."""
+    numbered = []
     for path in folder.glob("checkpoint-*"):
-        if path.suffix == "" and (path / "state.json").is_file():
-            whole.append(path)
-    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            numbered.append((int(match[1]), path))
+    return [path for _, path in sorted(numbered)]
 
 
-def save(folder: Path, moment: Checkpoint, limit: int) -> Path:
+def newest_intact(folder: Path, warn: Callable[[str], object]) -> Path | None:
+    """The last checkpoint whose files are all as they were written; None where there is none.
+
+    warn: hears of each later one what is wrong with it.
+    """
+    for path in reversed(_numbered(folder)):
+        why = damage(path)
+        if why is None:
+            return path
+        warn(f"{path} cannot be used: {why}")
+    return None
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The last checkpoint of a run; None where it has none. Raises Damaged: an earlier one would be another
+    model.
+    """
+    numbered = _numbered(folder)
+    if not numbered:
+        return None
+    if why := damage(numbered[-1]):
+        raise Damaged(
+            f"{numbered[-1]} cannot be used: {why}; run the recipe of {folder} again: it goes on from the"
+            " checkpoint before"
+        )
+    return load(numbered[-1])
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, for a sentence; None where nothing is."""
+    if not (path / STATE).is_file():
+        return f"{STATE} is missing"
+    if why := manifest.damage(path):
+        return why
+    if (path / manifest.MANIFEST).is_file():
+        return None
+    try:  # version 0.1 wrote no checksums: whatever can be read is taken for intact
+        load(path)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
+def save(folder: Path, moment: Checkpoint, limit: int, run_files: Iterable[Path] = ()) -> Path:
     """folder/checkpoint-N, after which the oldest beyond `limit` are deleted. Every tensor is read back and
-    compared. Raises DiskError, and RuntimeError where the file does not hold what was written.
+    compared.
+
+    run_files: files of the run whose checksums it holds beside those of its own. Raises DiskError, and
+    RuntimeError where the file does not hold what was written.
     """
     path = folder / f"checkpoint-{moment.step}"
     state, leaves = flatten(moment.state)
@@ -55,29 +110,45 @@ def save(folder: Path, moment: Checkpoint, limit: int) -> Path:
             "totals": moment.totals,
             "optimizer": leaves,
         }
-        files.write_json(beside / "state.json", meta)
+        files.write_json(beside / STATE, meta)
+        manifest.write(beside, run_files)
     for old in paths(folder)[:-limit]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def load(path: Path) -> Checkpoint:
-    from safetensors.torch import load_file
-
+    """Raises Damaged where a file is not as it was written."""
+    if why := manifest.damage(path):
+        raise Damaged(f"{path} cannot be used: {why}")
     meta = read_meta(path)
-    tensors = load_file(str(path / "tensors.safetensors"))
-    state = unflatten(load_file(str(path / "optimizer.safetensors")), meta["optimizer"])
+    tensors = load_tensors(path / "tensors.safetensors")
+    state = unflatten(load_tensors(path / "optimizer.safetensors"), meta["optimizer"])
     draw = None
     if meta["draw"]:
         draw = files.read_rows(draw_file(path))
     return Checkpoint(tensors, state, meta["step"], draw, meta["totals"])
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises Damaged where it is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise Damaged(f"{path} is missing or is no safetensors file ({reason})") from None
+
+
 def read_meta(path: Path) -> dict:
-    """All of a checkpoint but its tensors: step, totals, numbers of the optimizer's state."""
-    meta = files.read_json(path / "state.json")
+    """All of a checkpoint but its tensors: step, totals, numbers of the optimizer's state. Raises Damaged."""
+    meta = files.read_object(path / STATE, step=int, totals=dict, optimizer=dict)
     if "held" in meta:
         meta["draw"] = meta.pop("held")  # as version 0.1 called it
+    if not isinstance(meta.get("draw"), bool):
+        raise Damaged(f"{path / STATE} is damaged: draw is missing")
     return meta
 
 

@@ -11,15 +11,22 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import DiskError, RecipeError
+from luthier.errors import Damaged, DiskError, RecipeError
 
 QUANTIZATION = "quantization.json"  # beside an adapter: what its base's weights were kept in
+
+LOCK = ".lock"
+# what is being written, what was moved aside, and files of safetensors under their first names
+LEFTOVER = re.compile(r"checkpoint-\d+\.(part|old)|(.+\.)?\d+\.part|\.tmp\w{6}")
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
@@ -46,27 +53,116 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True)
+class FolderLock:
+    """The lock of a folder that this process holds."""
+
+    folder: Path
+    descriptor: int  # of the lock's file
+
+    def check(self) -> None:
+        """Raises RecipeError where the folder or its lock was removed, or another lock lies there: whoever
+        writes on might write into another run.
+        """
+        if not _is_open_file(self.folder / LOCK, self.descriptor):
+            raise RecipeError(
+                f"{self.folder} or the lock in it was removed while this process was using it, so it stops;"
+                " what it had saved is no longer there or may belong to another run",
+                "folder_removed",
+            )
+
+
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[FolderLock]:
     """A folder for oneself, made if it is not there: while one process has it, another is refused. The lock's
     file holds the process id.
     """
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a", encoding="ascii")
+        lock = _open_lock(folder)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RecipeError(f"another process is using {folder}", "busy") from None
+        held = FolderLock(folder, lock.fileno())
+        held.check()  # it may have been removed between the two
         with disk_errors(folder):
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
         try:
-            yield
+            yield held
         finally:
             lock.truncate(0)
+
+
+def _open_lock(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    return open(folder / LOCK, "a", encoding="ascii")
+
+
+def _is_open_file(path: Path, descriptor: int) -> bool:
+    """Whether a path leads to the file that is open under this descriptor."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Delete what a killed process left half written in a folder; their names. A folder that was moved aside
+    to make room for one that never came is put back.
+    """
+    removed = []
+    for path in sorted(folder.iterdir()):
+        if not LEFTOVER.fullmatch(path.name):
+            continue
+        former = path.with_suffix("")
+        if path.suffix == ".old" and not former.exists():
+            os.replace(path, former)
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path.name)
+    return removed
+
+
+def settle(folder: Path) -> None:
+    """Files of a folder as the user's umask has them, and on the disk: other libraries write some for the
+    owner alone.
+    """
+    allowed = _permissions(folder)
+    for path in (*folder.rglob("*"), folder):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            continue
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) == 0o600:
+            path.chmod(allowed)
+        _sync(path)
+
+
+def _permissions(folder: Path) -> int:
+    """With which permissions a new file appears in a folder: asked of one, since reading the umask changes it
+    for every thread.
+    """
+    path = folder / f"{os.getpid()}.part"
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of files, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot for folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,6 +176,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -87,7 +184,29 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises Damaged where the file is missing or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is empty" if _is_empty(path) else str(error).splitlines()[0]
+        raise Damaged(f"{path} is damaged and cannot be read as JSON ({reason})") from None
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def read_object(path: Path, **types: Any) -> dict[str, Any]:
+    """A JSON object. types: keys that it must have, and of which types. Raises Damaged."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise Damaged(f"{path} is damaged: it holds a {type(value).__name__}, not an object")
+    for key, kind in types.items():
+        if not isinstance(value.get(key), kind):
+            raise Damaged(f"{path} is damaged: {key} is missing or of another type")
+    return value
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -99,8 +218,21 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """Raises Damaged where the file is missing, or a line is no JSON object."""
+    rows = []
+    number = 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError):
+        raise Damaged(f"{path} is damaged: line {max(number, 1)} cannot be read") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise Damaged(f"{path} is damaged: it holds lines that are no rows")
+    return rows
 
 
 @contextmanager
@@ -112,14 +244,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             beside.mkdir(parents=True)
             yield beside
-            for entry in beside.rglob("*"):
-                if entry.is_file():
-                    with open(entry, "rb") as file:
-                        os.fsync(file.fileno())
+            settle(beside)
             old = path.with_name(path.name + ".old")
             if path.exists():
                 os.replace(path, old)
             os.replace(beside, path)
+            _sync(path.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-from luthier.storage import files
+from luthier.errors import Damaged
+from luthier.storage import files, manifest
 
 STATE = "run.json"  # which run lies here
+CHECKSUM = "checksum"  # in run.json: of all the rest of it
 BEFORE = "before.json"  # metrics before training
 ROWS = "rows.jsonl"  # what the stages made of the data
 LOG = "metrics.jsonl"  # a line for each logged step
 PAUSED = "paused.json"  # of a run that pauses: what it measured there
 REPORT = "report.json"
 FAILED = "failed.json"  # of a run that failed: which outcome it was, and the sentence
+CODES = "quantized.safetensors"  # a quantized base's weights
+INLINE = ("data-*.jsonl", "eval_data-*.jsonl")  # rows given from Python
 QUARANTINE = "quarantine.jsonl"  # unusable rows, with reasons
+
+
+def constant_files(folder: Path) -> list[Path]:
+    """Files of a run that do not change between its first step and its last, and that it reads again where it
+    is resumed.
+    """
+    paths = [folder / BEFORE, folder / ROWS, folder / CODES]
+    for pattern in INLINE:
+        paths += sorted(folder.glob(pattern))
+    return [path for path in paths if path.is_file()]
 
 
 def run_folder(plan: Path, number: int) -> Path:
@@ -34,9 +49,53 @@ def run_folders(plan: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """run.json. Raises Damaged where it is missing or is not what a run writes."""
+    return files.read_object(folder / STATE, fingerprint=str, data=str, finished=bool)
+
+
+def state_is_unchanged(state: dict[str, Any]) -> bool:
+    """Whether run.json is as it was written; version 0.1 did not write its checksum."""
+    rest = {key: value for key, value in state.items() if key != CHECKSUM}
+    return state.get(CHECKSUM) in (None, manifest.text_checksum(rest))
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """run.json with its checksum."""
+    rest = {key: value for key, value in state.items() if key != CHECKSUM}
+    files.write_json(folder / STATE, {**rest, CHECKSUM: manifest.text_checksum(rest)})
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that can be read; none where there is no file."""
+    path = folder / LOG
+    if not path.is_file():
+        return []
+    return [entry for entry in map(log_entry, path.read_bytes().splitlines()) if entry is not None]
+
+
+def log_entry(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is cut short or damaged."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        return None
+    return entry
+
+
 def saved_network(folder: Path) -> dict[str, Any]:
-    """What the data of a finished run implied for its network; class numbers are numbers again."""
-    network = files.read_json(folder / STATE).get("network", {})
+    """What the data of a finished run implied for its network; class numbers are numbers again. Raises
+    Damaged.
+    """
+    network = read_state(folder).get("network", {})
+    if not isinstance(network, dict):
+        raise Damaged(f"{folder / STATE} is damaged: network is not an object")
     if "id2label" in network:
-        network = {**network, "id2label": {int(k): v for k, v in network["id2label"].items()}}
+        try:
+            names = {int(k): v for k, v in network["id2label"].items()}
+        except (AttributeError, ValueError):
+            raise Damaged(f"{folder / STATE} is damaged: id2label does not list classes") from None
+        network = {**network, "id2label": names}
     return network

@@ -273,11 +273,13 @@ class TunedModel(Component):
     # --- files
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        """The tensors that a run in `folder` ended with, for `load`."""
-        paths = checkpoints.paths(folder)
-        if not paths:
+        """The tensors that a run in `folder` ended with, for `load`. Raises RecipeError, Damaged among
+        others.
+        """
+        moment = checkpoints.load_newest(folder)
+        if moment is None:
             raise RecipeError(f"{folder} has no checkpoint to start from")
-        return checkpoints.load(paths[-1]).tensors
+        return moment.tensors
 
     def save(self, folder: Path) -> None:
         """Write what a user takes away: an adapter, or the whole model."""
