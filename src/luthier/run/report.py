@@ -37,8 +37,8 @@ class Report:
 
     @staticmethod
     def read(folder: str | Path) -> Report:
-        """The report in a run's folder, also one that version 0.1 wrote. Raises Damaged where it is missing or
-        is none.
+        """The report in a run's folder, also one that version 0.1 wrote. Raises Damaged where it is missing
+        or is none.
         """
         path = Path(folder) / REPORT
         values = files.read_object(path, **_TYPES)

@@ -84,14 +84,14 @@ def exclusive(folder: Path) -> Iterator[FolderLock]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RecipeError(f"another process is using {folder}", "busy") from None
-        held = FolderLock(folder, lock.fileno())
-        held.check()  # it may have been removed between the two
+        lease = FolderLock(folder, lock.fileno())
+        lease.check()  # it may have been removed between the two
         with disk_errors(folder):
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
         try:
-            yield held
+            yield lease
         finally:
             lock.truncate(0)
 
@@ -220,16 +220,15 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def read_rows(path: Path) -> list[dict]:
     """Raises Damaged where the file is missing, or a line is no JSON object."""
     rows = []
-    number = 0
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
                 if line.strip():
                     rows.append(json.loads(line))
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError):
-        raise Damaged(f"{path} is damaged: line {max(number, 1)} cannot be read") from None
+        raise Damaged(f"{path} is damaged: line {len(rows) + 1} cannot be read") from None
     if not all(isinstance(row, dict) for row in rows):
         raise Damaged(f"{path} is damaged: it holds lines that are no rows")
     return rows

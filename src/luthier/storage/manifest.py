@@ -1,5 +1,5 @@
-"""Checksums of files: manifest.json in a checkpoint, written after everything else and compared before anything
-is read. A single bit that has changed since is noticed, in the manifest itself too.
+"""Checksums of files: manifest.json in a checkpoint, written after everything else and compared before
+anything is read. A single bit that has changed since is noticed, in the manifest itself too.
 
 CRC-32, since what is to be noticed is damage, not forgery: it reads more than a gigabyte a second.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from luthier.storage import files
 
 MANIFEST = "manifest.json"
+PARTS = ("files", "run")  # checksums by name: of the folder itself, and of the run that it is of
 CHUNK = 1 << 20  # bytes read at a time
 
 
@@ -34,7 +35,7 @@ def text_checksum(value: Any) -> str:
 
 
 def write(folder: Path, run_files: Iterable[Path] = ()) -> None:
-    """manifest.json of all files in a folder, and of files of the run that stay as they are while it lasts."""
+    """manifest.json of all files in a folder, and of files of the run that stay as they are meanwhile."""
     own, run = {}, {}
     for path in sorted(folder.iterdir()):
         if path.is_file():
@@ -46,7 +47,9 @@ def write(folder: Path, run_files: Iterable[Path] = ()) -> None:
 
 
 def _text(manifest: Mapping[str, Any]) -> str:
-    return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    """As it is written, with a checksum of its own."""
+    parts = {key: manifest[key] for key in PARTS}
+    return json.dumps({**parts, "manifest": text_checksum(parts)}, indent=1, sort_keys=True) + "\n"
 
 
 def damage(folder: Path) -> str | None:
@@ -85,7 +88,6 @@ def _read(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(text)
     except (OSError, ValueError, RecursionError):
         return None
-    whole = isinstance(manifest, dict) and _text(manifest) == text
-    if not whole or not all(isinstance(manifest.get(key), dict) for key in ("files", "run")):
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in PARTS):
         return None
-    return manifest
+    return manifest if _text(manifest) == text else None
