@@ -121,7 +121,9 @@ def _is_readable(folder: Path, warnings: list[str]) -> bool:
 def _read_state(folder: Path, recipe: Recipe, data: Data, overwrite: bool) -> dict[str, Any] | None:
     """run.json where it is this run's and the run goes on; else None, and the folder is cleared."""
     if not (folder / STATE).is_file():
-        if checkpoints.paths(folder) and not recipe.overwrite:
+        if not checkpoints.paths(folder):
+            return None
+        if not recipe.overwrite:
             raise Damaged(
                 f"{folder} holds checkpoints, but no {STATE} that says of which run; set another output_dir,"
                 " or overwrite=true to delete them and start over"
