@@ -1,4 +1,4 @@
-"""What lies on disk: every bit of a checkpoint is checked, damage is a sentence, folders are nobody else's."""
+"""What lies on disk: every bit of a checkpoint is checked, and damage is a sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from helpers.runs import weights
 from luthier.errors import Damaged
 from luthier.report.console import Callback
 from luthier.storage import checkpoints
-
 
 FILES = ["manifest.json", "optimizer.safetensors", "state.json", "tensors.safetensors"]
 
