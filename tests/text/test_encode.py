@@ -10,8 +10,8 @@ from helpers.paths import DATA
 from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow
+from luthier.text.chat import Chat
 from luthier.text.encode import Renderer
-from luthier.text.templates import render_turns
 from luthier.text.turns import Rewrites
 
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
@@ -297,7 +297,7 @@ def test_a_token_across_the_beginning_of_a_reply_is_cut_there():
     encoded = renderer.encode(CHAT)
     assert (
         tokenizer.decode(encoded.prompt + encoded.completions[0])
-        == render_turns(tokenizer, CHAT, TALK).rstrip()
+        == Chat(tokenizer).render(CHAT, TALK).rstrip()
     )
     assert encoded.prompt == renderer.prompt(CHAT)
 

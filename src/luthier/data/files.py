@@ -28,6 +28,7 @@ from luthier.data.lines import (
 from luthier.data.recognise import matching_formats
 from luthier.data.tables import read_csv, read_tsv
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import without_nulls
 from luthier.registry import did_you_mean
 
 CHUNK = 4000  # characters of running text that make one row of a .txt file
@@ -347,7 +348,7 @@ def read_parquet(path: Path, max_row_chars: int) -> RawRows:
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
                 for row in rows_of_batch(batch):
                     number += 1
-                    yield f"{path.name}:{number}", row
+                    yield f"{path.name}:{number}", without_nulls(row)
     except pyarrow.ArrowException as why:
         raise RecipeError(f"{path} is not a valid parquet file: {why}") from None
 

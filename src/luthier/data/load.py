@@ -375,7 +375,13 @@ def apply_tags(value: Any, tags: dict[str, str]) -> Any:
         return [apply_tags(inner, tags) for inner in value]
     if not isinstance(value, dict):
         return value
-    turn = {tags.get(key, key): inner for key, inner in value.items()}
+    turn: dict = {}
+    for key, inner in value.items():
+        name = tags.get(key, key)
+        if not turn.get(name):  # what is empty gives way to a key that is mapped to it
+            turn[name] = inner
+        elif name != key:
+            turn[name] = inner or turn[name]
     role = turn.get("role")
     if isinstance(role, str):
         turn["role"] = tags.get(role, role)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,15 +72,16 @@ def too_many(
     are.
     """
     counts: Counter[str] = Counter()
-    first: dict[str, str] = {}
+    first: dict[str, dict] = {}
     for row in bad:
-        reason = row["reason"].partition(" (")[0]
-        counts[reason] += 1
-        first.setdefault(reason, row["where"])
+        # What a reason ends with in parentheses differs from row to row: its first is told in full.
+        kind = re.sub(r" \([^()]*\)$", "", row["reason"])
+        counts[kind] += 1
+        first.setdefault(kind, row)
     reasons = []
-    for reason, n in counts.most_common(3):
+    for kind, n in counts.most_common(3):
         rows = "row" if n == 1 else "rows"
-        reasons.append(f"{reason} ({n} {rows}, first {first[reason]})")
+        reasons.append(f"{first[kind]['reason']} ({n} {rows}, first {first[kind]['where']})")
     message = (
         f"{len(bad):,} of {total:,} rows of {label} are bad, more than max_bad_rows={max_bad_rows:g} allows:"
         f" {'; '.join(reasons)}"

@@ -1,6 +1,7 @@
 """Rows that are given in Python, by whatever library holds them, as lists of plain rows.
 
 A recipe is plain data, read and copied many times, so what can be read only once (a generator) is read here.
+Tables give every object every key; what is null in one of theirs is left out.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Set
 from itertools import islice
 from typing import Any
+
+from luthier.methods.formats._base import without_nulls
 
 HELD_OUT = ("validation", "test")  # splits that are not trained on, the one first that is for choosing
 MAX_DEPTH = 64  # of lists and objects in a row
@@ -28,9 +31,9 @@ def rows_in_memory(value: Any, limit: int | None = None) -> list | dict[str, lis
     if library == "pandas" and hasattr(value, "to_dict"):
         return frame_rows(value.head(limit) if limit else value)
     if hasattr(value, "to_dicts"):  # polars
-        return value.to_dicts()[:limit]
+        return without_nulls(value.to_dicts()[:limit])
     if hasattr(value, "to_pylist"):  # Arrow
-        return value.to_pylist()[:limit]
+        return without_nulls(value.to_pylist()[:limit])
     if isinstance(value, Iterable):
         return list(islice(value, limit))
     if hasattr(value, "__getitem__") and hasattr(value, "__len__"):
@@ -56,7 +59,7 @@ def dataset_rows(dataset: Any) -> Iterator[dict]:
         value = row.get("label")
         if class_names is not None and isinstance(value, int) and 0 <= value < len(class_names):
             row = {**row, "label_name": class_names[value]}
-        yield row
+        yield without_nulls(row)
 
 
 def frame_rows(frame: Any) -> list[dict]:

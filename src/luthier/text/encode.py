@@ -14,11 +14,15 @@ from functools import cached_property
 from typing import Any
 
 from luthier.methods.formats._base import BadRow, as_turns
+from luthier.text.advice import advice
 from luthier.text.cache import EncodingCache, row_key
+from luthier.text.chat import Chat, forms_to_try
 from luthier.text.encoded import Encoded, EncodedAll
-from luthier.text.templates import render_turns, set_chat_template
-from luthier.text.tokens import added_tokens, tokenize, tokenize_all, tokenize_with_offsets
+from luthier.text.served import served_reply
+from luthier.text.templates import set_chat_template
+from luthier.text.tokens import added_tokens, tokenize, tokenize_all, tokenize_marked, tokenize_with_offsets
 from luthier.text.turns import REWRITES, Rewrites, Span, is_supervised, supervised_spans
+from luthier.text.verify import Lost, check_media, check_rendered, check_tools
 
 BATCH = 1024  # texts in one call of the tokenizer
 NO_PREFIX = (
@@ -26,6 +30,7 @@ NO_PREFIX = (
     " only the reply"
 )
 NO_START = "the prompt is empty, and the tokenizer adds no BOS token"
+PROBE_CALL = {"type": "function", "id": "call00001", "function": {"name": "probe", "arguments": {"a": 1}}}
 COUNTERS = ("cut", "pieces", "turns", "boundary_mismatches")
 
 
@@ -35,7 +40,9 @@ class Renderer:
     max_length: tokens of prompt and completion together (of each of them with `encoder`); what is over is
     cut. chat_template: "plain", "chatml", a .jinja file or template text; it is set on the tokenizer, and so
     saved with it. A tokenizer without a template gets "plain"; `note` says so. encoder: the prompt is for an
-    encoder: it keeps all special tokens, and the completion does not continue it.
+    encoder: it keeps all special tokens, and the completion does not continue it. chat_template_kwargs:
+    handed to the template with every row. split_special_tokens: special tokens that others than the assistant
+    typed are read as text. today: the date (2026-12-31) that a template prints as today's.
     """
 
     def __init__(
@@ -46,6 +53,9 @@ class Renderer:
         *,
         encoder: bool = False,
         cache_tokens: int = 20_000_000,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        split_special_tokens: bool = True,
+        today: str | None = None,
     ):
         self.tokenizer, self.max_length, self.encoder = tokenizer, max_length, encoder
         self.cut = self.boundary_mismatches = self.pieces = self.turns = 0
@@ -59,7 +69,17 @@ class Renderer:
         self.end = tokenizer.eos_token_id
         if self.end is None:
             self.end = tokenizer.sep_token_id
-        self.note = set_chat_template(tokenizer, chat_template, self.prefix[:1] == [tokenizer.bos_token_id])
+        starts_with_bos = self.prefix[:1] == [tokenizer.bos_token_id]
+        self.note = set_chat_template(tokenizer, chat_template, starts_with_bos)
+        self.chat = Chat(tokenizer, chat_template_kwargs, today, split_special_tokens)
+        self.vocabulary: int | None = None  # rows of the embedding, where the tokenizer has more tokens
+        self.stops: list[int] = []  # further tokens at which the model's own settings end generation
+        self.advice: dict[str, str] = {}  # what to do about rows that cannot be used: by reason
+        # Where the template opens every reply with <think>, replies without reasoning get an empty one: once
+        # a row could not be used otherwise. None: they never do.
+        self.empty_thoughts: bool | None = False
+        self.typed = ""  # the first row with special tokens in the messages of others than the assistant
+        self.typed_rows = 0
 
     # ------------------------------------------------------------------------------------------ rows
 
@@ -77,9 +97,10 @@ class Renderer:
         """What generation starts from: the row's prompt, through the chat template where it is turns."""
         key = row_key("prompt", row)
         if key not in self.cache:
-            ids, _ = self.encode_prompt(row)
+            ids = self.encode_structured({**row, "completions": []}).prompt
             if not ids:
                 raise BadRow(NO_START)
+            self.check_vocabulary(Encoded(ids, [], []))
             self.cache.store(key, Encoded(ids, [], []))
         return self.cache.load(key).prompt
 
@@ -139,6 +160,14 @@ class Renderer:
                         supervised += sum(map(sum, encoded.supervised))
                         longest = max(longest, len(encoded))
             queue = by_turn
+        if self.typed_rows:
+            as_what = "control tokens (split_special_tokens: true reads them as text)"
+            if self.chat.split_special:
+                as_what = "text (split_special_tokens: false reads them as control tokens)"
+            self.warn(
+                f"special tokens in messages that are not the assistant's are read as {as_what};"
+                f" rows: {self.typed_rows:,}, first: {self.typed}"
+            )
         stats = {
             "rows": len(good),
             "tokens": tokens,
@@ -167,7 +196,7 @@ class Renderer:
         for start in range(0, len(long), BATCH):
             batch = long[start : start + BATCH]
             texts = [rows[i]["completions"][0] for i in batch]
-            for i, ids in zip(batch, tokenize_all(self.tokenizer, texts, special=True), strict=True):
+            for i, ids in zip(batch, self.tokenize_texts(texts), strict=True):
                 if not isinstance(ids, BadRow):  # a bad one is reported when it is encoded
                     pieces[i] = self.pieces_of(rows[i], ids, str(i))
         split: list[dict] = []
@@ -222,12 +251,15 @@ class Renderer:
             if is_plain(row):
                 plain.add(key)
                 texts.update(dict.fromkeys(self.texts_of(row)))
-        ids = dict(zip(texts, tokenize_all(self.tokenizer, list(texts), special=True), strict=True))
+        ids = dict(zip(texts, self.tokenize_texts(list(texts)), strict=True))
         outcomes: dict[bytes, Encoded | BadRow] = {}
         for key, row in new.items():
             try:
+                check_media(row)
                 encoded = self.encode_plain(row, ids) if key in plain else self.encode_structured(row)
                 outcomes[key] = self.check(encoded)
+            except Lost as why:
+                outcomes[key] = self.with_advice(why, row)
             except BadRow as why:
                 outcomes[key] = why
         results = []
@@ -249,6 +281,26 @@ class Renderer:
             for completion in row.get("completions", []):
                 texts.append(start + completion)
         return texts
+
+    def tokenize_texts(self, texts: list[str]) -> list[list[int] | BadRow]:
+        """Token ids of texts, with what the tokenizer adds; a BOS token that a text begins with is not added
+        once more.
+        """
+        encodings = tokenize_all(self.tokenizer, texts, special=True)
+        bos, size = self.tokenizer.bos_token_id, len(self.prefix)
+        if bos is None or bos not in self.prefix:
+            return encodings
+        for i, ids in enumerate(encodings):
+            if not isinstance(ids, BadRow) and ids[size : size + 1] == [bos]:
+                encodings[i] = ids[size:]
+        return encodings
+
+    def tokenize_text(self, text: str) -> list[int]:
+        """As `tokenize_texts`, of one text. Raises BadRow."""
+        ids = self.tokenize_texts([text])[0]
+        if isinstance(ids, BadRow):
+            raise ids
+        return ids
 
     def without_suffix(self, ids: list[int]) -> list[int]:
         """Ids without what the tokenizer adds at the end: a prompt goes on. An encoder's prompt does not."""
@@ -297,8 +349,81 @@ class Renderer:
         return Encoded(prompt, completions, supervised)
 
     def encode_structured(self, row: dict) -> Encoded:
-        """A row with turns, or with completions that are token ids already (rollouts, pieces of a text)."""
+        """A row with turns, or with completions that are token ids already (rollouts, pieces of a text).
+
+        The turns are handed to the template in one form after another until all of the row is in what it
+        writes; the form that did it is the first to be tried for the next row. Raises BadRow, with advice,
+        where no form does it.
+        """
+        if not has_turns(row):
+            return self.encode_in_form(row)
+        self.chat.typed = {}
+        encoded = self.encode_in_some_form(row)
+        if self.chat.typed:
+            self.typed_rows += 1
+            self.typed = self.typed or f"{' and '.join(self.chat.typed)} in {row.get('id', 'a prompt')}"
+        return encoded
+
+    def encode_in_some_form(self, row: dict) -> Encoded:
+        """As `encode_structured`, of a row with turns."""
+        problems: list[BadRow] = []
+        encoded = self.try_forms(row, problems)
+        if encoded is not None:
+            return encoded
+        # what is lost says more than what a form that the template does not take made it raise
+        problem = next((why for why in problems if isinstance(why, Lost)), problems[0])
+        advised = self.with_advice(problem, row)
+        if self.empty_thoughts is not False or "chat_template_kwargs" in str(advised):
+            raise advised
+        if not self.opens_thoughts(row):
+            raise advised
+        self.empty_thoughts = True
+        encoded = self.try_forms(row, problems)
+        if encoded is None:
+            self.empty_thoughts = False
+            raise advised
+        self.warn(
+            "the chat template opens every reply with <think>: replies without reasoning are learned with an"
+            " empty one"
+        )
+        return encoded
+
+    def try_forms(self, row: dict, problems: list[BadRow]) -> Encoded | None:
+        """A row in the first form that loses nothing, which `self.chat` then keeps; None where no form does,
+        and why not in `problems`. Raises Rewrites.
+        """
+        former = self.chat.form
+        for form in forms_to_try(row, former):
+            self.chat.form = form
+            try:
+                return self.encode_in_form(row)
+            except Rewrites:
+                raise
+            except BadRow as why:
+                problems.append(why)
+        self.chat.form = former
+        return None
+
+    def opens_thoughts(self, row: dict) -> bool:
+        """Whether the template asks for a reply with the beginning of its reasoning."""
+        try:
+            opening = self.chat.render(row, row["prompt"], add_generation_prompt=True)
+        except BadRow:
+            return False
+        return opening.rstrip().endswith("<think>")
+
+    def with_advice(self, problem: BadRow, row: dict) -> BadRow:
+        """A problem with what to do about it; looked for once for each."""
+        reason = str(problem)
+        if reason not in self.advice:
+            self.advice[reason] = advice(self, problem, row)
+        return BadRow("; ".join(filter(None, (reason, self.advice[reason]))))
+
+    def encode_in_form(self, row: dict) -> Encoded:
+        """As `encode_structured`, in the form that `self.chat` has."""
         prompt, opening = self.encode_prompt(row)
+        if opening and not row.get("completions"):
+            check_rendered(row, row["prompt"], len(row["prompt"]), opening, [])
         completions: list[list[int]] = []
         supervised: list[list[bool]] = []
         scales: list[list[float]] = []
@@ -310,7 +435,7 @@ class Renderer:
             elif isinstance(row["prompt"], str) and isinstance(completion, str):
                 single = {**row, "completions": [completion]}
                 texts = self.texts_of(single)
-                encodings = dict(zip(texts, tokenize_all(self.tokenizer, texts, special=True), strict=True))
+                encodings = dict(zip(texts, self.tokenize_texts(texts), strict=True))
                 ids = self.encode_plain(single, encodings).completions[0]
                 scale = [1.0] * len(ids)
             elif isinstance(row["prompt"], str):
@@ -330,12 +455,14 @@ class Renderer:
         if row.get("prefix") and self.encoder:
             raise BadRow(NO_PREFIX)
         if isinstance(row["prompt"], str):
-            return self.without_suffix(tokenize(self.tokenizer, prompt_text(row), special=True)), ""
+            return self.without_suffix(self.tokenize_text(prompt_text(row))), ""
         if not row["prompt"]:  # whole conversations to train on
             return [], ""
-        opening = render_turns(self.tokenizer, row, row["prompt"], add_generation_prompt=True)
-        ids = tokenize(self.tokenizer, opening + row.get("prefix", ""), special=self.encoder)
-        return ids, opening
+        opening = self.chat.render(row, row["prompt"], add_generation_prompt=True)
+        text = opening + row.get("prefix", "")
+        if self.encoder:
+            return self.tokenize_text(text), opening
+        return tokenize_marked(self.tokenizer, text), opening
 
     def encode_reply(
         self, row: dict, prompt: list[int], opening: str, completion: list[dict]
@@ -349,8 +476,7 @@ class Renderer:
             completion = [reply, *completion[1:]]
         turns, first = row["prompt"] + completion, len(row["prompt"])
         head = opening + prefix if row["prompt"] else ""
-        whole = render_turns(self.tokenizer, row, turns)
-        spans = supervised_spans(self.tokenizer, row, turns, first, opening, whole)
+        whole, spans = self.render_reply(row, turns, first, opening)
         if self.encoder:
             return self.encode_decoder_reply(whole, spans)
         if not whole.startswith(head):
@@ -381,6 +507,28 @@ class Renderer:
         while size > skip and not weights[size - 1]:
             size -= 1
         return ids[skip:size], weights[skip:size]
+
+    def render_reply(self, row: dict, turns: list[dict], first: int, opening: str) -> tuple[str, list[Span]]:
+        """(the rendered conversation, the span of each supervised turn), verified. Where the template writes
+        a last reply otherwise than it asks for one, the reply stands after what it asks with. Raises
+        Rewrites where the turns must be learned one by one, BadRow where the row cannot be used.
+        """
+        whole = self.chat.render(row, turns)
+        try:
+            spans = supervised_spans(self.chat, row, turns, first, opening, whole)
+            check_rendered(row, turns, first, whole, spans)
+            return whole, spans
+        except BadRow as why:
+            served = None
+            if opening:
+                served = served_reply(self.chat, row, turns, first, opening, bool(self.empty_thoughts))
+            if served is None:
+                if sum(map(is_supervised, turns[first:])) > 1 and not isinstance(why, Rewrites):
+                    raise Rewrites(str(why)) from None
+                check_tools(row, opening or whole)
+                raise
+        check_rendered(row, turns, first, *served)
+        return served
 
     def supervised_tokens(
         self, ids: list[int], offsets: list[Span], whole: str, span: Span, skip: int
@@ -427,7 +575,22 @@ class Renderer:
             self.shorten(encoded, self.max_length)
         if not all(map(any, encoded.supervised)):
             raise BadRow("a completion has no supervised tokens")
+        self.check_vocabulary(encoded)
         return encoded
+
+    def check_vocabulary(self, encoded: Encoded) -> None:
+        """Raise BadRow where a token has no row in the model's embedding."""
+        if self.vocabulary is None:
+            return
+        for ids in (encoded.prompt, *encoded.completions):
+            largest = max(ids, default=0)
+            if largest >= self.vocabulary:
+                token = self.tokenizer.convert_ids_to_tokens(largest)
+                raise BadRow(
+                    f"the tokenizer has {len(self.tokenizer):,} tokens and the model's embedding"
+                    f" {self.vocabulary:,} rows: token {token} (id {largest}) has none; resize the model's"
+                    " embedding, or use the tokenizer that belongs to the model"
+                )
 
     def shorten(self, encoded: Encoded, most: int) -> None:
         """Cut an encoded row to `most` tokens (max_length) at the end of its completions. Raises BadRow where
@@ -450,16 +613,16 @@ class Renderer:
     @cached_property
     def stop_ids(self) -> list[int]:
         """The tokens at which generation ends: end of sequence, and end of a turn of the chat template."""
-        probe = {
-            "prompt": [{"role": "user", "content": "Hi"}],
-            "completions": [[{"role": "assistant", "content": "Hi"}]],
-        }
         candidates = [self.end]
-        try:
-            candidates.append(self.encode(probe).completions[0][-1])
-        except BadRow:
-            pass  # a template that refuses the probe: the end of sequence alone
-        return [i for i in dict.fromkeys(candidates) if i is not None and i in self.special]
+        for reply in ({"content": "Hi"}, {"content": "", "tool_calls": [PROBE_CALL]}):
+            turn = {"role": "assistant", **reply}
+            probe = {"prompt": [{"role": "user", "content": "Hi"}], "completions": [[turn]]}
+            try:
+                candidates.append(self.encode_in_form(probe).completions[0][-1])
+            except BadRow:
+                pass  # a template that refuses the probe
+        ends = [i for i in candidates if i is not None and i in self.special]
+        return list(dict.fromkeys([*ends, *self.stops]))
 
     def warn(self, message: str) -> None:
         """Warn of something once."""
@@ -481,6 +644,11 @@ def is_plain(row: dict) -> bool:
     if not isinstance(row["prompt"], str):
         return False
     return all(isinstance(completion, str) for completion in row.get("completions", []))
+
+
+def has_turns(row: dict) -> bool:
+    """Whether a row goes through the chat template."""
+    return not isinstance(row["prompt"], str)
 
 
 def is_text(row: dict) -> bool:

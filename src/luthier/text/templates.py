@@ -1,45 +1,69 @@
-"""Chat templates: the built-in ones, how one is set on a tokenizer, and turns rendered through it."""
+"""Chat templates: the built-in ones, how one is set on a tokenizer, and what a template reads."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import loopcontrols
+
 from luthier.errors import RecipeError
-from luthier.methods.formats._base import BadRow
 from luthier.registry import did_you_mean
 
+REASONING = """\
+{%- if message.reasoning_content %}
+    {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+{%- endif %}"""
 # A turn a line. The reply begins after "Assistant:" and ends with the end-of-sequence token.
-PLAIN = """\
+PLAIN = (
+    """\
 {%- if tools %}{{ 'Tools: ' + (tools | tojson) + '\\n' }}{% endif %}
 {%- for message in messages %}
-    {%- if message.content is string %}{% set said = message.content %}
-    {%- else %}{% set said = (message.content or []) | map(attribute='text', default='') | join('') %}\
+    {%- if message.content is string %}{% set content = message.content %}
+    {%- else %}{% set content = (message.content or []) | map(attribute='text', default='') | join('') %}\
 {% endif %}
     {%- if message.role == 'assistant' %}
-        {{- 'Assistant:' + (' ' + said if said else '') }}
+        {{- 'Assistant:' + (' ' if content or message.reasoning_content else '') }}
+        """
+    + REASONING
+    + """
+        {{- content }}
         {%- for call in message.tool_calls or [] %}
             {{- ' <tool_call>' + (call.function | tojson) + '</tool_call>' }}
         {%- endfor %}
         {{- (eos_token or '') + '\\n' }}
     {%- else %}
-        {{- message.role | capitalize + ': ' + said + '\\n' }}
+        {{- message.role | capitalize + ': ' + content + '\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
-CHATML = """\
+)
+CHATML = (
+    """\
 {%- if tools %}{{ '<|im_start|>system\\nTools: ' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}
 {%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    """
+    + REASONING
+    + """
+    {{- message.content or '' }}
     {%- for call in message.tool_calls or [] %}
         {{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}
     {%- endfor %}
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+)
 # name -> template, special tokens that the tokenizer must have
 TEMPLATES = {"plain": (PLAIN, ()), "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"))}
-TURN_WEIGHTS = ("loss", "loss_scale")  # keys of a turn that are ours: templates must not see them
+# variables that every template has; what else it reads is a switch of its own (`enable_thinking`)
+GIVEN = {
+    *("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"),
+    *("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"),
+    *("namespace", "range", "dict", "date_string", "loop", "caller", "varargs", "kwargs"),
+}
 
 
 def set_chat_template(tokenizer: Any, chat_template: str | None, starts_with_bos: bool) -> str | None:
@@ -88,37 +112,75 @@ def builtin_template(tokenizer: Any, name: str, starts_with_bos: bool) -> str:
     return template
 
 
-def render_turns(tokenizer: Any, row: dict, turns: list[dict], add_generation_prompt: bool = False) -> str:
-    """Turns through the chat template, with the row's tools and `chat_template_kwargs`. Raises BadRow where
-    the template refuses them.
-    """
-    options = row.get("chat_template_kwargs") or {}
-    try:
-        return tokenizer.apply_chat_template(
-            without_weights(turns),
-            tools=row.get("tools"),
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            **options,
-        )
-    except Exception as why:  # a template is somebody's program: it may raise anything
-        raise BadRow(f"the chat template raised an error: {why}") from None
-
-
-def without_weights(turns: list[dict]) -> list[dict]:
-    """Turns as a template may see them: without how much each counts in the loss."""
-    visible = []
-    for turn in turns:
-        visible.append({key: value for key, value in turn.items() if key not in TURN_WEIGHTS})
-    return visible
-
-
-def marks_generation(tokenizer: Any) -> bool:
-    """Whether the chat template marks what the assistant writes with {% generation %}."""
+def template_text(tokenizer: Any) -> str:
+    """A tokenizer's chat template; of several by name, all of them."""
     template = tokenizer.chat_template
-    if not isinstance(template, str):
-        template = " ".join((template or {}).values())
+    if isinstance(template, str):
+        return template
+    return " ".join((template or {}).values())
+
+
+def marks_generation(template: str) -> bool:
+    """Whether a chat template marks what the assistant writes with {% generation %}."""
     template = (
         template.replace("{%-", "{%").replace("-%}", "%}").replace("{%generation%}", "{% generation %}")
     )
     return "{% generation %}" in template
+
+
+@lru_cache(maxsize=32)
+def names_read(template: str) -> frozenset[str]:
+    """The keys of messages that a template may read: every attribute it takes, and every text it compares or
+    looks up. Empty where the template cannot be parsed.
+    """
+    tree = parse_template(template)
+    if tree is None:
+        return frozenset()
+    names = {node.attr for node in tree.find_all(nodes.Getattr)}
+    for node in tree.find_all(nodes.Const):
+        if isinstance(node.value, str) and node.value.isidentifier():
+            names.add(node.value)
+    return frozenset(names)
+
+
+@lru_cache(maxsize=32)
+def switches(template: str) -> tuple[str, ...]:
+    """The variables of a template that `chat_template_kwargs` may set, in the order they are read."""
+    tree = parse_template(template)
+    if tree is None:
+        return ()
+    stored: set[str] = set()
+    read: dict[str, None] = {}
+    for node in tree.find_all(nodes.Name):
+        if node.ctx == "load":
+            read[node.name] = None
+        else:
+            stored.add(node.name)
+    local: set[str] = set()  # macros and their arguments, loop variables
+    for node in tree.find_all(nodes.Macro):
+        local.add(node.name)
+        local.update(argument.name for argument in node.args)
+    for node in tree.find_all(nodes.For):
+        local.update(name.name for name in node.target.find_all(nodes.Name))
+        if isinstance(node.target, nodes.Name):
+            local.add(node.target.name)
+    # A switch may be given its default by the template itself: `{% set thinking = false %}` where undefined.
+    tested = {node.node.name for node in tree.find_all(nodes.Test) if isinstance(node.node, nodes.Name)}
+    free = []
+    for name in read:
+        if name not in GIVEN and name not in local and (name not in stored or name in tested):
+            free.append(name)
+    return tuple(free)
+
+
+def parse_template(template: str) -> nodes.Template | None:
+    """A template's syntax tree; None where it has none of ours."""
+    plain = template
+    for word in ("generation", "endgeneration"):
+        for opening in ("{%- ", "{% "):
+            for closing in (" -%}", " %}"):
+                plain = plain.replace(f"{opening}{word}{closing}", "")
+    try:
+        return Environment(extensions=[loopcontrols]).parse(plain)
+    except TemplateError:
+        return None

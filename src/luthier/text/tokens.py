@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 from luthier.methods.formats._base import BadRow
+from luthier.text.chat import MARK
+
+MARKED = re.compile(f"[^{MARK}]{MARK}[^{MARK}]*{MARK}|{MARK}")  # a special token that is text (Chat.marked)
 
 
 def tokenize_all(tokenizer: Any, texts: list[str], special: bool) -> list[list[int] | BadRow]:
@@ -36,25 +40,40 @@ def tokenize_with_offsets(
     """(token ids, the characters [start, end) that each stands for) of rendered text. apart: the parts
     between `cuts` are encoded one by one.
     """
-    fast = tokenizer.is_fast
-    # A slow tokenizer does not tell which characters a token stands for, so it always works in parts.
     bounds = {0, len(text)}
-    if apart or not fast:
+    # A slow tokenizer does not tell which characters a token stands for, so it always works in parts.
+    if apart or not tokenizer.is_fast:
         bounds.update(cuts)
+    literal: set[int] = set()  # where a part begins whose special tokens are text
+    if MARK in text:
+        for match in MARKED.finditer(text):
+            literal.add(match.start())
+            bounds.update(match.span())
     borders = sorted(bounds)
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     for start, stop in zip(borders, borders[1:], strict=False):
         part = text[start:stop]
-        if fast:
-            encoding = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        how: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+        if start in literal:
+            part = part.replace(MARK, "")
+            how["split_special_tokens"] = True
+        if tokenizer.is_fast and start not in literal:
+            encoding = tokenizer(part, return_offsets_mapping=True, **how)
             ids += encoding["input_ids"]
             offsets += [(a + start, b + start) for a, b in encoding["offset_mapping"]]
-        else:
-            part_ids = tokenize(tokenizer, part)
+        elif part:
+            part_ids = tokenizer(part, **how)["input_ids"]
             ids += part_ids
             offsets += [(start, stop)] * len(part_ids)
     return ids, offsets
+
+
+def tokenize_marked(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of rendered text. Raises BadRow."""
+    if MARK not in text:
+        return tokenize(tokenizer, text)
+    return tokenize_with_offsets(tokenizer, text, ())[0]
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -6,10 +6,8 @@ be what is served later.
 
 from __future__ import annotations
 
-from typing import Any
-
 from luthier.methods.formats._base import BadRow
-from luthier.text.templates import marks_generation, render_turns, without_weights
+from luthier.text.chat import Chat
 
 REWRITES = (
     "the chat template changes earlier turns when later ones follow, so the trained text would"
@@ -29,7 +27,7 @@ def is_supervised(turn: dict) -> bool:
 
 
 def supervised_spans(
-    tokenizer: Any, row: dict, turns: list[dict], first: int, opening: str, whole: str
+    chat: Chat, row: dict, turns: list[dict], first: int, opening: str, whole: str
 ) -> list[Span]:
     """The span of each supervised turn from turn `first` on in `whole`, the rendered conversation.
 
@@ -47,42 +45,30 @@ def supervised_spans(
         if replies and i == first:
             before = opening
         elif i:
-            before = render_turns(tokenizer, row, turns[:i], add_generation_prompt=replies)
+            before = chat.render(row, turns[:i], add_generation_prompt=replies)
         after = whole
         if i + 1 < len(turns):
-            after = render_turns(tokenizer, row, turns[: i + 1])
+            after = chat.render(row, turns[: i + 1])
         if not after.startswith(before):
+            unasked = chat.render(row, turns[:i])
+            ending = before.removeprefix(unasked)[-40:]
             raise BadRow(
-                f"the chat template's generation prompt (ending in {before[-40:]!r}) is not how"
-                " it begins a reply; add this text to the replies, or set another chat_template"
+                f"the chat template's generation prompt (ending in {ending!r}) is not how it begins a reply"
             )
         if not whole.startswith(after):
             raise Rewrites(REWRITES)
         if supervised:
             spans.append((len(before), len(after)))
-    if marks_generation(tokenizer):
-        return generation_spans(tokenizer, row, turns, first, spans)
+    if chat.marks_generation:
+        return generation_spans(chat, row, turns, first, spans)
     return spans
 
 
-def generation_spans(
-    tokenizer: Any, row: dict, turns: list[dict], first: int, spans: list[Span]
-) -> list[Span]:
+def generation_spans(chat: Chat, row: dict, turns: list[dict], first: int, spans: list[Span]) -> list[Span]:
     """The spans of supervised turns, the assistant's narrowed to what the template marks with
     {% generation %}.
     """
-    encoding = tokenizer.apply_chat_template(
-        without_weights(turns),
-        tools=row.get("tools"),
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-        **(row.get("chat_template_kwargs") or {}),
-    )
-    marked: list[Span] = []
-    for offset, mask in zip(encoding["offset_mapping"], encoding["assistant_masks"], strict=True):
-        if mask:
-            marked.append(offset)
+    marked = chat.generated(row, turns)
     narrowed: list[Span] = []
     for (start, stop), turn in zip(spans, filter(is_supervised, turns[first:]), strict=True):
         if turn["role"] != "assistant":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
 from luthier.registry import Capability, Column, family
@@ -61,8 +61,13 @@ ROLES = {
     "function": "tool",
     "ipython": "tool",
 }
-# what a message may carry beside its text and how it is learned
-TURN = ("tool_call_id", "name", "reasoning_content")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what model families call a turn's reasoning
+# keys of a message that are read here; every other one is handed to the chat template as it is
+READ_KEYS = {
+    *("role", "from", "content", "value", "tool_calls", "function_call"),
+    *("loss", "train", "loss_scale", "weight"),
+}
+MEANT_NULLS = ("default", "const")  # keys of a tool's schema whose null means something
 TRUTH = {
     "true": True,
     "yes": True,
@@ -125,6 +130,11 @@ class Format:
         """The house's row: what `read` makes of it, and every column that was not read. Raises BadRow."""
         used = {*" ".join(self.columns).split(), *self.optional.split()}
         read = {k: v for k, v in self.read(raw).items() if v is not None}
+        if read.get("tools"):
+            drop_undeclared_nulls(read)
+        if is_continued(read["prompt"]):  # the reply has begun: all completions go on from there
+            *turns, begun = read["prompt"]
+            read |= {"prompt": turns, "prefix": text_of_parts(begun["content"]) + read.get("prefix", "")}
         if self.chat and isinstance(read["prompt"], str) and read["prompt"]:
             read["prompt"] = [{"role": "user", "content": read["prompt"]}]
             if "completions" in read:
@@ -286,47 +296,147 @@ def tools(raw: dict) -> list[dict] | None:
             raise BadRow("tools is not a list of tool declarations")
         if "function" not in declaration:
             declaration = {"type": "function", "function": declaration}
-        declarations.append(declaration)
+        declarations.append(without_nulls(declaration, MEANT_NULLS))
     return declarations
 
 
+def without_nulls(value: Any, meant: Collection[str] = ()) -> Any:
+    """A value without the keys that are null in its objects, at any depth, except keys that are `meant` so.
+
+    Tables give every object every key: what one tool's arguments lack is null there because another tool
+    has it.
+    """
+    if isinstance(value, list):
+        return [without_nulls(inner, meant) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    full = {}
+    for key, inner in value.items():
+        if inner is not None or key in meant:
+            full[key] = without_nulls(inner, meant)
+    return full
+
+
+def drop_undeclared_nulls(row: dict) -> None:
+    """Take arguments that are null, and that their tool does not declare, out of a row's tool calls."""
+    declared: dict[str, set[str]] = {}
+    for declaration in row["tools"]:
+        function = declaration["function"]
+        if isinstance(function, dict):
+            parameters = function.get("parameters") or {}
+            declared[str(function.get("name"))] = set(parameters.get("properties") or ())
+    turns = list(row["prompt"])
+    for completion in row.get("completions", ()):
+        turns += completion
+    for turn in turns:
+        if not isinstance(turn, dict):
+            continue
+        for call in turn.get("tool_calls", ()):
+            function = call["function"]
+            arguments, names = function["arguments"], declared.get(function["name"])
+            if names is None or not isinstance(arguments, dict):
+                continue
+            for name in [name for name, value in arguments.items() if value is None]:
+                if name not in names:
+                    del arguments[name]
+
+
 def messages(value: Any, name: str) -> list[dict]:
-    """Turns as [{"role", "content", ...}], from role/content or from/value. Raises BadRow naming the turn."""
+    """Turns as [{"role", "content", ...}], from role/content or from/value; a system turn without text is
+    left out. Raises BadRow naming the turn.
+    """
     value = opened(value, name)
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
         raise unusable(value, name, "is not a list with at least one message")
-    return [message(turn, f"turn {i} of {name}") for i, turn in enumerate(value, 1)]
+    turns = []
+    for i, turn in enumerate(value, 1):
+        if not is_empty_system(turn):
+            turns.append(message(turn, f"turn {i} of {name}"))
+    if not turns:
+        raise BadRow(f"{name} has no turn but an empty system turn")
+    return turns
+
+
+def is_empty_system(turn: Any) -> bool:
+    """Whether a turn is a system prompt that says nothing, as some tools write one into every row."""
+    if not isinstance(turn, dict) or turn.get("role", turn.get("from")) not in ("system", "developer"):
+        return False
+    content = turn.get("content", turn.get("value"))
+    return content is None or (isinstance(content, str) and not content.strip())
 
 
 def message(turn: Any, where: str) -> dict:
-    """One turn, checked."""
+    """One turn, checked. Keys that are not read here go to the chat template."""
     if not isinstance(turn, dict):
         raise BadRow(f"{where} is {kind_of(turn)}, not a message")
     role, content = role_of(turn, where), turn.get("content", turn.get("value"))
-    read = {k: turn[k] for k in TURN if turn.get(k) is not None} | learning(turn, where)
-    tool_calls = turn.get("tool_calls")
+    read = {k: v for k, v in turn.items() if k not in READ_KEYS and v is not None} | learning(turn, where)
+    tool_calls = turn.get("tool_calls") or turn.get("function_call")
     if role == "function_call":  # ShareGPT's turn that is nothing but a call
         tool_calls = tool_calls or content
+        content = ""
+    parts = parts_of(content)
+    if parts:
+        content = without_reasoning(parts, read)
+    # a turn may consist of a call, of reasoning, or of a refusal alone
+    speaks = tool_calls or read.get("refusal") or any(map(read.get, REASONING))
+    if content is None and speaks:
+        content = ""
     if tool_calls:
         read["tool_calls"] = calls(tool_calls, where)
-        content = content or ""
-        if role == "function_call":
-            content = ""
-    elif isinstance(content, (dict, list)) and role == "tool":
+    if isinstance(content, (dict, list)) and role == "tool" and not parts:
         content = json.dumps(content, ensure_ascii=False)
-    elif isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
-        pass  # parts (text, image, audio): the template and the architecture read them
-    elif not isinstance(content, str):
+    elif not isinstance(content, str) and not parts:
         if content is None:
             raise BadRow(f"{where} has no content")
         raise BadRow(f"{where} is {kind_of(content)}, not text")
-    elif not content.strip() and role != "tool" and not read.get("reasoning_content"):
+    elif isinstance(content, str) and not content.strip() and role != "tool" and not speaks:
         raise BadRow(f"{where} ({role}) {blank(content)}")
     if role == "function_call":
         role = "assistant"
     return {"role": role, "content": content, **read}
+
+
+def parts_of(content: Any) -> list[dict]:
+    """Content that is a list of parts (text, image, audio), each with its type; empty where it is none."""
+    if not isinstance(content, list):
+        return []
+    parts = []
+    for part in content:
+        if not isinstance(part, dict) or not ("type" in part or isinstance(part.get("text"), str)):
+            return []
+        parts.append({"type": "text", **without_nulls(part)})
+    return parts
+
+
+def without_reasoning(parts: list[dict], turn: dict) -> list[dict] | str:
+    """The parts that are not reasoning; reasoning becomes the turn's own. "" where no other part is left."""
+    left = []
+    for part in parts:
+        if part["type"] in ("thinking", "reasoning"):
+            texts = [part.get(name) for name in ("thinking", "reasoning", "text")]
+            written = next((text for text in texts if isinstance(text, str)), "")
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + written
+        else:
+            left.append(part)
+    return left or ""
+
+
+def text_of_parts(content: str | list[dict]) -> str:
+    """Content as text: that of its text parts, one after the other."""
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text", "")) for part in content)
+
+
+def is_continued(prompt: str | list[dict]) -> bool:
+    """Whether a prompt ends in the beginning of the assistant's own text, which the reply goes on with."""
+    if isinstance(prompt, str) or len(prompt) < 2:
+        return False
+    last = prompt[-1]
+    return last["role"] == "assistant" and bool(last["content"]) and not last.get("tool_calls")
 
 
 def role_of(turn: dict, where: str) -> str:
