@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date as Date
 from datetime import datetime
 from functools import lru_cache
@@ -229,9 +229,9 @@ def split_thoughts(turn: dict) -> tuple[str, str]:
     return reasoning, content
 
 
-def forms_to_try(row: dict, first: Form) -> list[Form]:
-    """The forms in which a row's turns may be handed over, `first` before the others."""
-    turns = [turn for turn in row["prompt"] if isinstance(turn, dict)] if row["prompt"] else []
+def other_forms(row: dict, former: Form) -> list[Form]:
+    """The forms but `former` in which a row's turns may be handed over."""
+    turns = [turn for turn in row["prompt"] if isinstance(turn, dict)]
     for completion in row.get("completions", ()):
         turns += [turn for turn in completion if isinstance(turn, dict)]
     contents, arguments = ["as_is", "parts"], ["object"]
@@ -241,9 +241,4 @@ def forms_to_try(row: dict, first: Form) -> list[Form]:
         if turn.get("tool_calls"):
             arguments = ["object", "text"]
     forms = [Form(content, argument) for content, argument in product(contents, arguments)]
-    if first not in forms:
-        first = replace(first, content="as_is" if first.content not in contents else first.content)
-    if first in forms:
-        forms.remove(first)
-        forms.insert(0, first)
-    return forms
+    return [form for form in forms if form != former]

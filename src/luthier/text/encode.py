@@ -16,7 +16,7 @@ from typing import Any
 from luthier.methods.formats._base import BadRow, as_turns
 from luthier.text.advice import advice
 from luthier.text.cache import EncodingCache, row_key
-from luthier.text.chat import Chat, forms_to_try
+from luthier.text.chat import Chat, other_forms
 from luthier.text.encoded import Encoded, EncodedAll
 from luthier.text.served import served_reply
 from luthier.text.templates import set_chat_template
@@ -393,7 +393,13 @@ class Renderer:
         and why not in `problems`. Raises Rewrites.
         """
         former = self.chat.form
-        for form in forms_to_try(row, former):
+        try:
+            return self.encode_in_form(row)
+        except Rewrites:
+            raise
+        except BadRow as why:
+            problems.append(why)
+        for form in other_forms(row, former):
             self.chat.form = form
             try:
                 return self.encode_in_form(row)

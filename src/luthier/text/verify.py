@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from luthier.methods.formats._base import BadRow, text_of_parts
-from luthier.text.chat import MARK, all_text, split_thoughts
+from luthier.text.chat import MARK, all_text, reasoning_of, split_thoughts
 from luthier.text.turns import Span, is_supervised
 
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # columns of what a text model cannot read
@@ -57,18 +57,19 @@ def check_rendered(row: dict, turns: list[dict], first: int, whole: str, spans: 
     position = 0
     for i, turn in enumerate(turns):
         learned = i >= first and is_supervised(turn)
-        text = whole[position:]
-        start = position
+        anywhere = turn["role"] in ("system", "developer")  # some templates move it to a later turn
         if learned:
             start, stop = next(supervised)
             text = whole[start:stop]
-        elif turn["role"] in ("system", "developer"):  # some templates move it to a later turn
-            text, start = whole, 0
+        elif anywhere:
+            start, text = 0, whole
+        else:
+            start, text = position, whole[position:]
         try:
             end = start + check_turn(turn, text, learned)
         except Empty as why:
             raise Lost(why.part, f"turn {i + 1} of messages ({turn['role']}) is empty{why}") from None
-        if turn["role"] not in ("system", "developer"):
+        if not anywhere:
             position = max(position, end)
 
 
@@ -115,7 +116,10 @@ def pieces_of(turn: dict, learned: bool) -> Iterator[tuple[str, str]]:
             for part in content:
                 yield "text", str(part.get("text", "")).strip()
         return
-    reasoning, answer = split_thoughts(turn)
+    if isinstance(content, str) and content and "think>" not in content and not reasoning_of(turn):
+        reasoning, answer = "", content
+    else:
+        reasoning, answer = split_thoughts(turn)
     if learned and reasoning:
         yield "reasoning", reasoning.strip()
     what = "text beside a call" if turn.get("tool_calls") else "text"
