@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast test-all check docs clean
+.PHONY: demo test test-fast test-all test-hostile check docs clean
 
 demo: $(VENV)/.installed            ## fine-tune the built-in model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
@@ -19,6 +19,9 @@ test-fast: $(VENV)/.tested          ## pieces alone, without whole runs and with
 
 test-all: $(VENV)/.tested check     ## what is slow too: every built-in model against its card
 	$(PYTEST)
+
+test-hostile: $(VENV)/.tested       ## fuzzers of recipes and rows; LUTHIER_HOSTILE=N inputs each, _SEED another draw
+	$(BIN)/python -m pytest tests/hostile -q -s
 
 check: $(VENV)/.tested              ## style, types, docs up to date, recipes valid
 	$(BIN)/ruff check .

@@ -7,6 +7,41 @@ the same type again in another process.
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+MAX_MESSAGE = 3000  # characters
+ENDLESS = re.compile(r"\S{300,}")  # a word that nobody reads
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def quoted(value: Any, length: int = 60) -> str:
+    """A value as Python writes it, on one line, of `length` characters at most."""
+    try:
+        return shortened(repr(value), length)
+    except Exception:  # a number of thousands of digits, or what contains itself
+        return type(value).__name__
+
+
+def shortened(value: Any, length: int = 60) -> str:
+    """A text, or another value as Python writes it, on one line, of `length` characters at most."""
+    if not isinstance(value, str):
+        return quoted(value, length)
+    text = value[: length + 1].encode("utf-8", "backslashreplace").decode()
+    text = "".join(character if character.isprintable() else " " for character in text)
+    if len(text) > length:
+        return f"{text[:length]}..."
+    return text
+
+
+def readable(message: str) -> str:
+    """A message whose values are cut where they are endless, and without what would control a terminal."""
+    message = ENDLESS.sub(lambda match: f"{match[0][:100]}...", str(message))
+    message = CONTROL.sub(lambda match: repr(match[0])[1:-1], message)
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}..."
+    return message.encode("utf-8", "backslashreplace").decode()
+
 
 class RecipeError(ValueError):
     """A recipe that cannot work. The message says where, what was meant, and what to do (exit code 2).
@@ -17,7 +52,7 @@ class RecipeError(ValueError):
     code = "recipe"
 
     def __init__(self, message: str = "", code: str | None = None):
-        super().__init__(message)
+        super().__init__(readable(message))
         if code is not None:
             self.code = code
 

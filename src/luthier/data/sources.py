@@ -18,7 +18,7 @@ from luthier.data.folders import DATASET_INFO
 from luthier.data.foreign import PromptLayout, from_axolotl, from_dataset_info
 from luthier.data.lines import file_kind
 from luthier.data.recognise import matching_formats
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, shortened
 from luthier.recipe.in_memory import HELD_OUT, dataset_rows, rows_in_memory
 from luthier.registry import did_you_mean, format_errors
 from luthier.storage.toy import is_toy, toy_name, toy_package
@@ -224,15 +224,6 @@ def is_saved_dataset(path: Path) -> bool:
 def saved_splits(path: Path) -> list[str]:
     """The splits of a folder written by `save_to_disk`."""
     return sorted(split.name for split in path.iterdir() if split.is_dir())
-
-
-def shortened(value: Any, length: int = 60) -> str:
-    """A value as a message shows it."""
-    text = value if isinstance(value, str) else repr(value)
-    text = text.encode("utf-8", "backslashreplace").decode()
-    if len(text) > length:
-        return f"{text[:length]}..."
-    return text
 
 
 # ---------------------------------------------------------------------------------------------- raw rows

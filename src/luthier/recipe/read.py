@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, quoted, shortened
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS, FORMER_ROLES, METHOD_KEYS, NAMES, QUANTIZATION
 from luthier.recipe.in_memory import own_splits, rows_in_memory
-from luthier.registry import classes, did_you_mean, find, names
+from luthier.registry import classes, did_you_mean, find, former_names, names
+from luthier.storage.bounded_yaml import load_yaml
 from luthier.storage.toy import is_toy, toy_name, toy_package
+
+MAX_DOTS = 20  # in the key of a change
 
 
 def read(source: Any, changes: Any, defaults: Mapping[str, Any]) -> Reading:
@@ -54,19 +55,10 @@ def read_source(source: Any) -> tuple[dict[str, Any], str]:
         return toy_recipe(text), text
     if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml", ".json"))):
         text, name = read_file(Path(source))
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        if mark:
-            name += f", line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise RecipeError(f"{name}: invalid YAML ({problem})") from None
+    values = load_yaml(text, name)
     if not isinstance(values or {}, dict):
         shape = type(values).__name__
-        raise RecipeError(
-            f"{name}: a recipe must be a mapping of `key: value`, not {shape} {str(values)[:40]!r}"
-        )
+        raise RecipeError(f"{name}: a recipe must be a mapping of `key: value`, not {shape} {quoted(values)}")
     return dict(values or {}), name
 
 
@@ -82,7 +74,7 @@ def read_file(path: Path) -> tuple[str, str]:
     """Text and name of a recipe's file."""
     if not path.is_file():
         near = [p.name for p in path.parent.glob("*.y*ml")]
-        raise RecipeError(f"recipe file {path} does not exist{did_you_mean(path.name, near)}")
+        raise RecipeError(f"recipe file {shortened(path)} does not exist{did_you_mean(path.name, near)}")
     try:
         return path.read_text(encoding="utf-8"), path.name
     except (OSError, UnicodeDecodeError) as error:
@@ -98,12 +90,12 @@ def read_changes(changes: Any) -> Iterable[tuple[str, Any]]:
         key, equals, value = change.partition("=")
         if not equals or not key.strip():
             raise RecipeError(
-                f"'{change}' is not of the form key=value, such as learning_rate=1e-4 or tuner.r=16"
+                f"'{shortened(change)}' is not of the form key=value, such as learning_rate=1e-4 or"
+                " tuner.r=16"
             )
-        try:
-            yield key.strip(), yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise RecipeError(f"'{change}': the value is not valid YAML") from None
+        if key.count(".") > MAX_DOTS:
+            raise RecipeError(f"'{shortened(key)}' has more than {MAX_DOTS} dots")
+        yield key.strip(), load_yaml(value, f"'{shortened(change)}'")
 
 
 def put(values: dict, key: str, value: Any, defaults: Mapping[str, Any]) -> None:
@@ -120,7 +112,7 @@ def put(values: dict, key: str, value: Any, defaults: Mapping[str, Any]) -> None
     if isinstance(old, str) and (first in METHOD_KEYS or first in ("objective", "plan")):
         old = {"name": old}
     if not isinstance(old, dict):
-        raise RecipeError(f"'{key}' cannot be set: {first} is {old!r}, which has no settings")
+        raise RecipeError(f"'{key}' cannot be set: {first} is {quoted(old)}, which has no settings")
     inner = dict(old)
     put(inner, ".".join(rest), value, {})
     values[first] = inner
@@ -313,6 +305,8 @@ def as_spec(value: Any) -> dict[str, Any]:
     """A method as {name: ..., setting: ...}."""
     if isinstance(value, str):
         return {"name": value}
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"expected a name or {{name: ..., setting: ...}}, not {quoted(value)}")
     return dict(value)
 
 
@@ -325,4 +319,6 @@ def name_of(value: Any) -> Any:
 
 def settings_of(kind: str, name: Any) -> set[str]:
     """The settings that a method has."""
+    if name not in (*names(kind), *former_names(kind)):
+        return set()  # the method is refused when it is built
     return {f.name for f in fields(find(kind, name))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, quoted
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS
 from luthier.recipe.read import as_spec, read
 from luthier.registry import Range, build, format_errors, spec
@@ -36,7 +37,7 @@ NOT_THE_RUN = (
     "save_total_limit",
 )
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -272,6 +273,17 @@ def plain(value: Any) -> Any:
 TERM = r"\s*(?:([\d.]+(?:[eE][+-]?\d+)?)\s*\*\s*)?([A-Za-z]\w*)\s*"
 
 
+def weight_of(value: Any) -> float:
+    """The weight of a term of an objective. Raises RecipeError where it is no finite number."""
+    try:
+        weight = float(value)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if isinstance(value, bool) or not math.isfinite(weight):
+        raise RecipeError(f"objective: weight must be a finite number, not {quoted(value)}")
+    return weight
+
+
 def terms(value: Any) -> Any:
     """'sft + 0.1*kl', a name, {name: dpo, beta: 0.2}, or [{name: dpo, weight: 1}, ...] -> an objective.
 
@@ -283,14 +295,14 @@ def terms(value: Any) -> Any:
         return value
     if isinstance(value, str):
         if not re.fullmatch(rf"{TERM}(\+{TERM})*", value):
-            raise RecipeError(f"objective: {value!r} must be a name or a sum such as 'dpo + 0.1*sft'")
-        value = [{"name": name, "weight": float(weight or 1)} for weight, name in re.findall(TERM, value)]
+            raise RecipeError(f"objective: {quoted(value)} must be a name or a sum such as 'dpo + 0.1*sft'")
+        value = [{"name": name, "weight": weight or 1} for weight, name in re.findall(TERM, value)]
     if not isinstance(value, (list, tuple)):
         value = [value]
     parts = []
     for term in value:
         settings = as_spec(term)
-        weight = float(settings.pop("weight", 1.0))
+        weight = weight_of(settings.pop("weight", 1.0))
         parts.append((weight, build("objective", settings)))
     if len(parts) == 1 and parts[0][0] == 1.0:
         return parts[0][1]

@@ -10,8 +10,10 @@ from typing import Any
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, quoted, shortened
 from luthier.registry.discover import did_you_mean, find
+
+LISTED = 5  # errors of one method's settings that a sentence tells
 
 
 def build(kind: str, spec: Any) -> Any:
@@ -26,7 +28,9 @@ def build(kind: str, spec: Any) -> Any:
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, dict) or "name" not in spec:
-        raise RecipeError(f"{kind}: expected a name or {{name: ..., setting: ...}}, not {spec!r}")
+        raise RecipeError(f"{kind}: expected a name or {{name: ..., setting: ...}}, not {quoted(spec)}")
+    if not isinstance(spec["name"], str):
+        raise RecipeError(f"{kind}: a name is text, not {quoted(spec['name'])}")
     cls = find(kind, spec["name"])
     if spec["name"] in cls.former:
         warn_of_former(kind, spec["name"], cls.name)
@@ -40,11 +44,18 @@ def build(kind: str, spec: Any) -> Any:
     allowed = [f.name for f in fields(cls)]
     for key in settings:
         if key not in allowed:
-            raise RecipeError(f"{kind} '{cls.name}' has no setting '{key}'{did_you_mean(key, allowed)}")
+            hint = did_you_mean(str(key), allowed)
+            raise RecipeError(f"{kind} '{cls.name}' has no setting '{shortened(key)}'{hint}")
     try:
         return _validator(cls).validate_python(settings)
     except ValidationError as error:
         raise RecipeError(f"{kind} '{cls.name}': {format_errors(error)}") from None
+    except (TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        # a setting of any type, which the method itself looks at
+        raise RecipeError(
+            f"{kind} '{cls.name}': these settings cannot be used: {quoted(settings)}"
+            f" ({type(error).__name__}: {shortened(str(error))})"
+        ) from None
 
 
 @cache
@@ -70,8 +81,11 @@ def format_errors(error: ValidationError) -> str:
             lines.append(f"{place}: {inner}")
         else:
             message = e["msg"][:1].lower() + e["msg"][1:]
-            lines.append(f"{place}: {message}, not {e['input']!r}")
-    return "; ".join(dict.fromkeys(lines))
+            lines.append(f"{place}: {message}, not {quoted(e['input'])}")
+    lines = [*dict.fromkeys(lines)]
+    if len(lines) > LISTED:
+        lines[LISTED:] = [f"and {len(lines) - LISTED} more"]
+    return "; ".join(shortened(line, 400) for line in lines)
 
 
 def nested(kind: str) -> BeforeValidator:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from luthier.errors import PluginWarning, RecipeError
+from luthier.errors import PluginWarning, RecipeError, shortened
 from luthier.registry.declare import declare
 from luthier.registry.kinds import KINDS
 from luthier.registry.words import Artifact, Capability, Column, Metric
@@ -151,7 +151,7 @@ def module_of(kind: str, name: str) -> str:
         return places[name]
     if isinstance(name, str) and name in former_names(kind):
         return places[former_names(kind)[name]]
-    raise RecipeError(f"there is no {kind} '{name}'{did_you_mean(name, names(kind))}")
+    raise RecipeError(f"there is no {kind} '{shortened(name)}'{did_you_mean(str(name), names(kind))}")
 
 
 @cache
@@ -424,7 +424,7 @@ def source_of(module: str) -> Path:
 def did_you_mean(word: object, choices: Iterable[object]) -> str:
     """'; did you mean ...?' where something near exists, else what exists if that is short."""
     words = [str(c) for c in choices]
-    near = difflib.get_close_matches(str(word), words, 1, cutoff=0.55)
+    near = difflib.get_close_matches(shortened(word), words, 1, cutoff=0.55)
     if near:
         return f"; did you mean '{near[0]}'?"
     if 0 < len(words) <= 24:
