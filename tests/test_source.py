@@ -27,7 +27,7 @@ RUNS = {"eval", "exec", "compile", "system", "popen"}  # text as a program
 
 
 # inside the sandbox; expressions this package wrote itself
-MAY_RUN = {"sandbox/cell.py", "toy/tasks/code.py"}
+MAY_RUN = {"sandbox/cell/answer.py", "sandbox/cell/judge.py", "toy/tasks/code.py"}
 
 
 def calls(path: Path):

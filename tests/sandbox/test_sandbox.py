@@ -87,7 +87,7 @@ def test_reaching_out_is_refused(code, walls, tmp_path):
 def test_ordinary_programs_are_not_refused():
     code = """
         import asyncio, collections, dataclasses, heapq, json
-            import random, re, sqlite3, subprocess, tempfile, threading
+        import random, re, sqlite3, subprocess, tempfile, threading
         @dataclasses.dataclass
         class Point:
             x: int
