@@ -630,6 +630,23 @@ class Renderer:
         ends = [i for i in candidates if i is not None and i in self.special]
         return list(dict.fromkeys([*ends, *self.stops]))
 
+    @cached_property
+    def mask_id(self) -> int | None:
+        """A token that may stand in the place of hidden ones: the tokenizer's mask token, else its padding
+        token where that ends no turn, else a special token that the chat template never writes. None: there
+        is none.
+        """
+        tokenizer = self.tokenizer
+        used = {*self.stop_ids, self.end, tokenizer.bos_token_id, tokenizer.eos_token_id}
+        for token in (tokenizer.mask_token_id, tokenizer.pad_token_id):
+            if token is not None and token not in used:
+                return token
+        template = str(tokenizer.chat_template or "")
+        for token in sorted(self.special - used, reverse=True):
+            if tokenizer.convert_ids_to_tokens(token) not in template:
+                return token
+        return None
+
     def warn(self, message: str) -> None:
         """Warn of something once."""
         if message not in self.warnings:

@@ -83,16 +83,19 @@ def check_unit_count(values: torch.Tensor, objective: Any, batch: Batch) -> None
         )
 
 
-def check_gradient(attached: Any, may_be_zero: bool) -> None:
-    """After the first backward: raises Refused where no gradient reached what moves. Samples of equal reward
-    may give zeros.
+def check_gradient(attached: Any, may_be_zero: bool) -> bool:
+    """After a backward: does a gradient reach what is trained? Raises Refused where none does, unless it may
+    be zero, as on completions of equal score; what is in no graph is refused even then.
     """
-    tensors = 0
+    tensors, reached = 0, False
     for group in attached.param_groups():
         for p in group.params.values():
             tensors += 1
-            if p.grad is not None and (may_be_zero or bool(p.grad.any())):
-                return
+            if p.grad is not None and bool(p.grad.any()):
+                return True
+            reached |= p.grad is not None
+    if reached and may_be_zero:
+        return False
     raise Refused(
         f"none of the {tensors} trainable tensors of tuner '{attached.settings.name}' receives"
         " a gradient, so nothing would be learned",

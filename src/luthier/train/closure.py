@@ -112,6 +112,19 @@ class LossClosure:
             total, n = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value, n + count)
 
+    def _may_be_flat(self) -> bool:
+        """May the gradient of this batch be zero though nothing is wrong? So it is where an objective
+        compares completions by their scores and those of each row are equal.
+        """
+        if "samples" in self.trainer.objective.requires:
+            return True
+        if "scores" not in self.trainer.objective.requires:
+            return False
+        for batch in self.batches:
+            if any(len(set(row.get("scores", ()))) > 1 for row in batch.rows):
+                return False
+        return True
+
     def end(self, grad: bool = True, only: Callable[[int, str], float] = every_term) -> float:
         """Sum over processes, check the first gradient of a run, and return the loss."""
         trainer, roles = self.trainer, self.trainer.roles
@@ -121,9 +134,8 @@ class LossClosure:
             for group in roles.tuner.param_groups():
                 moving += [p for p in group.params.values() if p.requires_grad]
             trainer.all_reduce_gradients(moving)
-        first = roles.clock.step == roles.clock.first
-        if grad and only is every_term and first and self.counts["rows"]:
-            checks.check_gradient(roles.tuner, may_be_zero="samples" in trainer.objective.requires)
+        if grad and only is every_term and not trainer.gradient_checked and self.counts["rows"]:
+            trainer.gradient_checked = checks.check_gradient(roles.tuner, self._may_be_flat())
         for name, (value, count) in self.sums.items():
             self.metrics[name] = value / max(count, 1)
         self.metrics.update(self.term_losses)

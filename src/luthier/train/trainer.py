@@ -79,6 +79,7 @@ class Trainer:
     warn: Callable[[str], None] = print
     drawn_rows: list[dict] | None = None  # this process's rows of the current draw
     totals: Totals = field(default_factory=Totals)
+    gradient_checked: bool = False  # has a gradient reached what is trained?
 
     def run(self, until: int | None = None) -> None:
         """Step until the clock's total, or stop before at `until`."""

@@ -53,3 +53,9 @@ def better(report: Any, best: Any, metric: str) -> bool:
     """Is a metric higher in a report than in the best so far? Where one of them does not say, it may be."""
     now, was = report.after.get(metric), None if best is None else best.after.get(metric)
     return now is None or was is None or now > was
+
+
+def holds(report: Any, metric: str) -> bool:
+    """Is a metric at the end of a run no lower than before it? Where one was not measured, it may be."""
+    now, was = report.after.get(metric), report.before.get(metric)
+    return now is None or was is None or now >= was

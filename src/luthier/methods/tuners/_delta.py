@@ -51,7 +51,7 @@ class TargetModules(Tuner):
     target_modules: str | list[str] = "all-linear"
     # suffixes of module names, or a regular expression, to leave unchanged
     exclude_modules: str | list[str] | None = None
-    layers_to_transform: int | list[int] | None = None  # only these layers; needs target_modules as a list
+    layers_to_transform: int | list[int] | None = None  # only these layers
     # name of the list of layers, if it is not layers, h, block or similar
     layers_pattern: str | list[str] | None = None
     # further modules that are fully trained and saved beside the adapter

@@ -53,3 +53,22 @@ def test_a_guide_goes_down_where_a_plain_sum_would_raise_it():
         build("estimator", {"name": "pareto_da", "guide": 3}).combine(
             (grads @ grads.T).double(), losses, None
         )
+
+
+def test_a_small_task_keeps_its_bound_beside_a_large_one():
+    """Gradients of lengths from 1e-3 to 1e3: no task that must not rise is stepped against."""
+    rng = np.random.default_rng(1)
+    for i in range(500):
+        k = 2 + i % 3
+        G = rng.normal(size=(k, 4)) * 10 ** rng.uniform(-3, 3, size=(k, 1))
+        v = rng.normal(size=4) * 10 ** rng.uniform(-3, 3)
+        C, c = G @ G.T, G @ v
+        share = weights(C, c, guided=bool(i % 5))
+        assert abs(share.sum() - 1) < 1e-6 and (share >= -1e-9).all()
+        least = np.zeros(k)
+        if i % 5 and (c > 0).any():
+            least = np.where(c > 0, -np.inf, c)
+            least[c.argmax()] = 0
+        step = share @ G
+        room = 1e-5 * np.linalg.norm(step) * np.linalg.norm(G, axis=1)
+        assert (G @ step >= least - room - 1e-9 * np.abs(least.clip(-1e300))).all()

@@ -1,12 +1,17 @@
-"""first: with the whole vocabulary is the forward kl."""
+"""first: with the whole vocabulary is the forward kl; holds probability on the teacher's tokens."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import luthier
+from luthier.methods.objectives.distillation.first import rest_of, with_rest
+from luthier.methods.stages.rollout.teacher_top import at_temperature
+from luthier.registry import build
 
 
 def test_first_with_the_whole_vocabulary_is_the_forward_kl(base, tiny, tmp_path):
@@ -19,3 +24,48 @@ def test_first_with_the_whole_vocabulary_is_the_forward_kl(base, tiny, tmp_path)
     assert kept.losses[0] == pytest.approx(whole.losses[0], rel=2e-3) and whole.losses[0] > 1e-3
     row = json.loads((tmp_path / "b" / "rows.jsonl").read_text().splitlines()[0])
     assert {len(place) for place in row["teacher_ids"][0]} == {262}
+
+
+def first_loss(z: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Of `objective: first` on logits [T, V], as a run computes it."""
+    outputs = SimpleNamespace(apply=lambda f, *tables: f(z, *tables))
+    batch = SimpleNamespace(
+        table=lambda name: ids if name == "teacher_ids" else teacher, note=lambda **metrics: None
+    )
+    policy = SimpleNamespace(outputs=lambda batch: outputs)
+    return build("objective", "first").loss(SimpleNamespace(policy=policy), batch)
+
+
+def test_a_policy_elsewhere_than_the_teacher_pays_and_is_drawn_back():
+    """All probability on a token that the teacher does not name: compared on its tokens alone, nothing to
+    learn.
+    """
+    ids = torch.tensor([[0, 1]])
+    teacher = torch.tensor([[0.6, 0.3]]).log()
+    z = torch.tensor([[1.0, 1.0 - torch.tensor(2.0).log(), 0.0, 14.0]], requires_grad=True)
+    loss = first_loss(z, ids, teacher)
+    p, q = torch.tensor([0.6, 0.3, 0.1]), z.detach().softmax(-1)[0]
+    q = torch.stack([q[0], q[1], q[2] + q[3]])
+    paid = float(loss.detach())
+    assert paid == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4) and paid > 5
+    loss.sum().backward()
+    assert float(z.grad[0, 3]) > 0.5 and float(z.grad[0, 0]) < -0.4
+
+
+def test_the_teacher_itself_pays_nothing():
+    torch.manual_seed(0)
+    z = torch.randn(5, 9)
+    logprobs, ids = z.log_softmax(-1).topk(3)
+    assert float(first_loss(z, ids, logprobs).abs().max()) < 1e-6
+    every = torch.arange(9).expand(5, -1)
+    other = torch.randn(5, 9).log_softmax(-1)
+    kl = (other.exp() * (other - z.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(first_loss(z, every, other), kl, atol=1e-5, rtol=1e-5)
+    assert with_rest(z, every).shape == (5, 10) and bool((rest_of(other) < -100).all())
+
+
+def test_calibration_keeps_the_rest():
+    logprobs = torch.tensor([[0.5, 0.2, 0.1]]).log()
+    weights = torch.tensor([0.5, 0.2, 0.1, 0.2]).sqrt()
+    torch.testing.assert_close(at_temperature(logprobs, 2.0).exp()[0], (weights / weights.sum())[:3])
+    assert at_temperature(logprobs, 1.0) is logprobs

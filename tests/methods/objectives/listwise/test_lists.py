@@ -4,12 +4,17 @@ and equals do not count; plackett luce by hand.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import luthier
 from helpers.objectives import batch_of, cast, loss_of, make_rows, pair_rows
+from luthier.errors import Refused
 from luthier.registry import build
+from luthier.train import checks
 
 
 def list_rows(k: int = 5) -> list[dict]:
@@ -106,3 +111,32 @@ def test_ranking_lists_beats_random_pairs_of_them():
         [ndcg(*how, seed) for seed in range(3)] for how in (("lipo_lambda", False), ("dpo", True))
     )
     assert sum(lists) > sum(pairs) + 0.1
+
+
+@pytest.mark.parametrize("objective", ["lipo_lambda", "dpo_bt", "dpo_pl"])
+def test_lists_whose_first_batch_ties_are_trained_on(objective, base, tmp_path):
+    """Rows of equal scores teach nothing; rows that rank, behind them, do."""
+    answers = [" 1", " 2", " 3"]
+    tied = [{"prompt": f"a{i}", "completions": answers, "scores": [1.0, 1.0, 1.0]} for i in range(6)]
+    ranked = [{"prompt": f"b{i}", "completions": answers, "scores": [0.0, 1.0, 2.0]} for i in range(6)]
+    change = {"data": tied + ranked, "objective": objective, "per_device_train_batch_size": 1, "max_steps": 4}
+    change |= {"evaluate": [], "eval_data": 0}
+    kinds = set()
+    for seed in range(4):
+        done = luthier.tune(base | change | {"seed": seed}, folder=tmp_path / str(seed))
+        kinds.add(len(done.losses))
+    assert kinds == {4}
+
+
+def test_what_no_gradient_reaches_is_refused_all_the_same():
+    p = torch.nn.Parameter(torch.ones(2))
+    group = SimpleNamespace(params={"weight": p})
+    tuned = SimpleNamespace(param_groups=lambda: [group], settings=SimpleNamespace(name="toy"))
+    with pytest.raises(Refused):
+        checks.check_gradient(tuned, may_be_zero=True)
+    p.grad = torch.zeros(2)
+    assert not checks.check_gradient(tuned, may_be_zero=True)
+    with pytest.raises(Refused):
+        checks.check_gradient(tuned, may_be_zero=False)
+    p.grad = torch.ones(2)
+    assert checks.check_gradient(tuned, may_be_zero=False)

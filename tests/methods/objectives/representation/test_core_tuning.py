@@ -98,3 +98,28 @@ def test_dr_tune_and_core_tuning_run(tmp_path):
     assert math.isfinite(
         tune_two_steps(tmp_path, "d", objective="dr_tune", roles={"paired": "paired"}, **encoder).losses[-1]
     )
+
+
+def test_a_mixture_of_two_rows_of_one_class_is_no_negative(monkeypatch):
+    """The semi-hard mixture of a row with one of its own class counts as a positive."""
+    from luthier.methods.objectives.representation import core_tuning
+
+    rows = [
+        {**r, "id": f"c{i}", "completions": [[5 + i % 2]]} for i, r in enumerate(make_rows(16, k=1, seed=3))
+    ]
+    seen = []
+
+    def contrast_of(scores, positive, focal):
+        seen.append(positive)
+        return contrast(scores, positive, focal)
+
+    monkeypatch.setattr(core_tuning, "contrast", contrast_of)
+    roles, batch = cast(), batch_of(rows)
+    build("objective", "core_tuning").loss(roles, batch)
+    order = torch.tensor([place for _, place in core_tuning.draws(batch, roles.clock, 1.0)]).argsort()
+    other = torch.empty_like(order)
+    other[order] = order.roll(1)
+    kinds = torch.tensor([i % 2 for i in range(16)])
+    (positive,) = seen
+    assert positive[:, -2].all() and torch.equal(positive[:, -1], kinds == kinds[other])
+    assert 0 < int(positive[:, -1].sum()) < 16

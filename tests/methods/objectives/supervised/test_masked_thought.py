@@ -9,9 +9,11 @@ import math
 import pytest
 import torch
 
+from helpers.models import make_tokenizer
 from helpers.objectives import batch_of, cast, fit, loss_of, make_rows, small_llama
 from luthier.model.policy import Roles
 from luthier.registry import build
+from luthier.text.encode import Renderer
 
 
 def at_step(step: int, total: int, **others) -> Roles:
@@ -95,3 +97,21 @@ def test_masks_are_the_difference(roles, right, wrong, differs):
         "",
     )
     assert roles.text([t for t, m in zip(ids, line, strict=True) if m]) == lined
+
+
+def renderer_of(**changes):
+    made = make_tokenizer()
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return Renderer(made)
+
+
+def test_the_mask_never_ends_a_turn():
+    own = renderer_of()
+    assert own.mask_id == own.tokenizer.convert_tokens_to_ids("<|mask|>")
+    without = renderer_of(mask_token=None)
+    assert without.mask_id == without.tokenizer.pad_token_id
+    # most chat models pad with the token that ends a turn: a special token that no template writes is left
+    ended = renderer_of(mask_token=None, pad_token="<|end|>")
+    assert ended.mask_id is not None and ended.mask_id not in ended.stop_ids
+    assert ended.tokenizer.convert_ids_to_tokens(ended.mask_id) not in ended.tokenizer.chat_template

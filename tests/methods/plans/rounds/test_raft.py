@@ -85,3 +85,60 @@ def test_a_price_on_leaving_the_base_model_wants_a_reference(recipe):
         "kl_penalty",
         "best",
     ]
+
+
+def measured(folder: str, before: float, after: float):
+    made = report(folder, generated_reward=after)
+    made.before = {"generated_reward": before}
+    return made
+
+
+def test_the_untuned_model_is_the_first_champion(recipe):
+    """Where the first round is worse than the model as it was, a run without training holds that model."""
+    asked, end = played(
+        raft(), recipe.but(evaluate=["loss"]), [measured("r0", 0.6, 0.5), measured("start", 0.6, 0.6)]
+    )
+    assert end.folder == "start" and len(asked) == 2
+    assert asked[1].objective is None and asked[1].init_from is None and not asked[1].stages
+    asked, end = played(raft(), recipe, [measured("r0", 0.4, 0.5), measured("r1", 0.5, 0.5)])
+    assert end.folder == "r0"
+
+
+def test_raft_returns_a_model_that_is_not_worse(base, tmp_path):
+    """A rate that ruins the model: what stands at the end is the model from before."""
+    prompts = [{"prompt": r["prompt"], "answer": r["answer"]} for r in SUMS[:16]]
+    change = {"data": prompts, "tuner": "full", "max_steps": 2, "learning_rate": 1.0, "eval_data": 0.25}
+    reward = {"name": "length", "of": "characters"}
+    plan = raft(rounds=2, n=2, max_new_tokens=3, reward={**reward, "scale": -1.0})
+    done = luthier.tune(base | change | {"plan": plan}, folder=tmp_path)
+    first = luthier.Report.read(done.runs[0])
+    assert done.after["generated_reward"] >= first.before["generated_reward"]
+
+
+def test_the_price_is_for_leaving_the_untuned_model_whatever_the_tuner(recipe):
+    for tuner, reference in (("lora", None), ("full", {"name": "model", "model": recipe.model})):
+        asked, _ = played(raft(kl_coef=0.1, rounds=2), recipe.but(tuner=tuner), [report("a"), report("b")])
+        assert [r.roles.get("reference") for r in asked] == [reference, reference]
+    own = recipe.but(tuner="full", roles={"reference": "initial"})
+    asked, _ = played(raft(kl_coef=0.1, rounds=1), own, [report("a")])
+    assert asked[0].roles["reference"] == "initial"
+
+
+def test_in_the_second_round_of_full_tuning_the_price_is_not_zero(base, tmp_path, monkeypatch):
+    """The reference of a round is the untuned model, not what the round starts from."""
+    from luthier.methods.stages.rollout import kl_penalty
+
+    gaps, real = [], kl_penalty.completion_logprobs
+
+    def seen(who, roles, rows, size):
+        out = list(real(who, roles, rows, size))
+        gaps.append(sum(sum(map(sum, row)) for row in out))
+        return out
+
+    monkeypatch.setattr(kl_penalty, "completion_logprobs", seen)
+    prompts = [{"prompt": r["prompt"], "answer": r["answer"]} for r in SUMS[:16]]
+    change = {"data": prompts, "tuner": "full", "max_steps": 2, "learning_rate": 3e-3}
+    plan = raft(rounds=2, n=2, max_new_tokens=3, kl_coef=0.1)
+    luthier.tune(base | change | {"plan": plan, "evaluate": [], "eval_data": 0}, folder=tmp_path)
+    policy, reference = gaps[2:4]
+    assert gaps[0] == pytest.approx(gaps[1], abs=1e-3) and abs(policy - reference) > 0.1

@@ -74,3 +74,13 @@ def test_spt_puts_the_budget_where_the_task_is():
     attached.initialize(ROWS, roles_of(attached))
     there = sum(v for n, v in attached.settings.plan.items() if ".layers.2." in n)
     assert there > 0.8 * 400
+
+
+def test_a_plan_with_low_rank_parts_is_exported_as_lora(tmp_path):
+    attached = put("spt", budget=600, alpha=10.0, r=2)
+    attached.initialize(ROWS, roles_of(attached))
+    assert any(v < 0 for v in attached.settings.plan.values())
+    train(attached)
+    attached.export_lora(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.allclose(say(again), say(attached.model), atol=1e-4)

@@ -52,26 +52,35 @@ class ParetoDA(Terms):
 
 
 def weights(C: np.ndarray, c: np.ndarray, guided: bool) -> np.ndarray:
-    """C [k, k] inner products of gradients, c [k] theirs with the guide's -> [k] on the simplex."""
+    """C [k, k] inner products of gradients, c [k] theirs with the guide's -> [k] on the simplex.
+
+    The program is solved for directions of length one, the shortest gradient's share counted as one, so that
+    its tolerance is the same for a small task as for a large one.
+    """
     from scipy.optimize import linprog
 
-    k, scale = len(C), float(np.abs(C).max())
-    if k == 1 or not scale:
+    k, lengths = len(C), np.sqrt(np.diag(C).clip(min=0))
+    if k == 1 or not lengths.any():
         return np.full(k, 1 / k)
+    shortest = lengths[lengths > 0].min()
+    lengths = np.where(lengths > 0, lengths, shortest)
     least = np.zeros(k)
     if guided and (c > 0).any():
         least = np.where(c > 0, -np.inf, c)
         least[int(c.argmax())] = 0.0
     bound = np.isfinite(least)
-    gain = c if guided else C.sum(0)
-    length = float(np.abs(gain).max()) or 1.0
+    gain = (c if guided else C.sum(0)) / lengths
+    cosines = C / np.outer(lengths, lengths)
     solution = linprog(
-        -gain / length,
-        A_ub=-C[bound] / scale,
-        b_ub=-least[bound] / scale,
-        A_eq=np.ones((1, k)),
+        -gain / (float(np.abs(gain).max()) or 1.0),
+        A_ub=-cosines[bound],
+        b_ub=-least[bound] / (lengths[bound] * shortest),
+        A_eq=(shortest / lengths)[None],
         b_eq=[1.0],
-        bounds=(0, 1),
+        bounds=(0, None),
     )
     # the shortest mix meets every bound: but for rounding one is found
-    return solution.x if solution.status == 0 else np.full(k, 1 / k)
+    if solution.status != 0:
+        return np.full(k, 1 / k)
+    shares = solution.x * shortest / lengths
+    return shares / shares.sum()

@@ -4,7 +4,8 @@ features for the classifier.
 Use it beside the main loss, for classes that are answered in words or by a head: `sft + core_tuning`. A row's
 feature is the hidden state that predicts the first token of its answer. For each row a hard positive is mixed
 from the least similar row of its class and the most similar one of another, and a semi-hard negative from the
-row itself and any other row; pairs with a low probability get more weight (focal), and the model's own output
+row itself and any other row (one of its own class makes it a positive, as mixed labels do in the authors'
+code); pairs with a low probability get more weight (focal), and the model's own output
 layer is trained on the mixed features with mixed labels. With `eta` and `boundary` 0 this is plain
 fine-tuning. Departs: features are compared directly, where the paper adds two projection layers; mixing
 concerns the first token of an answer.
@@ -88,13 +89,12 @@ class CoreTuning(Objective):
         any_other[turn] = turn.roll(1)  # the next in a random round, wherever in the batch a row stands
         hard, semi = lam * h[like] + (1 - lam) * h[unlike], (1 - mu) * h + mu * h[any_other]
 
-        beside, good = (
-            ([F.normalize(hard, dim=1), F.normalize(semi, dim=1)], [True, False]) if self.mixing else ([], [])
-        )
-        scores = torch.cat(
-            [(z @ z.T).masked_fill(own, -torch.inf), *[(z * x).sum(1, keepdim=True) for x in beside]], 1
-        )
-        positive = torch.cat([same, *[torch.full_like(same[:, :1], g) for g in good]], 1)
+        scores, positive = [(z @ z.T).masked_fill(own, -torch.inf)], [same]
+        if self.mixing:
+            scores += [(z * F.normalize(x, dim=1)).sum(1, keepdim=True) for x in (hard, semi)]
+            # a mixture of two rows of one class is of that class, and no negative
+            positive += [torch.ones_like(paired)[:, None], (kinds == kinds[any_other])[:, None]]
+        scores, positive = torch.cat(scores, 1), torch.cat(positive, 1)
         value = self.eta * contrast(scores / self.temperature, positive, self.focal)
         if self.mixing and self.boundary:
             mixed = [(hard, lam, like, unlike), (semi, mu, any_other, torch.arange(len(h), device=h.device))]

@@ -2,7 +2,9 @@
 
 Each supervised token is masked in the input with some probability but still predicted; the prompt is never
 masked. The choice depends on the seed, the step and the row, so every epoch masks other tokens. The mask is
-the tokenizer's mask token, else its padding token; the paper adds one to the vocabulary.
+the tokenizer's mask token, else its padding token where that does not end a turn, else a special token that
+the chat template never writes; where there is none, random tokens stand for it. The paper adds one to the
+vocabulary.
 """
 
 from typing import Annotated, Literal
@@ -39,8 +41,12 @@ class MaskedThought(Tokens):
 
     def hidden(self, roles, batch):
         """[L] the tokens as they are read."""
-        tokenizer, ids = roles.renderer.tokenizer, batch.ids.clone()
-        mask = tokenizer.pad_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        tokenizer, mask, ids = roles.renderer.tokenizer, roles.renderer.mask_id, batch.ids.clone()
+        if mask is None and self.replace == "mask" and roles.clock.step == roles.clock.first:
+            roles.warn(
+                "objective 'masked_thought': the tokenizer has no mask token and no special token to spare;"
+                " random tokens are used instead"
+            )
         sizes = (
             torch.zeros(len(batch.rows)).index_add(0, batch.group.cpu(), batch.lengths.cpu()).long().tolist()
         )

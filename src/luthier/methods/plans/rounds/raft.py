@@ -3,7 +3,7 @@ is in memory at a time.
 
 Departs: the best completion of each prompt is kept (the paper's other ranking, over all prompts together, is
 left out). A round is evaluated by the reward of greedy answers to held-out prompts, since the reward of the
-kept answers is near its maximum by selection alone.
+kept answers is near its maximum by selection alone; the model before the first round is measured alike.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.methods.plans._base import Plan, better
-from luthier.registry import Range, nested, plan, spec
+from luthier.methods.plans._base import Plan, better, holds
+from luthier.methods.tuners._base import DISABLE_ADAPTER
+from luthier.registry import Range, build, nested, plan, provides_of, spec
 
 METRIC = "generated_reward"
 
@@ -28,8 +29,9 @@ class RAFT(Plan):
     """`rounds` times rollout, score, best, and then the recipe's objective (sft), each continuing from the
     last.
 
-    Stops when the reward no longer rises, and returns the best round. Without held-out rows to measure it,
-    all rounds are run and the last one is returned.
+    Stops when the reward no longer rises, and returns the best round, or the model as it was where the
+    first round makes it worse. Without held-out rows to measure it, all rounds are run and the last one is
+    returned.
     """
 
     rounds: Annotated[int, Field(ge=1), Range(2, 10)] = 5  # maximum number of rounds
@@ -58,6 +60,7 @@ class RAFT(Plan):
             "max_new_tokens": self.max_new_tokens,
         }
         evaluate = [e for e in recipe.evaluate or () if _name(e) != "generate"]
+        roles = self.roles(recipe)
         champion = None
         for draw in range(self.rounds):
             stages = [*recipe.stages, {**sampling, "draw": draw}, score, *penalty, best]
@@ -66,12 +69,29 @@ class RAFT(Plan):
                 stages=stages,
                 objective=recipe.objective or "sft",
                 init_from=start,
+                roles=roles,
                 evaluate=[*evaluate, measure],
             )
+            if champion is None and not holds(report, METRIC):
+                # the untuned model stands: a run without training holds it, and its metrics
+                return (
+                    yield recipe.but(
+                        objective=None, stages=[], online_stages=[], evaluate=[*evaluate, measure]
+                    )
+                )
             if not better(report, champion, METRIC):
                 break
             champion = report
         return champion
+
+    def roles(self, recipe: Any) -> dict[str, Any]:
+        """The recipe's roles. The penalty is for leaving the untuned model: where the tuner cannot be
+        disabled, the reference by default would be what each round starts from, and it is loaded instead.
+        """
+        tuner = build("tuner", recipe.tuner)
+        if not self.kl_coef or "reference" in recipe.roles or DISABLE_ADAPTER in provides_of(tuner):
+            return recipe.roles
+        return {**recipe.roles, "reference": {"name": "model", "model": recipe.model}}
 
 
 def _name(method: Any) -> Any:

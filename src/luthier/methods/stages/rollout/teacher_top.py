@@ -2,7 +2,9 @@
 memory (FIRST).
 
 With temperature: auto the probabilities are calibrated first, p^(1/T) renormalised, with the T of a grid that
-has the lowest expected calibration error on these rows. Log-probabilities are stored in 16 bits.
+has the lowest expected calibration error on these rows. All other tokens count as one outcome in it, so that
+what is stored stays a part of the whole distribution (the paper renormalises over the k tokens).
+Log-probabilities are stored in 16 bits.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class TeacherTop(Stage):
             f"the teacher's top {self.k} tokens have {float(logprobs.exp().sum(1).mean()):.1%}"
             f" of its probability; T = {t:g}",
         )
-        tempered = (logprobs / t).log_softmax(-1).half().tolist() if t != 1 else logprobs.half().tolist()
+        tempered = at_temperature(logprobs, t).half().tolist()
         ids, sizes, out, place = ids.tolist(), iter(lengths), [], 0
         for row in rows:
             columns = {"teacher_ids": [], "teacher_logprobs": []}
@@ -86,13 +88,21 @@ class TeacherTop(Stage):
         return out
 
 
+def at_temperature(logprobs: Tensor, t: float) -> Tensor:
+    """[T, k] log-probabilities -> [T, k] at this temperature, all other tokens taken as one outcome."""
+    if t == 1:
+        return logprobs
+    rest = (1 - logprobs.exp().sum(1, keepdim=True)).clamp(min=0).log()
+    return (torch.cat([logprobs, rest], 1) / t).log_softmax(-1)[:, :-1]
+
+
 def calibrated(logprobs: Tensor, right: Tensor) -> float:
     """[T, k] log-probabilities, [T] whether the likeliest is right -> the temperature of least calibration
     error.
     """
 
     def error(t: float) -> float:
-        sure = (logprobs / t).softmax(-1)[:, 0].double()
+        sure = at_temperature(logprobs, t)[:, 0].exp().double()
         table = build("evaluator", "calibration").table(sure, right.double())
         return sum(n * abs(s - r) for n, s, r in table)
 

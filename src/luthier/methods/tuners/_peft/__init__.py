@@ -47,4 +47,4 @@ __all__ = [
 
 def attach(settings: Delta, model: Network) -> PeftTunedModel:
     """A Delta put on a model, in place."""
-    return PeftTunedModel(settings, model, config_for(settings))
+    return PeftTunedModel(settings, model, config_for(settings, model))

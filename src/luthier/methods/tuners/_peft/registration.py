@@ -8,7 +8,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import field, fields, make_dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -16,7 +16,11 @@ from peft.utils.peft_types import PeftType
 from luthier.compat.peft import add_type
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners._peft.layer import DeltaLayer, DeltaModel
+from luthier.methods.tuners._peft.targets import in_layers
 from luthier.registry import classes, find
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
 
 CLASSES: dict[type, tuple[type, type]] = {}  # Delta -> its PEFT config and model class
 
@@ -74,9 +78,9 @@ def accept_former_settings(config: type, former: Mapping[str, str]) -> None:
     config.__init__ = renamed
 
 
-def config_for(settings: Any) -> PeftConfig:
-    """The PEFT config of a Delta's settings."""
-    return config_of(type(settings))(**plain_settings(settings))
+def config_for(settings: Any, model: Network) -> PeftConfig:
+    """The PEFT config of a Delta's settings, for this network."""
+    return config_of(type(settings))(**plain_settings(in_layers(settings, model)))
 
 
 def register_one(name: str) -> None:

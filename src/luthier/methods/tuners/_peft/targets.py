@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.errors import RecipeError
+from luthier.model.anatomy import layer_of
+from luthier.model.linear import linear_modules
 from luthier.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -80,3 +84,38 @@ def tied_modules(model: Network) -> list[list[str]]:
             if p is not None:
                 groups.setdefault(id(p), []).append(name)
     return [g for g in groups.values() if len(g) > 1]
+
+
+def in_layers(settings: Any, model: Network) -> Any:
+    """Settings in which `layers_to_transform` is carried out where PEFT itself cannot, beside all-linear or a
+    regular expression: their modules in these layers, by their whole names. Raises RecipeError where there
+    are none.
+    """
+    layers, target = as_list(settings.layers_to_transform), settings.target_modules
+    if not layers or not isinstance(target, str):
+        return settings
+    if target == "all-linear":
+        head = model.get_output_embeddings()
+        names = [name for name, module in linear_modules(model).items() if module is not head]
+    else:
+        names = [name for name, _ in model.named_modules() if re.fullmatch(target, name)]
+    depths = {name: _depth(name, settings.layers_pattern) for name in names}
+    for layer in layers:
+        if layer not in depths.values():
+            raise RecipeError(
+                f"tuner '{settings.name}': layers_to_transform {layer} matches none of the {len(names)}"
+                " modules that target_modules chooses"
+            )
+    inside = [name for name in names if depths[name] in layers]
+    return replace(settings, target_modules=inside, layers_to_transform=None, layers_pattern=None)
+
+
+def _depth(name: str, patterns: Any) -> int | None:
+    """The number of the layer that a module stands in. patterns: names of the list of layers, or none."""
+    if not patterns:
+        place = layer_of(f"{name}.")
+        return None if place is None else place[1]
+    for pattern in as_list(patterns):
+        if match := re.match(rf".*\.{pattern}\.(\d+)\.", f".{name}."):
+            return int(match[1])
+    return None

@@ -51,7 +51,7 @@ class PELA(Delta):
                         p = layer.tensors(layer.active_adapters[0])
                         yield p.B @ p.A - oriented(layer.get_base_layer()).detach().float()
 
-        return Factored(self, model, config_for(self))
+        return Factored(self, model, config_for(self, model))
 
     def rank(self, wide: int, high: int) -> int:
         """Of a matrix [high, wide]."""

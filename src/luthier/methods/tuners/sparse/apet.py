@@ -39,7 +39,7 @@ class APET(Sparse):
     counts: Annotated[dict[str, int] | None, INTERNAL] = None
 
     def attach(self, model):
-        from luthier.methods.tuners.sparse._targets import chosen_modules
+        from luthier.methods.tuners._peft.chosen import chosen_modules
 
         if self.counts is not None:
             return super().attach(model)
@@ -51,9 +51,8 @@ class APET(Sparse):
                 f"tuner 'apet': n: {n} parameters, but the chosen modules have {total}; lower n"
             )
         fitted = replace(self, n=n, counts=spread_over(sizes, n, Clock(self.selection_seed).rng("apet")))
-        return Delta.attach(
-            replace(fitted, target_modules=[k for k, v in (fitted.counts or {}).items() if v]), model
-        )
+        names = [name for name, count in (fitted.counts or {}).items() if count]
+        return Delta.attach(replace(fitted, target_modules=names, layers_to_transform=None), model)
 
     def at(self, name):
         return replace(

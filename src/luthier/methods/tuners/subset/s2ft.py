@@ -65,7 +65,7 @@ class S2FT(Delta):
             raise RecipeError("one of d_ratio, u_ratio, g_ratio, o_ratio, v_ratio must be above 0")
 
     def attach(self, model):
-        from luthier.model.linear import linear_modules
+        from luthier.methods.tuners._peft.chosen import chosen_modules
 
         text = model.config.get_text_config()
         heads = getattr(text, "num_attention_heads", None)
@@ -77,7 +77,7 @@ class S2FT(Delta):
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         )
         if self.target_modules == "all-linear":
-            there = [n for n in linear_modules(model) if fitted.ratio(n)]
+            there = [n for n in chosen_modules(self, model) if fitted.ratio(n)]
             missing = [
                 r
                 for part, r in {**READS, **WRITES}.items()
@@ -88,7 +88,7 @@ class S2FT(Delta):
                     f"tuner 's2ft': {type(model).__name__} has no separate linear module for"
                     f" {missing[0]}; set its ratio to 0, and another above 0"
                 )
-            fitted = replace(fitted, target_modules=there)
+            fitted = replace(fitted, target_modules=there, layers_to_transform=None)
         return super(S2FT, fitted).attach(model)
 
     def ratio(self, name: str) -> float:

@@ -16,7 +16,7 @@ class CompacterModel(PeftTunedModel):
     """
 
     def __init__(self, settings: Any, model: Network, slot: str):
-        super().__init__(settings, model, config_for(settings))
+        super().__init__(settings, model, config_for(settings, model))
         params = [
             cast(Any, m.adapter_params[ADAPTER]) for m in self.layers.values() if isinstance(m, DeltaLayer)
         ]

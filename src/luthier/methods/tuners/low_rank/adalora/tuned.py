@@ -19,7 +19,7 @@ class AdaLoRAModel(PeftTunedModel):
     """
 
     def __init__(self, settings: Any, model: Network):
-        super().__init__(settings, model, config_for(settings))
+        super().__init__(settings, model, config_for(settings, model))
         self.ranked = {name: layer for name, layer in self.layers.items() if isinstance(layer, DeltaLayer)}
         self.smoothed: dict[str, Tensor] = {}
         for name, layer in self.ranked.items():

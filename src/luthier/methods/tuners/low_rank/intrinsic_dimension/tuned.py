@@ -22,7 +22,7 @@ class IntrinsicDimensionModel(PeftTunedModel):
     """
 
     def __init__(self, settings: Any, model: Network):
-        super().__init__(settings, model, config_for(settings))
+        super().__init__(settings, model, config_for(settings, model))
         layers = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}
         numbers = sum(oriented(m.get_base_layer()).numel() for m in layers.values())
         self.settings = filled = replace(settings, modules=len(layers), numbers=numbers)

@@ -24,6 +24,7 @@ from luthier.errors import RecipeError
 from luthier.kernels.lora import batched_linear, linear, update
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, INITIAL, PeftTunedModel, plain_settings, sideways
+from luthier.methods.tuners._peft.targets import in_layers
 from luthier.methods.tuners.low_rank.lora.starts import DRIVEN
 from luthier.model.linear import is_transposed
 from luthier.model.quantized_linear import Quantized, opened
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def attach(settings: Any, model: Network) -> PeftTunedModel:
-    options = plain_settings(settings)
+    options = plain_settings(in_layers(settings, model))
     start = options["init_lora_weights"]
     own = isinstance(start, str) and start != "gaussian"  # made below, in fp32, and without touching the base
     for key in ("eva_config", "corda_config", "lora_ga_config", "init_rows", "init_data"):

@@ -21,7 +21,7 @@ class SelfTuningModel(PeftTunedModel):
     """A Delta on a model, and the hyperparameters on which its layers depend."""
 
     def __init__(self, settings: Any, network: Any):
-        super().__init__(settings, network, config_for(settings))
+        super().__init__(settings, network, config_for(settings, network))
         where = next(iter(self.answers())).dial.device
         # moved by the estimator alone
         self.hyper = nn.Parameter(torch.zeros(len(HYPER), device=where), requires_grad=False)

@@ -25,7 +25,7 @@ class DSEEModel(PeftTunedModel):
         self.anatomy = Anatomy(model) if settings.structured else None
         if self.anatomy is not None:
             settings = replace(settings, groups=self.anatomy.groups)
-        super().__init__(settings, model, config_for(settings))
+        super().__init__(settings, model, config_for(settings, model))
         self.pruned = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}
         scaled = [
             part for part, share in (("o", settings.head_sparsity), ("down", settings.ffn_sparsity)) if share

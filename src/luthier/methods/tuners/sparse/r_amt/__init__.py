@@ -50,21 +50,21 @@ class RAMT(Delta):
             )
 
     def attach(self, model):
+        from luthier.methods.tuners._peft.chosen import chosen_modules
         from luthier.methods.tuners.sparse.r_amt.tuned import MaskTunedModel
-        from luthier.model.linear import linear_modules
 
         kinds = {"attention": {"attention"}, "mlp": {"feed-forward"}, "all": {"attention", "feed-forward"}}[
             self.where
         ]
         fitted = self
         if self.target_modules == "all-linear":
-            there = [n for n in linear_modules(model) if part_of(n) and kind_of(n) in kinds]
+            there = [n for n in chosen_modules(self, model) if part_of(n) and kind_of(n) in kinds]
             if not there:
                 raise RecipeError(
                     f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__};"
                     " name them in target_modules"
                 )
-            fitted = replace(self, target_modules=there)
+            fitted = replace(self, target_modules=there, layers_to_transform=None)
         return MaskTunedModel(fitted, model)
 
     def init(self, W):

@@ -17,7 +17,7 @@ class MaskTunedModel(PeftTunedModel):
     """Masks are stored as bits in adapter files."""
 
     def __init__(self, settings: Any, model: Network):
-        super().__init__(settings, model, config_for(settings))
+        super().__init__(settings, model, config_for(settings, model))
 
     def memory(self):
         return {k: p for k, p in self.parameters().items() if k.endswith(".M")}

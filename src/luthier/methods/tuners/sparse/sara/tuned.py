@@ -20,7 +20,7 @@ class SaRAModel(PeftTunedModel):
     """
 
     def __init__(self, settings: Any, model: Network):
-        super().__init__(settings, model, config_for(settings))
+        super().__init__(settings, model, config_for(settings, model))
         self.sparse = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}
         self.live: dict[str, Tensor] = {}  # module -> [k] which of its entries have not come to rest
         for name in self.sparse:

@@ -30,7 +30,7 @@ class SpIELModel(PeftTunedModel):
                 f"tuner '{settings.name}': growth `ag` supports a single process only; with"
                 " several use `selection_algorithm: ma`"
             )
-        super().__init__(settings, model, config_for(settings))
+        super().__init__(settings, model, config_for(settings, model))
         self.sparse = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}
         self.gathered: dict[str, dict[str, Tensor]] = {}
         for name, layer in self.sparse.items():

@@ -50,7 +50,7 @@ class SPT(Sparse):
     plan: Annotated[dict[str, int] | None, INTERNAL] = None
 
     def attach(self, model):
-        from luthier.methods.tuners.sparse._targets import chosen_modules
+        from luthier.methods.tuners._peft.chosen import chosen_modules
         from luthier.methods.tuners.sparse.spt.tuned import SPTModel
 
         fitted = self
@@ -63,7 +63,9 @@ class SPT(Sparse):
                     " weights of the chosen modules; lower it"
                 )
             even = {n: max(1, round(budget * s / sum(sizes.values()))) for n, s in sizes.items()}
-            fitted = replace(self, budget=budget, plan=even, target_modules=list(sizes))
+            fitted = replace(
+                self, budget=budget, plan=even, target_modules=list(sizes), layers_to_transform=None
+            )
         return SPTModel(fitted, model)
 
     def at(self, name):
@@ -122,6 +124,7 @@ class LowRank(Delta):
     """W + B A, B zero at the start."""
 
     name: ClassVar[str] = "spt"
+    provides: ClassVar[frozenset[str]] = frozenset({DISABLE_ADAPTER, MERGE})
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     r: int  # rank
 

@@ -20,7 +20,7 @@ class SPTModel(PeftTunedModel):
     """Layers get their tensors from a plan, which is computed from rows."""
 
     def __init__(self, settings: Any, model: Network):
-        super().__init__(settings, model, config_for(settings))
+        super().__init__(settings, model, config_for(settings, model))
 
     def initialize(self, rows, roles):
         modules = {n: m.get_base_layer() for n, m in self.layers.items()}
