@@ -496,6 +496,42 @@ def export(
     typer.echo(export(folder, kind, output_dir))
 
 
+@app.command("import")
+def import_configuration(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A configuration of LLaMA-Factory, axolotl, ms-swift or TRL: YAML, JSON or .sh."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Recipe to write (default: print it to standard output).")
+    ] = None,
+    tool: Annotated[
+        str | None,
+        typer.Option(help="llama_factory, axolotl, ms_swift or trl, where the file does not tell."),
+    ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Devices it was written for; the effective batch size counts all of them."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse keys that are not known.")] = False,
+) -> None:
+    """Turn another tool's configuration into a recipe, and say what became of every key."""
+    from luthier.tools.foreign.convert import import_file, sentence
+
+    imported = import_file(file, tool, devices)
+    for note in imported.notes:
+        typer.echo(sentence(note), err=True)
+    unknown = imported.of("unknown")
+    if unknown and strict:
+        raise RecipeError(f"{file}: unknown keys: {', '.join(note.key for note in unknown)}")
+    if output is None:
+        typer.echo(imported.yaml(), nl=False)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(imported.yaml(), encoding="utf-8")
+    typer.echo(f"Recipe: {output}")
+
+
 @app.command()
 def studio(
     folder: Annotated[Path, typer.Argument(help="Folder for runs, uploads and exports.")] = Path("."),

@@ -1,0 +1,111 @@
+"""The files that other tools are started with: YAML, JSON, and shell scripts with a command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier.errors import RecipeError
+
+# the word of a command line -> tool
+COMMANDS = {
+    "swift": "ms_swift",
+    "megatron": "ms_swift",
+    "llamafactory-cli": "llama_factory",
+    "axolotl": "axolotl",
+}
+# TRL's own scripts
+SCRIPTS = ("sft.py", "dpo.py", "kto.py", "orpo.py", "grpo.py", "reward_modeling.py", "cpo.py", "rloo.py")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file says, before it is known what its keys mean."""
+
+    values: dict[str, Any]
+    tool: str | None = None  # where the command tells
+    command: str = ""  # what is run: sft, rlhf, dpo.py, ...
+    devices: int = 1
+
+
+def read_configuration(path: Path) -> Written:
+    """The keys and values of a file. Raises RecipeError where it cannot be read, or holds none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as why:
+        raise RecipeError(f"{path} cannot be read: {why}") from None
+    if path.suffix == ".sh":
+        return read_shell(text, path)
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as why:
+        reason = " ".join(str(why).split())
+        raise RecipeError(f"{path} is neither valid YAML nor JSON: {reason}") from None
+    if not isinstance(values, dict) or not values:
+        raise RecipeError(f"{path} holds no `key: value` of a configuration")
+    return Written({str(key): value for key, value in values.items()})
+
+
+def read_shell(text: str, path: Path) -> Written:
+    """The command line of a script that starts one of the tools."""
+    text = re.sub(r"\\\s*\n", " ", text)
+    for line in text.splitlines():
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            continue
+        for i, word in enumerate(words):
+            name = Path(word).name
+            following = words[i + 1 : i + 2]
+            if name in COMMANDS and following and not following[0].startswith("-"):
+                return command_line(words[i + 2 :], COMMANDS[name], following[0], text, path)
+            if name == "trl" and following:
+                return command_line(words[i + 2 :], "trl", following[0], text, path)
+            if name in SCRIPTS:
+                return command_line(words[i + 1 :], "trl", name.removesuffix(".py"), text, path)
+    raise RecipeError(f"{path} starts none of LLaMA-Factory, axolotl, ms-swift and TRL")
+
+
+def command_line(words: list[str], tool: str, command: str, text: str, path: Path) -> Written:
+    """The options of a command as keys: `--key value`, `--key=value`, `--key` alone is true, several values
+    are a list. A YAML file that it names is read first.
+    """
+    values: dict[str, Any] = {}
+    files = [word for word in words[:1] if word.endswith((".yaml", ".yml", ".json"))]
+    for file in files:
+        if (path.parent / file).is_file():
+            values.update(read_configuration(path.parent / file).values)
+    key = ""
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            values[key] = yaml.safe_load(value) if equals else True
+        elif key:
+            value = word if word.startswith(("{", "[")) else plain_value(word)
+            earlier = values[key]
+            if earlier is True:
+                values[key] = value
+            else:
+                values[key] = [*(earlier if isinstance(earlier, list) else [earlier]), value]
+    return Written(values, tool, command, devices_of(text))
+
+
+def plain_value(word: str) -> Any:
+    """A word of a command line as YAML would read it; text where it is none."""
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
+
+
+def devices_of(text: str) -> int:
+    """The processes that a script starts."""
+    counts = re.findall(r"(?:NPROC_PER_NODE=|--num_processes[ =]|--nproc_per_node[ =])(\d+)", text)
+    return int(counts[-1]) if counts else 1
