@@ -481,7 +481,7 @@ def test_a_run_is_cloned_with_changes_and_a_dead_one_says_so(served, page):
 
 @needs_browser
 def test_curves_of_several_runs_in_one_chart(served, page):
-    """Chosen in the list, kept by a reload; a line for each loss and each held-out loss, a legend, the same
+    """Chosen in the list, kept by a reload; a line for each loss and each evaluated loss, a legend, the same
     numbers in a table.
     """
     turn(page, "runs")
@@ -501,7 +501,7 @@ def test_curves_of_several_runs_in_one_chart(served, page):
         " getComputedStyle(x.querySelector('.u-marker')).borderBottomColor,"
         " getComputedStyle(x.querySelector('.u-marker')).borderBottomStyle])"
     )
-    assert [name for name, _, _ in legend] == ["first", "first, held-out", "second", "second, held-out"]
+    assert [name for name, _, _ in legend] == ["first", "first, evaluated", "second", "second, evaluated"]
     assert [style for _, _, style in legend] == ["solid", "dashed"] * 2
     assert legend[0][1] == legend[1][1] != legend[2][1] == legend[3][1]
     logged = [json.loads(x) for x in (served.home / "runs/second/metrics.jsonl").read_text().splitlines()]

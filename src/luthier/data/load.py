@@ -19,7 +19,7 @@ from luthier.data.lines import BadLine
 from luthier.data.quarantine import bad_row, check_bad_rows, write_quarantine
 from luthier.data.recognise import every_format, format_of_row, matching_formats, recognise_format
 from luthier.data.sources import Source, expand, held_out_source, is_row, read_source, resolve_source
-from luthier.data.split import split
+from luthier.data.split import former_split, split
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, Format, kind_of
 from luthier.recipe.in_memory import MAX_DEPTH, plain_value
@@ -27,7 +27,8 @@ from luthier.recipe.recipe import Recipe
 from luthier.registry import build, did_you_mean
 from luthier.storage.toy import current_row, former_row
 
-HELD_OUT_SHARE = 0.05  # of the rows, where the data bring none that are meant for it
+HELD_OUT_SHARE = 0.05  # of the rows, where the data bring none that are meant for it; of few rows a tenth
+FEW = 16  # rows up to which a tenth is held out
 # columns that are read of every row, whatever its format
 READ_COLUMNS = (
     ("prefix", str, "text"),
@@ -39,7 +40,7 @@ NESTED = "is nested too deeply"
 MAX_BITS = 1024  # of a whole number: what a float holds
 MAX_NAME = 1000  # characters of a column's name
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-MIN_HELD_OUT = 4  # fewer rows measure nothing, so none are held out
+ENOUGH = 10  # rows of which some are held out however small the share; of fewer, where it is a row or nearly
 
 
 @dataclass
@@ -69,9 +70,11 @@ class Data:
         return fingerprint_of(list(map(former_row, self.rows)), list(map(former_row, self.held_out)))
 
 
-def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
+def load_data(recipe: Recipe, quarantine: Path | None = None, fingerprint: str = "") -> Data:
     """The recipe's rows in canonical form, split, with the bad ones apart (and written to `quarantine`).
 
+    fingerprint: of the rows of a run that began earlier. Where version 0.1 split them into these, they stay
+    so.
     Raises RecipeError where there is no data, or an eval_data that makes no sense, and as `load_rows` does.
     """
     if recipe.data is None:
@@ -81,23 +84,34 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
     loaded = load_rows(recipe.data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
     rows, bad, notes = loaded.rows, loaded.bad, loaded.notes
     held_out: list[dict] = []
-    eval_data = recipe.eval_data
+    eval_data = former_share = recipe.eval_data
     if eval_data == "auto":
         own = own_held_out(recipe.data)
-        eval_data = own or HELD_OUT_SHARE
+        eval_data = own or default_share(len(rows))
+        former_share = HELD_OUT_SHARE
         if own:
             splits = ", ".join(str(source.split) for source in own)
             notes = [*notes, f"held-out rows: the data's own ({splits}); `eval_data: 0.05` holds out others"]
     if isinstance(eval_data, (int, float)) and not isinstance(eval_data, bool):
         if not 0 <= eval_data < 1:
             raise RecipeError(f"eval_data: {eval_data} must be a fraction from 0 to below 1, or a file")
-        if eval_data and len(rows) * eval_data >= MIN_HELD_OUT:
+        former = _former_data(loaded, former_share, fingerprint)
+        if former is not None:
+            return former
+        if eval_data and (len(rows) >= ENOUGH or len(rows) * eval_data >= 0.5):
             # whatever the seed: runs with other seeds are measured on the same rows
             rows, held_out = split(rows, eval_data)
     elif eval_data:
         other = load_rows(eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
         held_out, bad = other.rows, [*bad, *other.bad]
     return Data(rows, held_out, bad, fingerprint_of(rows, held_out), loaded.format, notes)
+
+
+def default_share(rows: int) -> float:
+    """The share of so many rows that is held out: of few a tenth, of fewer than ten less than a row."""
+    if rows < ENOUGH:
+        return HELD_OUT_SHARE
+    return max(HELD_OUT_SHARE, min(0.1, FEW / rows))
 
 
 def own_held_out(data: Any) -> list[Source]:
@@ -108,6 +122,17 @@ def own_held_out(data: Any) -> list[Source]:
         if source is not None:
             own.append(source)
     return own
+
+
+def _former_data(loaded: LoadedRows, fraction: float, fingerprint: str) -> Data | None:
+    """The rows as version 0.1 split them, if they then have this fingerprint."""
+    if not fingerprint:
+        return None
+    rows, held_out = former_split(loaded.rows, fraction)
+    data = Data(rows, held_out, loaded.bad, fingerprint_of(rows, held_out), loaded.format, list(loaded.notes))
+    if fingerprint in (data.fingerprint, data.former_fingerprint()):
+        return data
+    return None
 
 
 def fingerprint_of(rows: list[dict], held_out: list[dict]) -> str:

@@ -23,6 +23,7 @@ from luthier.report.numbers import (
     headline,
     metric_of,
     metric_rows,
+    row_counts,
     split_rows,
 )
 from luthier.report.text import MARKS, cut, plain, render_rows, visible
@@ -92,6 +93,8 @@ class Console(Callback):
         share = stats.get("supervised_share")
         supervised = f" ({100 * share:.0f}% supervised)" if share else ""
         tokens = f"{stats.get('row_tokens', 0):,} tokens{supervised}"
+        if counts := row_counts(stats):
+            self.say(counts)
         self.say(f"{len(rows):,} training rows, {tokens}; the first ones as the model sees them:")
         self._marked_rows(render_rows(roles, rows))
 

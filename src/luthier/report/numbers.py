@@ -13,6 +13,7 @@ from luthier.registry import former_metrics, metrics
 from luthier.registry import metric as metric_of
 
 HELD_OUT = "held-out rows"
+TRAINING_ROWS = "training rows"  # what metrics are measured on where no rows are held out
 
 
 def measured(values: Mapping[str, Any], name: str) -> Any:
@@ -195,6 +196,24 @@ def _rewards(report: Any) -> list[str]:
         if family == "goal":
             phrases += _phrase(report, name, goal)
     return phrases
+
+
+def row_counts(stats: Mapping[str, Any]) -> str:
+    """'60 rows read: 54 for training, 6 held out'; empty where they were not counted."""
+    counts = stats.get("row_counts")
+    if not counts:
+        return ""
+    sentence = (
+        f"{counts['read']:,} rows read: {counts['training']:,} for training, {counts['held_out']:,} held out"
+    )
+    if counts["unreadable"]:
+        sentence += f", {counts['unreadable']:,} that cannot be read"
+    if "data_rows" in stats and stats["data_rows"] != counts["training"]:
+        sentence += (
+            f"; {stats['data_rows']:,} rows are trained on, after unusable ones, stages and the cutting of"
+            " long texts"
+        )
+    return sentence
 
 
 def cost(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

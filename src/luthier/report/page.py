@@ -24,6 +24,7 @@ from luthier.report.numbers import (
     headline,
     metric_of,
     metric_rows,
+    row_counts,
     split_rows,
 )
 from luthier.report.text import run_title
@@ -49,6 +50,7 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
     tiles = list(cost(stats))
     if stats.get("device"):
         tiles.append(("device", f"{stats['device']}, {stats.get('dtype', '')}".rstrip(", ")))
+    measured_on = stats.get("measured_on", HELD_OUT)
     whole, parts = split_rows(metric_rows(report))
     text = recipe.yaml()
     if len(text) > RECIPE:
@@ -61,8 +63,8 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
         metrics=whole,
         parts=parts,
         held_out_rows=stats.get("held_out_rows"),
-        measured_on=stats.get("measured_on", HELD_OUT),
-        training=training(logged),
+        measured_on=measured_on,
+        training=training(logged, measured_on),
         generations=shown_generations(folder),
         rows=_rows(folder),
         data_note=_data_note(stats),
@@ -74,15 +76,17 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
     )
 
 
-def training(logged: Sequence[Mapping]) -> dict[str, Any] | None:
-    """Figures and a table of what was logged; None where no loss was."""
+def training(logged: Sequence[Mapping], measured_on: str = HELD_OUT) -> dict[str, Any] | None:
+    """Figures and a table of what was logged; None where no loss was. measured_on: the rows of evaluations
+    between steps.
+    """
     raw = series(logged, "loss")
     if not raw:
         return None
     loss = [
         Curve("each step", "raw", raw, width=1),
         Curve("smoothed", "wood", smoothed(raw)),
-        Curve("held-out", "held", series(logged, "eval_loss")),
+        Curve(measured_on, "held", series(logged, "eval_loss")),
     ]
     extra: list[Curve] = []
     small: list[Figure | None] = []
@@ -160,6 +164,8 @@ def _rows(folder: Path) -> list[str]:
 
 def _data_note(stats: Mapping[str, Any]) -> str:
     phrases = []
+    if counts := row_counts(stats):
+        phrases.append(counts)
     if stats.get("data_rows"):
         phrases.append(f"{stats['data_rows']:,} training rows, {stats.get('row_tokens', 0):,} tokens")
     if stats.get("supervised_share"):

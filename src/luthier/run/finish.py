@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from luthier.registry import spec
+from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
 from luthier.run import resume
 from luthier.run.caches import close_caches
 from luthier.run.folder import update_state
 from luthier.run.prepare import Prepared
 from luthier.run.report import Report
+from luthier.run.rows import row_counts
 from luthier.run.training import Trained
 from luthier.storage import checkpoints, files
 from luthier.storage.layout import PAUSED, read_log
@@ -92,9 +94,10 @@ def _stats(prepared: Prepared) -> dict[str, Any]:
         **asdict(totals),
         "steps": roles.clock.total,
         "data_rows": len(rows),
-        "bad_rows": len(session.data.bad),
+        "row_counts": row_counts(session),
+        "bad_rows": len(session.data.bad) + prepared.stats["unusable"],
         "held_out_rows": len(prepared.held_out),
-        "measured_on": "held-out rows" if prepared.held_out else "training rows",
+        "measured_on": HELD_OUT if prepared.held_out else TRAINING_ROWS,
         "turns": bool(prompts) and isinstance(prompts[0], list),
         "ends": "\n" if lines else "",
         "writes": "generate" in architecture.provides,

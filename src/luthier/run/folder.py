@@ -187,6 +187,13 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def rows_fingerprint(folder: Path) -> str:
+    """That of the rows of the run in a folder; empty where there is none."""
+    if not (folder / STATE).is_file():
+        return ""
+    return str(files.read_json(folder / STATE).get("data", ""))
+
+
 def update_state(folder: Path, **facts: Any) -> None:
     """Facts about the run into run.json."""
     write_state(folder, {**read_state(folder), **facts})

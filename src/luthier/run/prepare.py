@@ -13,6 +13,7 @@ from luthier.model.quantized_linear import describe
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.schedule import schedule
 from luthier.recipe.validate import Methods
+from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
 from luthier.run import resume
 from luthier.run.caches import SharedBase, cache_hidden_states, cache_logprobs
 from luthier.run.folder import update_state
@@ -64,9 +65,11 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     cache_hidden_states(session, trainer, training.stats.get("row_tokens", 0))
     cache_logprobs(session, trainer, training, held_out, shared)
     eval_rows = held_out.rows or rows[:EVALUATED_ROWS]
+    if session.main:
+        update_state(session.folder, measured_on=HELD_OUT if held_out.rows else TRAINING_ROWS)
     before = resume.evaluate_start(session, trainer, eval_rows, checkpoint)
     resume.resume(session, trainer, checkpoint)
-    stats = {**training.stats, **parameters}
+    stats = {**training.stats, **parameters, "unusable": training.unusable + held_out.unusable}
     return Prepared(session, trainer, held_out.rows, eval_rows, before, stats, memory_need, shared)
 
 

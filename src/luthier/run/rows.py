@@ -10,7 +10,6 @@ from luthier.data.checks import glued_words
 from luthier.data.quarantine import too_many, write_quarantine
 from luthier.errors import RecipeError, Refused
 from luthier.model.policy import Roles
-from luthier.report.console import Callback
 from luthier.report.text import render_rows
 from luthier.run.session import Session
 from luthier.storage import files
@@ -38,8 +37,14 @@ class EncodedRows:
                 "supervised_share": stats["supervised"] / max(1, stats["tokens"]),
                 "longest": stats["longest"],
                 "cut": stats["cut"],
+                "unusable": stats.get("unusable", 0),
             },
         )
+
+    @property
+    def unusable(self) -> int:
+        """How many rows could not be read as tokens."""
+        return int(self.stats.get("unusable", 0))
 
     def micro_batch_tokens(self, micro: int) -> int:
         """Tokens of a micro-batch of so many rows with the longest row among them."""
@@ -59,8 +64,8 @@ def load_rows(session: Session, roles: Roles, checkpoint: Path | None) -> tuple[
         if checkpoint is None or not path.is_file():
             _run_stages(session, roles, path)
         rows = files.read_rows(path)
-    training = _encode(session, roles, rows, session.callback, session.recipe.max_bad_rows)
-    held_out = _encode(session, roles, session.data.held_out, Callback(), 1.0)
+    training = _encode(session, roles, rows, "rows", session.recipe.max_bad_rows)
+    held_out = _encode(session, roles, session.data.held_out, "held-out rows", 1.0)
     return training, held_out
 
 
@@ -80,13 +85,12 @@ def _run_stages(session: Session, roles: Roles, path: Path) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def _encode(
-    session: Session, roles: Roles, rows: list[dict], callback: Any, max_bad_rows: float
-) -> EncodedRows:
+def _encode(session: Session, roles: Roles, rows: list[dict], label: str, max_bad_rows: float) -> EncodedRows:
     """Every row once through the tokenizer, so that what cannot be learned from is known before anything is
     computed.
 
-    max_bad_rows: the share of rows that may turn out to be unusable. Raises Refused where there are more.
+    label: what they are called. max_bad_rows: the share of rows that may turn out to be unusable. Raises
+    Refused where there are more.
     """
     if not rows:
         return EncodedRows()
@@ -97,20 +101,20 @@ def _encode(
             write_quarantine(bad, quarantine)
     if not usable:
         raise Refused(
-            f"none of the {len(rows):,} rows can be used; reason for the first: {bad[0]['reason']}",
+            f"none of the {len(rows):,} {label} can be used; reason for the first: {bad[0]['reason']}",
             "unusable_rows",
         )
     if len(bad) > max_bad_rows * len(rows):
         reason = too_many(bad, len(rows), "the data", max_bad_rows, quarantine)
         raise Refused(reason, "unusable_rows")
     if bad:
-        callback.warn(
-            f"{len(bad):,} of {len(rows):,} rows cannot be used and are listed in {QUARANTINE};"
+        session.warn(
+            f"{len(bad):,} of {len(rows):,} {label} cannot be used and are listed in {QUARANTINE};"
             f" reason for the first: {bad[0]['reason']}"
         )
     if any(row.get("completions") for row in rows):
         checks.check_supervised(len(usable), stats["supervised"], stats["tokens"])
-    return EncodedRows.of(usable, stats)
+    return EncodedRows.of(usable, {**stats, "unusable": len(bad)})
 
 
 def describe_rows(session: Session, roles: Roles, training: EncodedRows) -> EncodedRows:
@@ -141,13 +145,25 @@ def describe_rows(session: Session, roles: Roles, training: EncodedRows) -> Enco
         }
         visible = EncodedRows(prompts, {**training.stats, **counts})
     _warn_cut(session, roles, visible)
-    session.callback.rows(roles, visible.rows, visible.stats)
+    counts = {"row_counts": row_counts(session), "data_rows": len(rows)}
+    session.callback.rows(roles, visible.rows, {**visible.stats, **counts})
     if session.main:
         files.write_json(session.folder / "shown.json", render_rows(roles, visible.rows))
     for component in roles.tuner.components:
         for sentence in component.warnings:
             session.warn(sentence)
     return replace(training, stats=visible.stats)
+
+
+def row_counts(session: Session) -> dict[str, int]:
+    """What became of the rows that were read; the last three add up to the first."""
+    data = session.data
+    return {
+        "read": len(data.rows) + len(data.held_out) + len(data.bad),
+        "training": len(data.rows),
+        "held_out": len(data.held_out),
+        "unreadable": len(data.bad),
+    }
 
 
 def writes_samples(session: Session) -> bool:

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from luthier.data.checks import unused_columns
-from luthier.data.load import Data, load_data
+from luthier.data.load import ENOUGH, Data, load_data
 from luthier.data.quarantine import write_quarantine
 from luthier.errors import OutOfMemory, RecipeError
 from luthier.methods.evaluators._base import run_all
@@ -24,13 +24,15 @@ from luthier.model.policy import Roles
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, dry_run
 from luthier.report.console import Callback
-from luthier.run.folder import open_folder
+from luthier.run.folder import open_folder, rows_fingerprint
 from luthier.run.report import Report
 from luthier.storage import files
 from luthier.storage.failure import write_failure
 from luthier.storage.layout import QUARANTINE, STATE
 from luthier.train import checks
 from luthier.version import __version__
+
+FEW_HELD_OUT = 4  # with fewer, a run says that its metrics are rough
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,11 @@ def _load_data(recipe: Recipe, folder: Path, main: bool) -> Data:
     with files.disk_errors(folder):
         if new:
             quarantine.unlink(missing_ok=True)  # of an earlier attempt, which was refused
-        return load_data(recipe, quarantine if new else None)
+        return load_data(recipe, quarantine if new else None, rows_fingerprint(folder))
 
 
 def _quarantine(session: Session) -> None:
-    """List the unusable rows with their reasons, and say how many there are."""
+    """List the unusable rows with their reasons, and say how many there are; and how many are held out."""
     data, path = session.data, session.folder / QUARANTINE
     if session.main:
         with files.disk_errors(session.folder):
@@ -192,6 +194,27 @@ def _quarantine(session: Session) -> None:
         session.warn(
             f"{len(data.bad):,} of {total:,} rows cannot be used and are listed with reasons in {path}"
         )
+    _warn_few_held_out(session)
+
+
+def _warn_few_held_out(session: Session) -> None:
+    """Say where metrics are measured on rows that are also learned, or on very few."""
+    rows, held_out, share = len(session.data.rows), len(session.data.held_out), session.recipe.eval_data
+    if not rows or not session.methods.evaluate:
+        return
+    if held_out:
+        if held_out < FEW_HELD_OUT:
+            only = "only 1 row is" if held_out == 1 else f"only {held_out} rows are"
+            session.warn(f"{only} held out: metrics on so few rows are rough (eval_data: a share, or a file)")
+        return
+    reason = ""
+    if rows < ENOUGH and share == "auto":
+        reason = f": {rows:,} rows are too few (eval_data: 0.2 holds out a fifth nevertheless)"
+    elif share:
+        reason = f": {share} of {rows:,} rows is less than one row"
+        if rows >= ENOUGH:
+            reason = ": all rows have the same prompt, which must not be on both sides"
+    session.warn(f"no rows are held out{reason}; metrics are measured on training rows")
 
 
 def _start_trackers(session: Session) -> None:

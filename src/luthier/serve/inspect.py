@@ -19,6 +19,7 @@ from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
 from luthier.report import checkup
+from luthier.run.folder import rows_fingerprint
 from luthier.storage import files
 from luthier.train import checks
 
@@ -84,7 +85,7 @@ def rows_of(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, An
         raise RecipeError(
             f"{tuned} is not the folder of a run, so it has no held-out rows; pass rows with --data"
         )
-    split = load_data(recipe)
+    split = load_data(recipe, fingerprint=rows_fingerprint(Path(tuned)))
     if split.held_out:
         return split.held_out, "held-out rows", settings
     return split.rows[:256], "training rows", settings

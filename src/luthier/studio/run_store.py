@@ -28,7 +28,7 @@ import psutil
 import yaml
 
 from luthier.errors import RecipeError
-from luthier.report.numbers import cost, generations, metric_rows
+from luthier.report.numbers import HELD_OUT, cost, generations, metric_rows
 from luthier.storage import files
 from luthier.storage.failure import read_failure
 from luthier.storage.layout import FAILED, run_folders
@@ -146,6 +146,7 @@ class RunStore:
             "command": shlex.join(["luthier", *command]) if command else "",
             "log": log(folder),
             "exports": exports,
+            "measured_on": (read_json(at / "run.json") or {}).get("measured_on", HELD_OUT),
             "sentence": comparison.get("sentence", ""),
             "arms": arms,
             "numbers": [asdict(row) for row in metric_rows(measured)],

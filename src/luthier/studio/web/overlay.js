@@ -38,20 +38,20 @@ export function overlay(names, signal) {
     if (mark === before) return;
     before = mark;
     const key = keys.includes(what.value) ? what.value : "loss";
-    fill(what, keys.map((k) => h("option", { value: k }, k === "loss" ? "loss, and held-out loss" : k.replaceAll("_", " "))));
+    fill(what, keys.map((k) => h("option", { value: k }, k === "loss" ? "loss, and that of evaluations" : k.replaceAll("_", " "))));
     what.value = key;
     const heldOut = (name) => key === "loss" ? points(name, "eval_loss") : [];
     const lossLike = key === "loss";
     const drawnCurves = some.flatMap((name, i) => [
       { name, colour: `c${i}`, points: lossLike ? smoothed(points(name, key)) : points(name, key) },
-      { name: `${name}, held-out`, colour: `c${i}`, dash: true, points: heldOut(name) },
+      { name: `${name}, evaluated`, colour: `c${i}`, dash: true, points: heldOut(name) },
     ]).filter((one) => one.points.length);
     const label = `${key.replaceAll("_", " ")} by step of ${some.join(", ")}`;
     fill(drawn, some.length === 0 ? h("p", { class: "note" }, "Nothing is logged yet.") : [
       names().length > MOST && h("p", { class: "note" }, `The first ${MOST} of ${names().length} are drawn.`),
       plot,
       h("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "The curves in numbers" }, h("table", {}, h("caption", {}, `${key.replaceAll("_", " ")}, in numbers`),
-        h("thead", {}, h("tr", {}, ["run", "steps", "first", "last", "lowest", "at step", "held-out", "lowest held-out"].map((t) => h("th", { scope: "col" }, t)))),
+        h("thead", {}, h("tr", {}, ["run", "steps", "first", "last", "lowest", "at step", "evaluated", "lowest evaluated"].map((t) => h("th", { scope: "col" }, t)))),
         h("tbody", {}, some.map((name) => {
           const line = points(name, key), out = heldOut(name), low = lowest(line);
           return h("tr", {}, h("th", { scope: "row" }, name), [line.at(-1)?.[0], line[0]?.[1], line.at(-1)?.[1], low?.[1], low?.[0], out.at(-1)?.[1], lowest(out)?.[1]].map((x) => h("td", {}, number(x) || "–")));

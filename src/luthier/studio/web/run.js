@@ -68,7 +68,7 @@ export async function run(name, signal) {
     if (!raw.length && !names.length) return;
     if (!curves.firstChild) fill(curves, h("section", {}, h("h2", {}, "Training"), h("figure", {}, h("figcaption", {}, "loss by step"), loss), smalls));
     if (raw.length) grow("loss", "loss", loss, { zero: true, log: positive(raw, heldOut), series: [
-      { name: "each step", colour: "raw", width: 1, points: raw }, { name: "smoothed", colour: "wood", points: smoothed(raw) }, { name: "held-out", colour: "held", points: heldOut }].filter((one) => one.points.length) });
+      { name: "each step", colour: "raw", width: 1, points: raw }, { name: "smoothed", colour: "wood", points: smoothed(raw) }, { name: whole.measured_on, colour: "held", points: heldOut }].filter((one) => one.points.length) });
     for (const key of names) {
       const metric = whole.numbers.find((x) => `eval_${x.name}` === key);
       const caption = metric ? `eval ${metric.label}` : key.replaceAll("_", " ");
