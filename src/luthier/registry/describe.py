@@ -31,7 +31,7 @@ def field_comments(source: str) -> dict[str, str]:
     beside, above = comments(source)
     out = {}
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.AnnAssign):
+        if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("ClassVar"):
             out[node.target.id] = beside.get(node.end_lineno or 0) or block_above(node.lineno, above)
     return out
 
