@@ -16,15 +16,6 @@ from luthier.tools.foreign.read import Written
 FOLDER = FIXTURES / "foreign" / "llama_factory"
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
-def test_every_example_is_a_recipe_and_no_key_is_lost(path):
-    imported = import_file(path)
-    assert imported.tool == "LLaMA-Factory"
-    assert imported.of("unknown") == []
-    assert all(note.why for note in imported.of("dropped") + imported.of("changed"))
-    Recipe.load(imported.yaml())
-
-
 def imported(name: str) -> Recipe:
     return Recipe.load(import_file(FOLDER / name).recipe)
 

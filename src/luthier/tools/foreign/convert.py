@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,12 +14,17 @@ from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe, plain
 from luthier.recipe.validate import validate
 from luthier.registry import did_you_mean
-from luthier.tools.foreign import llama_factory
+from luthier.tools.foreign import axolotl, llama_factory, ms_swift, trl
 from luthier.tools.foreign.draft import Draft, Note, follow
 from luthier.tools.foreign.read import Written, read_configuration
 
 # in this order where a file fits several equally well
-TOOLS: dict[str, ModuleType] = {"llama_factory": llama_factory}
+TOOLS: dict[str, ModuleType] = {
+    "trl": trl,
+    "llama_factory": llama_factory,
+    "axolotl": axolotl,
+    "ms_swift": ms_swift,
+}
 # a row that every objective of these tools can read: pairs, scores, an answer to check
 ROW = {"id": "0", "prompt": "1 + 1 =", "completions": ["2", "3"], "scores": [1.0, 0.0], "answer": "2"}
 
@@ -74,6 +79,8 @@ def import_file(path: Path, tool: str | None = None, devices: int | None = None)
     name = tool or written.tool or recognise(written.values, path)
     if name not in TOOLS:
         raise RecipeError(f"no tool is named '{name}'{did_you_mean(name, TOOLS)}; known: {', '.join(TOOLS)}")
+    if not written.command:  # the name of a file such as dpo.yaml says what it is for
+        written = replace(written, command=path.stem)
     imported = convert(written, TOOLS[name], devices)
     check(imported)
     return imported
@@ -83,7 +90,7 @@ def recognise(values: Mapping[str, Any], path: Path) -> str:
     """The tool whose table has most of the keys."""
     hits = {}
     for name, module in TOOLS.items():
-        signs = sum(3 for key in values if key in getattr(module, "SIGNS", ()))
+        signs = sum(3 for key in values if key in module.SIGNS)
         hits[name] = signs + sum(key in module.KEYS for key in values)
     best = max(hits, key=lambda name: hits[name])
     if hits[best] < 2:

@@ -22,6 +22,7 @@ from luthier.tools.foreign.training_arguments import (
 )
 
 NAME = "LLaMA-Factory"
+SIGNS = ("finetuning_type", "stage", "template", "dataset_dir", "cutoff_len")
 DEFAULTS = {
     "learning_rate": 5e-5,
     "num_train_epochs": 3.0,

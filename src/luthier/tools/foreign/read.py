@@ -78,6 +78,8 @@ def command_line(words: list[str], tool: str, command: str, text: str, path: Pat
     """
     values: dict[str, Any] = {}
     files = [word for word in words[:1] if word.endswith((".yaml", ".yml", ".json"))]
+    if "--config" in words:
+        files += words[words.index("--config") + 1 :][:1]
     for file in files:
         if (path.parent / file).is_file():
             values.update(read_configuration(path.parent / file).values)
