@@ -10,6 +10,7 @@ from transformers import (
 
 from helpers.tuners import LOAD, base, plain, put, run_fresh, train
 from luthier.errors import RecipeError
+from luthier.kernels.tolerance import logprob_tolerance, magnitude
 
 
 @torch.no_grad()
@@ -21,8 +22,8 @@ def test_export_merged_is_a_plain_model(tmp_path):
         attached.export_merged(tmp_path / f"{name}-{kind}")
         again = type(attached.model).from_pretrained(tmp_path / f"{name}-{kind}").eval()
         assert torch.allclose(plain(again), plain(attached.model), atol=2e-5)
-    with pytest.raises(RecipeError, match="has no parameter for"):  # a bias that Llama does not have
-        put("ssf").export_merged(tmp_path / "refused")
+    with pytest.raises(RecipeError, match="has no parameter for"):  # a bias that Mixtral cannot have
+        put("ssf", base("mixtral"), target_modules=["q_proj"]).export_merged(tmp_path / "refused")
     where = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     attached = put("lora", base("mixtral"), **where, modules_to_save=["lm_head"])
     with torch.enable_grad():
@@ -42,3 +43,10 @@ def test_a_fresh_process_loads_the_export_without_luthier(tmp_path):
     )
     run_fresh(load + "import sys; assert not any(m.startswith('luthier') for m in sys.modules)")
     assert torch.allclose(torch.load(tmp_path / "out"), plain(attached.model), atol=1e-5)
+
+
+def test_what_rounding_may_change_grows_with_the_log_probabilities():
+    assert magnitude(None) == magnitude(-torch.full((4,), 9.0)) == 1.0
+    assert magnitude(-torch.full((4,), 25.0)) == 2.5
+    model = torch.nn.Linear(2, 2).bfloat16()
+    assert logprob_tolerance(model, -torch.full((4,), 20.0)) == 2 * logprob_tolerance(model)

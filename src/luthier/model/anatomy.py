@@ -2,7 +2,7 @@
 what.
 
 Names are those of transformers: Llama, Qwen, Gemma, Mistral, Phi, GPT-2, NeoX, OPT, Bloom, Falcon, BERT,
-RoBERTa, T5, BART.
+RoBERTa, DistilBERT, T5, BART, GPT-J. Methods that sit on a certain part find it here and nowhere else.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ INSIDE = {  # attention: part -> last names
     "o": {"o_proj", "out_proj", "c_proj", "dense", "o", "out_lin"},
 }
 OUTSIDE = {  # feed-forward
-    "up": {"up_proj", "c_fc", "fc1", "wi", "wi_1", "dense_h_to_4h", "lin1", "w3"},
+    "up": {"up_proj", "c_fc", "fc1", "fc_in", "wi", "wi_1", "dense_h_to_4h", "lin1", "w3"},
     "gate": {"gate_proj", "wi_0", "w1"},
     "gate_up": {"gate_up_proj"},
-    "down": {"down_proj", "c_proj", "fc2", "wo", "dense_4h_to_h", "lin2", "w2"},
+    "down": {"down_proj", "c_proj", "c_fc2", "fc2", "fc_out", "wo", "dense_4h_to_h", "lin2", "w2"},
 }
 BERTS = {"intermediate": "up", "output": "down"}  # whose two matrices are both called dense
 _last_mlps: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # network -> its last block, and the MLP in it
@@ -63,6 +63,22 @@ def part_of(module: str) -> str | None:
         if leaf in names:
             return part
     return None
+
+
+def part_names(model: Any, *parts: str) -> list[str]:
+    """The names inside a layer of the modules that do one of these things, each once."""
+    names = set()
+    for name, _ in model.named_modules():
+        if part_of(name) in parts:
+            names.add(LAYER.sub("", name))
+    return sorted(names)
+
+
+def part_pattern(names: list[str]) -> str:
+    """The regular expression of these names in any layer; of none where there are none."""
+    if not names:
+        return r"(?!)"
+    return rf".*\.\d+\.({'|'.join(map(re.escape, names))})"
 
 
 def last_mlp(model: Any) -> tuple[Any, Any] | None:

@@ -12,6 +12,7 @@ import torch
 
 from luthier import compat
 from luthier.compat.transformers import quiet
+from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import Untuned
 from luthier.model.load import assemble, tensors_of
@@ -108,11 +109,19 @@ class Loaded:
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[dict]) -> torch.Tensor:
-        """The log-probability of each supervised token of canonical rows: [tokens of all rows], float32, in
-        nats.
+        """The log-probability of each supervised token of rows: [tokens of all rows], float32, in nats.
+
+        rows: in canonical form (`completions`), or in any form that a recipe's `data` may have. Raises
+        RecipeError where one of them cannot be read.
         """
+        rows = list(rows)
+        if not all("completions" in row for row in rows):
+            read = load_rows(rows)
+            if read.bad:
+                raise RecipeError(f"a row cannot be read: {read.bad[0]['reason']}")
+            rows = read.rows
         self.roles.policy.eval()
-        return self.roles.policy.logprobs(self.roles.batch(list(rows))).float().cpu()
+        return self.roles.policy.logprobs(self.roles.batch(rows)).float().cpu()
 
 
 # ---------------------------------------------------------------------------------------------- loading

@@ -30,6 +30,7 @@ from luthier.train import checks, memory
 from luthier.train.optimizer import Chain
 from luthier.train.trainer import BatchSchedule, Trainer
 
+SOLVED = 0.02  # nats a token, below which a task counts as known
 EVALUATED_ROWS = 256  # of the training rows at most, where none are held out
 
 
@@ -55,6 +56,7 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     training, held_out = load_rows(session, roles, checkpoint)
     training = describe_rows(session, roles, training)
     rows = training.rows
+    _warn_of_settings(session, rows)
     parameters = _check_model(session, roles, rows)
     if session.recipe.init_from is None:
         _initialize(session, roles, rows)
@@ -68,6 +70,7 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     if session.main:
         update_state(session.folder, measured_on=HELD_OUT if held_out.rows else TRAINING_ROWS)
     before = resume.evaluate_start(session, trainer, eval_rows, checkpoint)
+    _warn_if_solved(session, before)
     resume.resume(session, trainer, checkpoint)
     stats = {**training.stats, **parameters, "unusable": training.unusable + held_out.unusable}
     return Prepared(session, trainer, held_out.rows, eval_rows, before, stats, memory_need, shared)
@@ -109,6 +112,39 @@ def _initialize(session: Session, roles: Roles, rows: list[dict]) -> None:
     for name, role in session.methods.roles.items():
         if role.per_run and after != before:
             roles.players[name] = role.play(name, roles.policy)
+
+
+def _warn_of_settings(session: Session, rows: list[dict]) -> None:
+    """Combinations that run and yet learn little or nothing."""
+    methods = session.methods
+    objective = methods.objective
+    if objective is None:
+        return
+    chained = isinstance(session.recipe.optim, list)
+    if chained and not any(transform.rescales for transform in methods.chain):
+        session.warn(
+            "optim: no transform of this chain (adam, lion) gives updates a size of their own: they are the"
+            " gradients times learning_rate"
+        )
+    sentences = methods.estimator.chain_warnings(methods.chain)
+    if not writes_samples(session):
+        for _, term in objective.terms():
+            sentences = [*sentences, *term.row_warnings(rows)]
+    for sentence in sentences:
+        session.warn(sentence)
+
+
+def _warn_if_solved(session: Session, before: dict[str, float]) -> None:
+    """A task that the model knows already shows nothing."""
+    objective = session.methods.objective
+    if objective is None or [term.name for _, term in objective.terms()] != ["sft"]:
+        return
+    loss = before.get("loss")
+    if loss is not None and loss < SOLVED:
+        session.warn(
+            f"the loss before training is {loss:.2g} nats a token: the model knows these answers already, and"
+            " there is little to learn"
+        )
 
 
 def _check_model(session: Session, roles: Roles, rows: list[dict]) -> dict[str, int]:

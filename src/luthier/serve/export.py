@@ -10,6 +10,7 @@ import torch
 
 from luthier.data.load import load_data
 from luthier.errors import RecipeError, Refused
+from luthier.kernels.tolerance import magnitude
 from luthier.methods.tuners._base import Untuned
 from luthier.model import quantized as codes
 from luthier.model.loaded import Loaded, load
@@ -114,12 +115,12 @@ def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtyp
     explain.
     """
     gap = _gap(load(folder, dtype="float32"), rows, want)
-    limit = ROUNDING.get(dtype, EXACT)
+    limit = ROUNDING.get(dtype, EXACT) * magnitude(want)
     if not gap <= limit:
         raise Refused(
             f"the model exported as {kind} does not match the tuned model: log-probabilities of"
             f" the test texts differ by {gap:.1e} on average (rounding explains at most"
-            f" {limit:g}). Nothing was written"
+            f" {limit:.2g}). Nothing was written"
         )
     return gap
 

@@ -109,11 +109,11 @@ def check_forward(policy: Any, batch: Batch, warn: Callable[[str], None]) -> Non
 
     The layout is tested crowded: all sequences beside each other, as in a large batch.
     """
-    usual = logprob_tolerance(policy.model)
     failed: list[tuple[str, str]] = []  # a way of reading, and what is wrong with it
     with torch.no_grad(), eval_mode(policy.model), policy.role_context():
         with _switch.plainly():
             expected = policy.architecture.plain(policy.model, policy.attached, batch).float()
+        usual = logprob_tolerance(policy.model, expected)
         _check_elementwise(policy, batch, expected, usual, warn)
         while reason := _difference(policy, batch, expected, usual):
             arch = policy.architecture

@@ -4,7 +4,7 @@ steps the optimizer chain once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,6 +39,10 @@ class Estimator:
         gradient. Returns the loss.
         """
         raise NotImplementedError
+
+    def chain_warnings(self, chain: Sequence[Any]) -> list[str]:
+        """What a person should know of the optimizer that follows: sentences, none where all is well."""
+        return []
 
     def suits(self, objective: Any) -> None:
         """Raises RecipeError, before anything is computed, where this estimator cannot serve an objective."""

@@ -5,6 +5,7 @@ parallelism do not change the result. Objectives can be summed: `dpo + 0.1*sft`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +47,10 @@ class Objective:
         """What the sum over all units of a global batch is divided by, this batch's share of it: how many
         there are, or where they are weighted what they weigh together."""
         return self.count(batch)
+
+    def row_warnings(self, rows: Sequence[dict]) -> list[str]:
+        """What a person should know before these rows are learned: sentences, none where all is well."""
+        return []
 
     def terms(self) -> list[tuple[float, Objective]]:
         """(weight, objective) of each term; a single objective is one term, unless its method is a sum

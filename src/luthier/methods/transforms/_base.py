@@ -24,6 +24,9 @@ class Transform:
     # does `apply` treat each number by itself, its state changed in place? Then tensors may go in pieces
     pointwise: ClassVar[bool] = False
 
+    # does an update have a size of its own, whatever that of the gradient?
+    rescales: ClassVar[bool] = False
+
     def apply(self, grads: Params, state: dict, group: ParamGroup, step: int) -> Params:
         """Gradients of a group become updates. `state` is this group's own and may be filled; step counts
         from 1.

@@ -107,3 +107,14 @@ def test_kto_is_trls(trl, tmp_path, reference_off_by, drifted):
     build("objective", "kto").loss(cast(reference=reference), batch)
     assert batch.metrics["kl"][0] == pytest.approx(made._metrics["eval"]["kl"][0], abs=1e-5)
     assert (batch.metrics["kl"][0] > 0) == drifted
+
+
+@pytest.mark.parametrize("name", ["kto", "bco", "apo_zero_unpaired"])
+def test_scores_that_are_all_on_one_side_are_told(name):
+    objective = build("objective", name)
+    rows = [{"completions": ["a"], "scores": [0.9]}, {"completions": ["b"], "scores": [0.1]}]
+    (sentence,) = objective.row_warnings(rows)
+    assert "all 2 completions count as good" in sentence and "0.1 to 0.9" in sentence
+    (sentence,) = objective.row_warnings([{"completions": ["a"], "scores": [0.0]}])
+    assert "count as bad" in sentence
+    assert not objective.row_warnings([*rows, {"completions": ["c"], "scores": [-0.1]}])

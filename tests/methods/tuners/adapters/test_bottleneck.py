@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from helpers.tuners import base, put
 from luthier.errors import RecipeError
@@ -41,3 +53,64 @@ def test_adapters_stand_where_the_papers_put_them():
     assert torch.allclose(layer(x), y + (y @ p.down.T + p.down_bias).relu() @ p.up.T + p.up_bias, atol=1e-5)
     with pytest.raises(RecipeError, match="has no LoRA form"):
         attached.export_lora("/nowhere")
+
+
+def t5():
+    shape = dict(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    return T5ForConditionalGeneration(T5Config(**shape))
+
+
+def bart():
+    sizes = dict(encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64)
+    heads = dict(encoder_attention_heads=4, decoder_attention_heads=4)
+    return BartForConditionalGeneration(BartConfig(vocab_size=97, d_model=32, **sizes, **heads))
+
+
+def phi():
+    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    return PhiForCausalLM(PhiConfig(**shape, num_attention_heads=4, bos_token_id=1, eos_token_id=1))
+
+
+def gptj():
+    return GPTJForCausalLM(
+        GPTJConfig(
+            vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=1
+        )
+    )
+
+
+def distilbert():
+    shape = dict(vocab_size=97, dim=32, hidden_dim=64, n_layers=2, n_heads=4)
+    return DistilBertForMaskedLM(DistilBertConfig(**shape))
+
+
+FAMILIES = {  # network -> ends of attention, and how many; ends of feed-forward, and how many
+    t5: (".o", 6, ".wo", 4),
+    bart: ("attn.out_proj", 6, "fc2", 4),
+    phi: ("self_attn.dense", 2, "mlp.fc2", 2),
+    gptj: ("attn.out_proj", 2, "mlp.fc_out", 2),
+    distilbert: ("attention.out_lin", 2, "ffn.lin2", 2),
+}
+
+
+@pytest.mark.parametrize("network", FAMILIES, ids=lambda f: f.__name__)
+def test_both_places_are_found_in_every_family(network):
+    attention, n, ffn, m = FAMILIES[network]
+    for name in ("houlsby", "compacter"):
+        attached = put(name, network(), reduction_factor=4)
+        assert sum(k.endswith(attention) for k in attached.layers) == n
+        assert sum(k.endswith(ffn) for k in attached.layers) == m
+        assert len(attached.layers) == n + m and not attached.warnings
+    one = put("pfeiffer", network(), reduction_factor=4)
+    assert len(one.layers) == m and all(k.endswith(ffn) for k in one.layers)
+
+
+def test_a_tuner_that_finds_half_of_its_places_says_so():
+    model = base()
+    for layer in model.model.layers:
+        layer.self_attn.weigh = layer.self_attn.o_proj
+        del layer.self_attn.o_proj
+    (sentence,) = put("houlsby", model).warnings
+    assert "no matrix that ends attention in 2 of the 2 layers of LlamaForCausalLM" in sentence
+    with pytest.raises(RecipeError, match="does not know the modules of Sequential"):
+        put("houlsby", torch.nn.Sequential(torch.nn.Linear(4, 4)))

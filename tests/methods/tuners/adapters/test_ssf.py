@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from helpers.tuners import base, logprobs, put
+from helpers.tuners import base, logprobs, plain, put
 from luthier.errors import RecipeError
 
 
@@ -26,3 +27,26 @@ def test_ssf_folds_into_weight_and_bias():
         assert torch.allclose(folded.bias, start.mlp.c_fc.bias * scale + shift)
     with pytest.raises(RecipeError, match="does not support modules of type LlamaRMSNorm"):
         put("ssf", target_modules=["input_layernorm"])
+
+
+@torch.no_grad()
+def test_on_a_network_without_biases_the_merged_model_has_them(tmp_path):
+    attached = put("ssf")
+    for p in attached.parameters().values():
+        p.add_(torch.randn(p.shape) * 0.2)
+    attached.export_merged(tmp_path)
+    assert attached.model.config.attention_bias is False and attached.model.config.mlp_bias is False
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.attention_bias and again.config.mlp_bias
+    assert torch.allclose(plain(again), plain(attached.model), atol=2e-5)
+
+
+@torch.no_grad()
+def test_biases_that_only_some_modules_gain_are_zero_in_the_others(tmp_path):
+    attached = put("ssf", target_modules=["q_proj", "down_proj"])
+    for p in attached.parameters().values():
+        p.add_(torch.randn(p.shape) * 0.2)
+    attached.export_merged(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.allclose(plain(again), plain(attached.model), atol=2e-5)
+    assert not again.model.layers[0].self_attn.k_proj.bias.any()

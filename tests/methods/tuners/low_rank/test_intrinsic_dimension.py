@@ -82,3 +82,24 @@ def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
 
     ds = [found(share) for share in (0.9, 0.4, 0.2, 0.1)]
     assert ds == sorted(ds, reverse=True) and ds == [800, 400, 200, 100]
+
+
+def test_nothing_of_the_size_of_the_network_is_kept_for_the_backward_pass():
+    attached = put("intrinsic_dimension", d=200)
+    weights = sum(m.get_base_layer().weight.nbytes for m in attached.layers.values())
+    frozen = {p.untyped_storage().data_ptr() for p in attached.model.parameters()}
+    layer = attached.layers["model.layers.0.mlp.up_proj"]
+    kept = []
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in frozen:
+            kept.append(t.nbytes)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        x = torch.randn(3, 32, requires_grad=True)
+        y = layer(x)
+    assert sum(kept) < layer.get_base_layer().weight.nbytes / 2 < weights
+    y.square().sum().backward()
+    theta = next(p for n, p in attached.parameters().items() if n.endswith("theta"))
+    assert x.grad is not None and bool(theta.grad.any())

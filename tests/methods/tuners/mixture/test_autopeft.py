@@ -207,7 +207,7 @@ def test_a_search_of_vectors_covers_more_than_chance(shared):
 def test_a_configuration_that_was_found_moves_to_another_task(shared, tmp_path):
     how = dict(goals="quality,parameters", sampler="random", test_seeds="0,", subprocesses=False)
     found = luthier.search({**shared, "seed": 1}, trials=2, output_dir=tmp_path / "one", **how)
-    best = found["found"][0]
+    best = found["chosen"][0]
     assert set(best["point"].values()) >= {True, False}, "some layers, not all"
     recipe = Recipe.load(tmp_path / "one" / f"{best['name']}.yaml")
     load = lambda: AutoModelForCausalLM.from_pretrained(shared["model"])

@@ -50,6 +50,18 @@ class MeZO(Estimator):
     n_probes: Annotated[int, Field(ge=1)] = 1  # directions per step; each costs two forward passes
     noise: Literal["normal", "sign"] = "normal"  # distribution of the directions; sign: +1 or -1 (as in SPSA)
 
+    def chain_warnings(self, chain):
+        if any(getattr(transform, "rescales", False) for transform in chain):
+            return []  # whatever follows brings the step to its own size
+        for transform in chain:
+            if getattr(transform, "max_grad_norm", 0):
+                return [
+                    "estimator 'mezo': the norm of its estimate is that of the gradient times the square root"
+                    f" of the number of trainable parameters; max_grad_norm {transform.max_grad_norm:g}"
+                    " clips nearly all of it, so set it to 0"
+                ]
+        return []
+
     def step(self, closure, chain, clock):
         losses, slopes = [], []
         for probe in range(self.n_probes):

@@ -26,6 +26,14 @@ class RWR(Objective):
 
     beta: Beta = 1.0  # temperature of the scores; large: plain SFT, small: only the best completion
 
+    def row_warnings(self, rows):
+        if any(len(set(row.get("scores", ()))) > 1 for row in rows):
+            return []
+        return [
+            "objective 'rwr': no row has completions of different score, so every score has the same weight"
+            " and this is plain SFT; give rows several scored completions, or filter them by score"
+        ]
+
     def loss(self, roles, batch):
         x = batch.column("scores") / self.beta
         weight = (x - batch.over_group(x, "amax")).exp()

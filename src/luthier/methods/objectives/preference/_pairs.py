@@ -7,6 +7,7 @@ normalisation define their own `values`; methods that treat each side separately
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -53,6 +54,19 @@ def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^x) of x <= 0, exact near both ends; x is kept below 0, where it would be infinite."""
     x = x.clamp(max=-1e-6)
     return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
+def one_sided(name: str, rows: Sequence[dict]) -> list[str]:
+    """A sentence where all completions count as good, or all as bad: scores are compared with 0."""
+    scores = [score for row in rows for score in row.get("scores", ())]
+    good = sum(score > 0 for score in scores)
+    if not scores or 0 < good < len(scores):
+        return []
+    side = "good (score above 0)" if good else "bad (score of 0 or less)"
+    return [
+        f"objective '{name}': all {len(scores):,} completions count as {side}, their scores are"
+        f" {min(scores):g} to {max(scores):g}; shift the scores so that bad completions are at or below 0"
+    ]
 
 
 @family

@@ -12,7 +12,7 @@ import torch
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives._base import Objective
-from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios, logistic
+from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios, logistic, one_sided
 from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
@@ -38,6 +38,9 @@ class BCO(Objective):
     beta: Beta = 0.1  # strength of the regularisation towards the reference
     desirable_weight: Positive = 1.0  # weight of good completions
     undesirable_weight: Positive = 1.0  # weight of bad completions
+
+    def row_warnings(self, rows):
+        return one_sided(self.name, rows)
 
     def loss(self, roles, batch):
         reward = self.beta * batch.sums(log_ratios(roles, batch))

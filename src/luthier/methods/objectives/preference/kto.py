@@ -12,7 +12,7 @@ from luthier.errors import RecipeError
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives._base import Objective
-from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios
+from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios, one_sided
 from luthier.methods.roles._base import REFERENCE, REFERENCE_OUTPUTS
 from luthier.model.policy import Policy
 from luthier.registry import objective
@@ -38,6 +38,9 @@ class KTO(Objective):
     beta: Beta = 0.1  # strength of the regularisation towards the reference
     desirable_weight: Positive = 1.0  # weight of good completions
     undesirable_weight: Positive = 1.0  # weight of bad completions
+
+    def row_warnings(self, rows):
+        return one_sided(self.name, rows)
 
     @torch.no_grad()
     def drift(self, roles, batch):

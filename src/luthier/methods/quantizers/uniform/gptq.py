@@ -14,7 +14,7 @@ import torch
 
 from luthier.errors import RecipeError
 from luthier.methods.quantizers._base import QUANTIZED_WEIGHTS
-from luthier.methods.quantizers.uniform.rtn import RTN
+from luthier.methods.quantizers.uniform.rtn import RTN, stored, unit_of
 from luthier.registry import quantizer
 
 
@@ -47,12 +47,20 @@ class GPTQ(RTN):
         W, H, top = W.float().clone(), stats.clone(), 2**self.bits_per_weight - 1
         H.diagonal().add_(self.damp_percent * H.diagonal().mean().clamp(min=1e-8))
         U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+        unit = unit_of(*self.grid(W))
+
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            """As it is stored."""
+            if unit is None:
+                return x.to(torch.float16).float()
+            return (x / unit).to(torch.float16).float() * unit
+
         low, scale, done = [], [], torch.empty_like(W)
         for start in range(0, W.shape[1], self.group_size):
             end = start + self.group_size
             group = W[:, start:end]
-            low.append(group.amin(1).to(torch.float16).float())
-            scale.append(((group.amax(1) - group.amin(1)) / top).to(torch.float16).float().clamp(min=1e-30))
+            low.append(rounded(group.amin(1)))
+            scale.append(rounded((group.amax(1) - group.amin(1)) / top).clamp(min=1e-30))
             errors = torch.empty_like(group)
             for k in range(start, end):
                 w = W[:, k]
@@ -61,8 +69,5 @@ class GPTQ(RTN):
                 errors[:, k - start] = (w - q) / U[k, k]
                 W[:, k + 1 : end] -= torch.outer(errors[:, k - start], U[k, k + 1 : end])
             W[:, end:] -= errors @ U[start:end, end:]
-        codes = {
-            "scale": torch.stack(scale, 1).flatten().to(torch.float16),
-            "low": torch.stack(low, 1).flatten().to(torch.float16),
-        }
+        codes = stored(torch.stack(scale, 1).flatten(), torch.stack(low, 1).flatten(), unit)
         return self.nearest(done, codes)

@@ -7,14 +7,16 @@ is stored as it is, not as a whole number of steps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import QUANTIZED_WEIGHTS, Quantizer
+from luthier.methods.quantizers._base import QUANTIZED_WEIGHTS, Codes, Quantizer
 from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.registry import quantizer
 
@@ -39,10 +41,14 @@ class RTN(Quantizer):
             raise RecipeError(f"group_size: {self.group_size} must be at least 1 (or -1 for a whole row)")
 
     def quantize(self, W, stats=None):
+        scale, low = self.grid(W)
+        return self.nearest(W, stored(scale, low, unit_of(scale, low)))
+
+    def grid(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """[out, in] -> [groups] the step between numbers of each group, and its smallest number."""
         groups = self.groups(W)
         low, high = groups.amin(1), groups.amax(1)
-        scale = (high - low) / (2**self.bits_per_weight - 1)
-        return self.nearest(W, {"scale": scale.to(torch.float16), "low": low.to(torch.float16)})
+        return (high - low) / (2**self.bits_per_weight - 1), low
 
     def groups(self, W):
         """[out, in] -> [groups, group_size], the last filled up with what it ends with."""
@@ -50,13 +56,13 @@ class RTN(Quantizer):
         return F.pad(flat, (0, -flat.shape[1] % self.group_size), mode="replicate").view(-1, self.group_size)
 
     def nearest(self, W, codes):
-        scale, low = codes["scale"].float(), codes["low"].float()
+        scale, low = read(codes)
         places = (self.groups(W) - low[:, None]) / scale.clamp(min=1e-30)[:, None]
         places = places.round().clamp(0, 2**self.bits_per_weight - 1)
         return {**codes, "weight": pack(places.to(torch.uint8), self.bits_per_weight)}
 
     def dequantize(self, codes, shape, dtype):
-        scale, low = codes["scale"].float(), codes["low"].float()
+        scale, low = read(codes)
         places = unpack(codes["weight"], self.bits_per_weight, len(scale) * self.group_size).view(
             len(scale), -1
         )
@@ -66,3 +72,28 @@ class RTN(Quantizer):
     def bits(self, shape):
         groups = -(-shape[0] * shape[1] // self.group_size)
         return groups * (self.group_size * self.bits_per_weight + 32) / (shape[0] * shape[1])
+
+
+def stored(scale: Tensor, low: Tensor, unit: Tensor | None) -> Codes:
+    """Scales and minima in 16 bits, as multiples of the unit where there is one."""
+    if unit is None:
+        return {"scale": scale.to(torch.float16), "low": low.to(torch.float16)}
+    return {"scale": (scale / unit).to(torch.float16), "low": (low / unit).to(torch.float16), "unit": unit}
+
+
+def unit_of(scale: Tensor, low: Tensor) -> Tensor | None:
+    """A power of two for the scales and minima of a weight that would lose digits in 16 bits, where the
+    smallest with all of them is 6.1e-5; None where they lose none.
+    """
+    steps = scale[scale > 0]
+    if not len(steps) or float(steps.min()) >= torch.finfo(torch.float16).smallest_normal:
+        return None
+    return torch.exp2(torch.maximum(scale.max(), low.abs().max()).log2().floor())
+
+
+def read(codes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scales and minima in fp32."""
+    scale, low = codes["scale"].float(), codes["low"].float()
+    if "unit" not in codes:
+        return scale, low
+    return scale * codes["unit"], low * codes["unit"]

@@ -16,6 +16,7 @@ class Adam(Each):
     """m / (sqrt(v) + eps), both corrected for their zero start."""
 
     pointwise = True
+    rescales = True
 
     adam_beta1: float = 0.9  # decay rate of the mean
     adam_beta2: float = 0.999  # decay rate of the mean square

@@ -15,6 +15,7 @@ class Lion(Each):
     """sign(beta1 m + (1 - beta1) g) with the old m, which then becomes beta2 m + (1 - beta2) g."""
 
     pointwise = True
+    rescales = True
 
     beta1: float = 0.9  # share of the old momentum in the step
     beta2: float = 0.99  # decay rate of the momentum

@@ -402,17 +402,52 @@ class PeftTunedModel(TunedModel):
         """
         with self.merged(), opened(modules(self.model).values()):
             state = stacked(self.model, plain_state(self.model))
-            with torch.device("meta"):
-                place = set(type(self.model)(copy.deepcopy(self.model.config)).state_dict())
-            odd = sorted(state.keys() ^ place)
+            shapes = _empty_state(self.model, {})
+            flags: dict[str, Any] = {}
+            odd = sorted(state.keys() ^ shapes.keys())
+            if odd and all(name.endswith(".bias") for name in odd):
+                flags, shapes = _bias_flags(self.model, odd) or (flags, shapes)
+                for name in shapes.keys() - state.keys():
+                    state[name] = torch.zeros(shapes[name].shape, dtype=self.model.dtype)
+                odd = sorted(state.keys() ^ shapes.keys())
             if odd:
                 kind = type(self.model).__name__
                 raise RecipeError(
                     f"merging tuner '{self.settings.name}' adds {odd[0]}, which {kind} has no"
                     " parameter for; keep the adapter unmerged"
                 )
-            self.model.save_pretrained(folder, state_dict=state)
+            config, own = self.model.config, {name: getattr(self.model.config, name) for name in flags}
+            try:
+                config.update(flags)
+                self.model.save_pretrained(folder, state_dict=state)
+            finally:
+                config.update(own)
 
+
+def _empty_state(model: Network, flags: dict[str, Any]) -> dict[str, Tensor]:
+    """Names and shapes of the weights of a network of this kind, with these settings in its config."""
+    config = copy.deepcopy(model.config)
+    config.update(flags)
+    with torch.device("meta"):
+        return type(model)(config).state_dict()
+
+
+def _bias_flags(model: Network, biases: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Settings of a network's config that give its linear modules biases where tuning made them, and the
+    weights that it has then; None where it has no such settings.
+    """
+    flags = {}
+    for name in BIAS_SETTINGS:
+        if getattr(model.config, name, None) is False:
+            flags[name] = True
+    if not flags:
+        return None
+    shapes = _empty_state(model, flags)
+    return (flags, shapes) if shapes.keys() >= set(biases) else None
+
+
+# how configs of transformers say that linear modules have biases
+BIAS_SETTINGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "add_bias_linear")
 
 # settings of an adapter that do not change what its tensors mean, or that the tensors' names tell
 COMPATIBLE = {

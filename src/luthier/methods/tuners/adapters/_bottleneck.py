@@ -4,21 +4,26 @@ weight.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from luthier.errors import RecipeError
 from luthier.methods.tuners._delta import Delta
+from luthier.model.anatomy import layer_of, part_names, part_of, part_pattern
+from luthier.model.linear import linear_modules
 from luthier.registry import Choices, family
 
-# what leaves attention
-ATTENTION = r"o_proj|out_proj|attn\.c_proj|attention\.output\.dense|attention\.dense|self_attention\.dense"
+if TYPE_CHECKING:
+    from luthier.methods.tuners._base import TunedModel
+    from luthier.model.network import Network
+
 Activation = Literal["relu", "gelu", "silu", "tanh"]
-# what leaves the feed-forward part
-FFN = r"down_proj|mlp\.c_proj|fc2|layer\.\d+\.output\.dense|dense_4h_to_h|mlp\.c_fc2|wo"
+SUBLAYERS = {"o": "attention", "down": "feed-forward"}  # a sublayer's last matrix -> the sublayer
 
 
 def pair(width: int, k: int, out_: int, name: str = "") -> dict[str, Tensor]:
@@ -49,10 +54,49 @@ class Bottleneck(Delta):
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     parallel: ClassVar[bool] = False  # h is what the module reads; else what it says
+    # with target_modules auto: the last matrices of these sublayers, whatever a network calls them
+    places: ClassVar[tuple[str, ...]] = ()
 
     # width of h divided by that of the bottleneck
     reduction_factor: Annotated[float, Field(ge=1), NARROWER] = 16
     non_linearity: Activation = "relu"  # nonlinearity f
+
+    def attach(self, model):
+        if self.target_modules != "auto":
+            return self.put(model)
+        names, warnings = self.sublayer_ends(model)
+        attached = replace(self, target_modules=part_pattern(names)).put(model)
+        attached.warnings += warnings
+        return attached
+
+    def put(self, model: Network) -> TunedModel:
+        """On a network whose modules the settings name."""
+        return super().attach(model)
+
+    def sublayer_ends(self, model: Network) -> tuple[list[str], tuple[str, ...]]:
+        """The last matrices of a network's sublayers, as they are called inside a layer, and warnings where
+        layers have none. Raises RecipeError where there are none at all.
+        """
+        layers: dict[tuple[str, int], set[str | None]] = {}  # layer -> the parts that it has
+        for name in linear_modules(model):
+            place = layer_of(f"{name}.")
+            if place is not None:
+                layers.setdefault(place, set()).add(part_of(name))
+        names, warnings, kind = part_names(model, *self.places), [], type(model).__name__
+        if not names:
+            raise RecipeError(
+                f"tuner '{self.name}' does not know the modules of {kind}; name those that end its sublayers"
+                " in target_modules"
+            )
+        for part in self.places:
+            without = sum(part not in parts for parts in layers.values())
+            if without:
+                warnings.append(
+                    f"tuner '{self.name}' finds no matrix that ends {SUBLAYERS[part]} in {without} of the"
+                    f" {len(layers)} layers of {kind} and puts no adapter there; name the modules in"
+                    " target_modules"
+                )
+        return names, tuple(warnings)
 
     def widths(self, W: Tensor) -> tuple[int, int]:
         """Of h, and of the bottleneck."""

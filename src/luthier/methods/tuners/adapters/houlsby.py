@@ -7,8 +7,10 @@ names them.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from luthier.methods.tuners._base import DISABLE_ADAPTER
-from luthier.methods.tuners.adapters._bottleneck import ATTENTION, FFN, Bottleneck
+from luthier.methods.tuners.adapters._bottleneck import Bottleneck
 from luthier.registry import tuner
 
 
@@ -24,5 +26,7 @@ from luthier.registry import tuner
 class Houlsby(Bottleneck):
     """Two serial adapters per layer."""
 
-    # the last linear modules of attention and of the feed-forward block
-    target_modules: str | list[str] = rf".*\.({ATTENTION}|{FFN})"
+    places: ClassVar[tuple[str, ...]] = ("o", "down")
+
+    # auto: the last linear modules of attention and of the feed-forward block
+    target_modules: str | list[str] = "auto"

@@ -11,12 +11,11 @@ unlikelihood term; those are objectives.
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
-from luthier.model.anatomy import LAYER, part_of
+from luthier.model.anatomy import part_names, part_pattern
 from luthier.registry import tuner
 
 
@@ -45,29 +44,21 @@ class IA3(Tuner):
     def attach(self, model):
         from luthier.methods.tuners._peft import PeftTunedModel, any_config, sideways
 
-        inner, down = within(model, "k", "v", "qkv"), within(model, "down")
+        inner, down = part_names(model, "k", "v", "qkv"), part_names(model, "down")
         if self.target_modules is None and not inner:
             raise RecipeError(
                 "tuner 'ia3' does not know the key and value modules of"
                 f" {type(model).__name__}; set target_modules and feedforward_modules"
             )
         settings: dict[str, Any] = {
-            "target_modules": pattern(inner + down) if self.target_modules is None else self.target_modules,
+            "target_modules": part_pattern(inner + down)
+            if self.target_modules is None
+            else self.target_modules,
             "feedforward_modules": (
-                pattern(down) if self.feedforward_modules is None else self.feedforward_modules
+                part_pattern(down) if self.feedforward_modules is None else self.feedforward_modules
             ),
             "exclude_modules": self.exclude_modules,
             "modules_to_save": self.modules_to_save,
             "fan_in_fan_out": sideways(model),
         }
         return PeftTunedModel(self, model, any_config("ia3", settings))
-
-
-def within(model: Any, *parts: str) -> list[str]:
-    """The names inside a layer of the modules that do one of these things, each once."""
-    return sorted({LAYER.sub("", name) for name, _ in model.named_modules() if part_of(name) in parts})
-
-
-def pattern(names: list[str]) -> str:
-    """The regular expression of these names in any layer; of none where there are none."""
-    return rf".*\.\d+\.({'|'.join(map(re.escape, names))})" if names else r"(?!)"

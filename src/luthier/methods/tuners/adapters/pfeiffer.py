@@ -6,8 +6,10 @@ suits pre-norm networks. `up` starts at exactly zero.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from luthier.methods.tuners._base import DISABLE_ADAPTER
-from luthier.methods.tuners.adapters._bottleneck import FFN, Bottleneck
+from luthier.methods.tuners.adapters._bottleneck import Bottleneck
 from luthier.registry import tuner
 
 
@@ -22,4 +24,6 @@ from luthier.registry import tuner
 class Pfeiffer(Bottleneck):
     """One serial adapter per layer."""
 
-    target_modules: str | list[str] = rf".*\.({FFN})"  # the last linear modules of the feed-forward block
+    places: ClassVar[tuple[str, ...]] = ("down",)
+
+    target_modules: str | list[str] = "auto"  # auto: the last linear modules of the feed-forward block

@@ -17,6 +17,7 @@ adapter reads the input of the whole feed-forward block). The prefix is tuner `p
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -25,9 +26,9 @@ from torch import nn
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
-from luthier.methods.tuners.adapters._bottleneck import FFN, Activation, pair, through
-from luthier.methods.tuners.prompts._prefix import KEYS, drawn, placed, taken, width
-from luthier.model.anatomy import layer_of
+from luthier.methods.tuners.adapters._bottleneck import Activation, pair, through
+from luthier.methods.tuners.prompts._prefix import drawn, placed, taken, width
+from luthier.model.anatomy import layer_of, part_names, part_pattern
 from luthier.registry import Choices, tuner
 
 POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wider networks may be worth more
@@ -68,7 +69,8 @@ class AutoPEFT(Delta):
     # 1 for each layer that has modules, 0 for the others; not given: all have
     insert: list[Literal[0, 1]] | None = None
     non_linearity: Activation = "relu"  # nonlinearity of both bottlenecks
-    target_modules: str | list[str] = rf".*\.({FFN}|{KEYS})"  # the modules to which its parts are attached
+    # modules to which its parts are attached; auto: the keys and the last matrix of the feed-forward block
+    target_modules: str | list[str] = "auto"
 
     def only(self, layers, of):
         return {"insert": [int(i in layers) for i in range(of)]}
@@ -116,7 +118,10 @@ class AutoPEFT(Delta):
         }
         if not any(sizes.values()) or (self.insert is not None and not any(self.insert)):
             return FrozenModel(self, model.requires_grad_(False))
-        attached = super().attach(model)
+        fitted = self
+        if self.target_modules == "auto":
+            fitted = replace(self, target_modules=part_pattern(part_names(model, "down", "k", "qkv")))
+        attached = super(AutoPEFT, fitted).attach(model)
         there = {slot.partition("_")[0] for s in attached.all_param_groups() for slot in s.params}
         for setting, slot in (("serial", "serial"), ("parallel", "parallel"), ("num_virtual_tokens", "keys")):
             if sizes[setting] and slot not in there:

@@ -12,7 +12,7 @@ norms stay frozen unless `modules_to_save` names them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER
-from luthier.methods.tuners.adapters._bottleneck import ATTENTION, FFN, NARROWER, Bottleneck
+from luthier.methods.tuners.adapters._bottleneck import NARROWER, Bottleneck
 from luthier.registry import tuner
 
 
@@ -38,8 +38,10 @@ from luthier.registry import tuner
 class Compacter(Bottleneck):
     """Two serial adapters per layer, of Kronecker products that share a factor."""
 
-    # the last linear modules of attention and of the feed-forward block
-    target_modules: str | list[str] = rf".*\.({ATTENTION}|{FFN})"
+    places: ClassVar[tuple[str, ...]] = ("o", "down")
+
+    # auto: the last linear modules of attention and of the feed-forward block
+    target_modules: str | list[str] = "auto"
     # width of h divided by that of the bottleneck
     reduction_factor: Annotated[float, Field(ge=1), NARROWER] = 32
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "gelu"  # nonlinearity f
@@ -48,7 +50,7 @@ class Compacter(Bottleneck):
     phm_rank: Annotated[int, Field(ge=1)] = 1  # rank of s_i t_i
     phm_init_range: Annotated[float, Field(gt=0)] = 0.01  # initial standard deviation of A_i
 
-    def attach(self, model):
+    def put(self, model):
         from luthier.methods.tuners.adapters.compacter.tuned import CompacterModel
 
         return CompacterModel(self, model, "A")

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from luthier.clock import Clock
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
@@ -79,6 +80,11 @@ class IntrinsicDimension(Delta):
         return W + self.delta(p, W.shape).to(W.dtype)
 
     def forward(self, x, y, p, layer):
+        # in backward the change is made anew: kept, it would weigh as much as the network
+        return checkpoint(self.added, x, y, p, use_reentrant=False)
+
+    def added(self, x, y, p):
+        """The output with what the change adds to it."""
         return y + x @ self.delta(p, (y.shape[-1], x.shape[-1])).T
 
 
