@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
-FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
+from .limits import TEXT
+
+OPENING = re.compile(r"```[ \t]*([\w+-]*)")
+CLOSING = re.compile(r"\n[ \t]*```")
 PYTHON = ("", "py", "python", "python3")
-DEFINES = re.compile(r"^\s*(?:async def|def|class) ", re.MULTILINE)
+DEFINES = re.compile(r"^[ \t]*(?:async def|def|class) ", re.MULTILINE)
 
 
 def extract_code(text: str) -> str:
     """The code in a text: the last fenced block of Python that defines something, else the last, else all of
-    it.
+    it. Of a text longer than `limits.TEXT` the end is read.
     """
-    blocks = [code for language, code in FENCE.findall(text) if language.lower() in PYTHON]
-    defining = [block for block in blocks if DEFINES.search(block)]
-    return (defining or blocks or [text])[-1]
+    text = text[-TEXT:]
+    last, defining = None, None
+    for language, code in fenced(text):
+        if language.lower() not in PYTHON:
+            continue
+        last = code
+        if DEFINES.search(code):
+            defining = code
+    if defining is not None:
+        return defining
+    return text if last is None else last
+
+
+def fenced(text: str) -> Iterator[tuple[str, str]]:
+    """(language, code) of every fenced block, the last of which may be open at its end. Each character is
+    looked at once: a text of nothing but fences takes no longer than another.
+    """
+    end = 0
+    while (opening := OPENING.search(text, end)) is not None:
+        begin = text.find("\n", opening.end())
+        if begin < 0:
+            return
+        closing = CLOSING.search(text, begin + 1)
+        close, end = closing.span() if closing else (len(text), len(text))
+        yield opening.group(1), text[begin + 1 : close]

@@ -5,14 +5,16 @@ Runs in the program's process, among the program's code; nothing here is trusted
 
 from __future__ import annotations
 
+import _operator as operator  # `operator` itself takes longer to import
 import builtins
 import io
-import operator
 import sys
-import types
-from typing import Any
 
 from . import wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PROGRAM = "<program>"
 BASES = (bool, int, float, complex, str, bytes, tuple, frozenset, list, dict, set, bytearray)
@@ -100,7 +102,7 @@ class Callback:
 class Answers:
     """The program's names and objects, behind two pipes."""
 
-    def __init__(self, module: types.ModuleType, questions: int, answers: int):
+    def __init__(self, module: Any, questions: int, answers: int):
         self.names = vars(module)
         self.questions, self.answers = questions, answers
         self.handles: dict[int, Any] = {}
@@ -128,9 +130,9 @@ class Answers:
 
     def kind_of(self, value: Any) -> str:
         """What a name of the program stands for: a module, something of its own, or a value."""
-        if type(value) is types.ModuleType:
+        if type(value) is type(sys):
             return "module:" + str(value.__name__)
-        if isinstance(value, (type, types.FunctionType)) and value.__module__ in ("__main__", "__program__"):
+        if isinstance(value, (type, type(run_coroutine))) and value.__module__ in ("__main__", "__program__"):
             return "own"
         return "value"
 
@@ -214,7 +216,7 @@ class Answers:
             if isinstance(value, kind):
                 base = kind.__name__
                 break
-        if isinstance(value, types.CoroutineType):
+        if type(value).__name__ == "coroutine" and hasattr(value, "cr_code"):
             base = "coroutine"
         facts = {
             "class": isinstance(value, type),

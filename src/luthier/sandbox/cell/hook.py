@@ -109,10 +109,8 @@ def watch(folder: str) -> None:
         elif event.startswith(REACHING_OUT):
             raise PermissionError(1, f"the sandbox does not allow {event}")
 
-    try:  # starts programs without an audit event; imported now, since subprocess and asyncio import it
-        import _posixsubprocess
-
-        _posixsubprocess.fork_exec = lambda *args: hook("subprocess.Popen", args)
-    except ImportError:
-        pass
+    # starts programs without an audit event; subprocess and asyncio import it
+    starter = type(sys)("_posixsubprocess")
+    starter.fork_exec = lambda *args: hook("subprocess.Popen", args)  # type: ignore[attr-defined]
+    sys.modules["_posixsubprocess"] = starter
     sys.addaudithook(hook)

@@ -12,20 +12,18 @@ import sys
 def main() -> None:
     """Started by the keeper as `program JOB ASKED ANSWERS`, numbers of open files."""
     import builtins
-    import json
     import os
-    import types
 
-    from . import answer, hook
+    from . import answer, hook, wire
 
     job_file, questions, answers = (int(number) for number in sys.argv[1:4])
     with open(job_file, "rb") as file:
-        job = json.loads(file.read())
+        job = wire.loads(file.read().decode())
     if job["hook"]:
         hook.watch(os.getcwd())
     for name in [m for m in sys.modules if m.partition(".")[0] == "cell"]:
         del sys.modules[name]
-    module = types.ModuleType("__main__")
+    module = type(sys)("__main__")
     # with checks the program is a library: what it does when started as a script (read input, exit) is not
     # asked for
     module.__name__ = "__program__" if job["checked"] else "__main__"

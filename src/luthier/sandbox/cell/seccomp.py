@@ -122,6 +122,26 @@ REFUSED_WITHOUT_SPACES: dict[str, tuple[int | None, int | None]] = {
     "sched_setscheduler": (144, 119),
     "sched_setparam": (142, 118),
     "sched_setattr": (314, 274),
+    "getpriority": (140, 141),
+    # Landlock leaves these alone: whoever may see a file may change its mode and its times
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
 }
 CLONE, SOCKET, SOCKETPAIR, IOCTL, PRLIMIT = (56, 220), (41, 198), (53, 199), (16, 29), (302, 261)
 KILL, TGKILL = (62, 129), (234, 131)
@@ -181,15 +201,15 @@ def rules(architecture: int, column: int, spaces: bool, pid: int) -> Filter:
     bpf.add(EQUAL, architecture, 1, 0)
     bpf.add(RETURN, ERROR | ENOSYS)
     bpf.add(LOAD, NUMBER)
+    tables = [REFUSED] if spaces else [REFUSED, REFUSED_WITHOUT_SPACES]
+    for table in tables:
+        for numbers in table.values():
+            bpf.refuse(numbers[column])
     for number in NEW_ALLOWED:
         bpf.add(EQUAL, number, 0, 1)
         bpf.add(RETURN, ALLOW)
     bpf.add(AT_LEAST, NEW, 0, 1)  # x32 has its bit far above
     bpf.add(RETURN, ERROR | ENOSYS)
-    tables = [REFUSED] if spaces else [REFUSED, REFUSED_WITHOUT_SPACES]
-    for table in tables:
-        for numbers in table.values():
-            bpf.refuse(numbers[column])
     bpf.rule(IOCTL[column], 1, [(EQUAL, code) for code in TYPING], allowed=False)
     bpf.rule(PRLIMIT[column], 0, [(EQUAL, 0)], allowed=True)  # its own limits only
     # a pair of streams is all that asyncio needs; a datagram socket could be sent to a path

@@ -40,6 +40,7 @@ HIDDEN = (
     "_testinternalcapi",
     "_testmultiphase",
     "_xxsubinterpreters",
+    "_posixsubprocess",
     "_interpreters",
 )
 
@@ -92,9 +93,7 @@ def own_root(libc, place: str, packages: bool) -> str:
     for path in python_folders(packages):
         if not show(libc, place, path, path):
             return f"{path} cannot be mounted"
-    here = os.path.dirname(os.path.realpath(__file__))
-    if not show(libc, place, here, CODE):
-        return "the sandbox's own files cannot be mounted"
+    copy_code(place + CODE)
     for path in SETTINGS:
         if os.path.exists(path):
             show(libc, place, os.path.realpath(path), path)
@@ -157,6 +156,19 @@ def show(libc, place: str, source: str, path: str) -> bool:
     return libc.mount(os.fsencode(source), os.fsencode(target), None, BIND | RECURSIVE, None) == 0
 
 
+def copy_code(folder: str) -> None:
+    """This package in the new root, compiled once for all programs."""
+    import py_compile
+    import shutil
+
+    os.makedirs(folder)
+    here = os.path.dirname(os.path.realpath(__file__))
+    for name in sorted(os.listdir(here)):
+        if name.endswith(".py"):
+            shutil.copyfile(f"{here}/{name}", f"{folder}/{name}")
+            py_compile.compile(f"{folder}/{name}", dfile=f"{CODE}/{name}")
+
+
 def hide_modules(libc, place: str) -> None:
     """Python's doors to C are empty files in the new root."""
     import sysconfig
@@ -202,7 +214,8 @@ def landlock(libc, folder: str, packages: bool) -> bool:
     ruleset = libc.syscall(444, attributes, size, 0)
     if ruleset < 0:
         return False
-    readable = [*python_folders(packages), *SETTINGS, os.path.dirname(os.path.realpath(__file__))]
+    here = os.path.dirname(os.path.realpath(__file__))
+    readable = [*python_folders(packages), *SETTINGS, os.path.dirname(here)]
     allowed = dict.fromkeys(readable, 0x1 | 0x4 | 0x8)  # execute, read files, read folders
     allowed |= dict.fromkeys((f"/dev/{name}" for name in DEVICES), 0x2 | 0x4)
     allowed[folder] = rights & ~0x1

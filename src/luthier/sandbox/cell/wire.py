@@ -8,37 +8,62 @@ the tables below.
 
 from __future__ import annotations
 
-import collections
-import datetime
-import decimal
-import fractions
-import json
 import os
-import re
-import struct
 import sys
-from collections.abc import Callable
-from typing import Any
+from _collections import OrderedDict, defaultdict, deque  # what `collections` has them from, in less time
+
+TYPE_CHECKING = False  # `typing` takes longer to import than a program to run
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 MESSAGE = 32 << 20  # bytes of the longest message
 SMALL = 1 << 62  # a whole number below it is written as JSON
-# objects that are their own text: (how they are written, how they are read)
-TEXTS: dict[type, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
-    decimal.Decimal: (str, decimal.Decimal),
-    fractions.Fraction: (str, fractions.Fraction),
-    datetime.date: (datetime.date.isoformat, datetime.date.fromisoformat),
-    datetime.datetime: (datetime.datetime.isoformat, datetime.datetime.fromisoformat),
-    datetime.time: (datetime.time.isoformat, datetime.time.fromisoformat),
+TEXTS = {  # objects that are their own text: (how they are written, how they are read)
+    ("decimal", "Decimal"): ("__str__", None),
+    ("fractions", "Fraction"): ("__str__", None),
+    ("datetime", "date"): ("isoformat", "fromisoformat"),
+    ("datetime", "datetime"): ("isoformat", "fromisoformat"),
+    ("datetime", "time"): ("isoformat", "fromisoformat"),
 }
-TEXT_TYPES = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in TEXTS}
 SEQUENCES = {"t": tuple, "f": frozenset}
-CHANGING = {"l": list, "s": set, "q": collections.deque}
-MAPPINGS = {"d": dict, "O": collections.OrderedDict, "C": collections.Counter, "D": collections.defaultdict}
+CHANGING = {"l": list, "s": set, "q": deque}
+MAPPINGS = {"d": dict, "O": OrderedDict, "D": defaultdict}
+CHANGING_TYPES, MAPPING_TYPES = tuple(CHANGING.values()), tuple(MAPPINGS.values())
 TAGS = {kind: tag for table in (SEQUENCES, CHANGING, MAPPINGS) for tag, kind in table.items()}
 CONSTANTS = {"...": Ellipsis, "NotImplemented": NotImplemented}
 # types a program may hand out by name; the other side has its own of the same name
 SHARED_MODULES = ("builtins", "collections", "datetime", "decimal", "fractions", "enum", "typing")
-ARRAY_TYPES = re.compile(r"[<>|=]?(?:[biufcSUV]\d{1,6}|[mM]8(?:\[\w{1,6}\])?)\Z")
+SIMPLE = frozenset({type(None), bool, str, float})
+
+
+def fast_json():
+    """(dumps, loads) from the C half of `json` alone: its other half takes longer to import than most
+    programs run.
+    """
+    try:
+        import _json
+
+        class Context:
+            strict, object_hook, object_pairs_hook = True, None, None
+            parse_float, parse_int, memo = float, int, {}
+            parse_constant = staticmethod({"NaN": float("nan"), "Infinity": 1e999, "-Infinity": -1e999}.get)
+
+        write = _json.make_encoder(
+            None, None, _json.encode_basestring_ascii, None, ":", ",", False, False, True
+        )
+        scan = _json.make_scanner(Context)
+        dumps, loads = lambda value: "".join(write(value, 0)), lambda text: scan(text, 0)[0]
+        if loads(dumps([1.5, "a", None, {"b": [True]}])) == [1.5, "a", None, {"b": [True]}]:
+            return dumps, loads
+    except Exception:  # another Python's insides
+        pass
+    import json
+
+    return json.dumps, json.loads
+
+
+dumps, loads = fast_json()
 
 
 class WireError(Exception):
@@ -50,22 +75,22 @@ class WireError(Exception):
 
 def send(descriptor: int, message: Any) -> None:
     """Write a message; a longer one than `MESSAGE` is a WireError."""
-    data = json.dumps(message).encode()
+    data = dumps(message).encode()
     if len(data) > MESSAGE:
         raise WireError("a value is too large to be checked")
-    data = memoryview(struct.pack("=Q", len(data)) + data)
+    data = memoryview(len(data).to_bytes(8, "little") + data)
     while data:
         data = data[os.write(descriptor, data) :]
 
 
 def receive(descriptor: int) -> Any:
     """Read a message; EOFError where the other side ended."""
-    (length,) = struct.unpack("=Q", read(descriptor, 8))
+    length = int.from_bytes(read(descriptor, 8), "little")
     if length > MESSAGE:
         raise WireError("a value is too large to be checked")
     try:
-        return json.loads(read(descriptor, length))
-    except (ValueError, RecursionError):
+        return loads(read(descriptor, length).decode())
+    except (ValueError, RecursionError, StopIteration):
         raise WireError("a message that cannot be read") from None
 
 
@@ -96,11 +121,11 @@ class Encoder:
     def encode(self, value: Any) -> Any:
         """JSON for a value."""
         kind = type(value)
-        if value is None or kind is bool or kind is str or kind is float:
+        if kind in SIMPLE:
             return value
         if kind is int:
             return value if -SMALL < value < SMALL else ["i", hex(value)]
-        if kind in CHANGING.values() or kind in MAPPINGS.values() or kind is bytearray:
+        if kind in CHANGING_TYPES or kind in MAPPING_TYPES or kind is bytearray or is_counter(kind):
             if id(value) in self.numbers:
                 return ["r", self.numbers[id(value)]]
             number = self.next
@@ -114,9 +139,10 @@ class Encoder:
             return ["b", value.decode("latin-1")]
         if kind is complex:
             return ["c", value.real, value.imag]
-        if kind in TEXTS:
-            return ["x", f"{kind.__module__}.{kind.__qualname__}", TEXTS[kind][0](value)]
-        if kind is datetime.timedelta:
+        for (module, name), (write, _) in TEXTS.items():
+            if kind is getattr(sys.modules.get(module), name, None):
+                return ["x", module, name, getattr(kind, write)(value)]
+        if kind is getattr(sys.modules.get("datetime"), "timedelta", None):
             return ["T", value.days, value.seconds, value.microseconds]
         if kind is range or kind is slice:
             return [kind.__name__, [self.encode(v) for v in (value.start, value.stop, value.step)]]
@@ -129,10 +155,10 @@ class Encoder:
         kind = type(value)
         if kind is bytearray:
             return ["B", number, value.decode("latin-1")]
-        if kind in MAPPINGS.values():
+        if is_counter(kind) or kind in MAPPING_TYPES:
             # `list` first: what is encoded may change while it is
             pairs = [[self.encode(k), self.encode(v)] for k, v in list(dict.items(value))]
-            return [TAGS[kind], number, pairs]
+            return [TAGS.get(kind, "C"), number, pairs]
         return [TAGS[kind], number, [self.encode(item) for item in list(value)]]
 
     def array(self, value: Any) -> list | None:
@@ -140,8 +166,6 @@ class Encoder:
         numpy = sys.modules.get("numpy")
         kind = type(value)
         if numpy is None or not (kind is numpy.ndarray or issubclass(kind, numpy.generic)):
-            return None
-        if not ARRAY_TYPES.match(value.dtype.str):
             return None
         shape = None if kind is not numpy.ndarray else list(value.shape)
         return ["n", value.dtype.str, shape, value.tobytes().decode("latin-1")]
@@ -174,8 +198,8 @@ class Decoder:
             return self.objects[message[1]]
         if tag in SEQUENCES:
             return SEQUENCES[tag]([self.decode(item) for item in message[1]])
-        if tag in CHANGING or tag in MAPPINGS or tag == "B":
-            value = bytearray() if tag == "B" else (CHANGING.get(tag) or MAPPINGS[tag])()
+        if tag in CHANGING or tag in MAPPINGS or tag in ("B", "C"):
+            value = empty(tag)
             self.objects[message[1]] = value
             self.fill(value, message)
             return value
@@ -184,9 +208,10 @@ class Decoder:
         if tag == "c":
             return complex(message[1], message[2])
         if tag == "x":
-            kind = TEXT_TYPES[message[1]]
-            return TEXTS[kind][1](str(message[2])[:100_000])
+            return from_text(*message[1:4])
         if tag == "T":
+            import datetime
+
             return datetime.timedelta(*message[1:4])
         if tag in ("range", "slice"):
             kind = range if tag == "range" else slice
@@ -217,11 +242,38 @@ class Decoder:
             value.extend(items)
 
 
+def is_counter(kind: type) -> bool:
+    """Is it `collections.Counter`, in a process that uses it?"""
+    return kind is getattr(sys.modules.get("collections"), "Counter", None)
+
+
+def empty(tag: str) -> Any:
+    """A new container."""
+    if tag == "B":
+        return bytearray()
+    if tag == "C":
+        import collections
+
+        return collections.Counter()
+    return (CHANGING.get(tag) or MAPPINGS[tag])()
+
+
+def from_text(module: str, name: str, text: str) -> Any:
+    """A number or a time from its text."""
+    _, read_text = TEXTS[module, name]
+    kind = getattr(__import__(module), name)
+    text = str(text)[:100_000]
+    return kind(text) if read_text is None else getattr(kind, read_text)(text)
+
+
 def decode_array(dtype: str, shape: list[int] | None, data: str) -> Any:
     """An array of numpy, or one number of it where there is no shape."""
+    import re
+
     import numpy
 
-    if not ARRAY_TYPES.match(dtype):
+    # no objects, which would be addresses
+    if not re.fullmatch(r"[<>|=]?([biufcSUV]\d{1,6}|[mM]8(\[\w{1,6}\])?)", dtype):
         raise WireError("an array of another type")
     flat = numpy.frombuffer(data.encode("latin-1"), dtype=numpy.dtype(dtype))
     if shape is None:

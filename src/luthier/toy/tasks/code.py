@@ -70,6 +70,7 @@ LOOPS = {
 }
 _SUM = {words: _function(f"sum({term} for i in range(x))") for words, (term, _) in LOOPS.items()}
 LOOP_NUMBERS = [0, 1, 7, 30]
+LARGE = 10**9  # a loop as long as this takes longer than a verifier waits
 MOST_OPERATIONS = 20  # of a function without a loop, whatever x
 
 
@@ -181,13 +182,29 @@ def verify(row: dict, answer: str) -> float:
     if limit and re.search(r"\b_(tick|count)", answer):  # the names that count
         return 0.0
     tests = [*row["tests"], f"assert _ticks(1000) <= {limit}"] if limit else row["tests"]
+    written = program
     try:
         program = counted(program) if limit else program
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return 0.0
     passed = run(program, timeout=5.0, memory_mb=512, checks=tests).passed
     right = sum(passed[: len(row["tests"])]) / len(row["tests"])
-    return right if passed[-1] or not limit else right / 2
+    if not limit:
+        return right
+    # the program's process counts, and could count wrongly: a loop this long it cannot hide
+    last = f"assert f({LARGE}) == {_total(row['item'])(LARGE)}" if right == 1 else f"f({LARGE})"
+    fast = passed[-1] and run(written, timeout=2.0, memory_mb=512, checks=[last]).passed[0]
+    return right if fast else right / 2
+
+
+def _total(words: str):
+    """What a loop adds up below x, as a function of x, from its words."""
+    for pattern, (_, formula) in LOOPS.items():
+        number = re.fullmatch(re.escape(pattern).replace(r"\{k\}", r"(\d+)"), words)
+        if number:
+            total = _function(formula)
+            return lambda x: total(x, int(number.group(1)))
+    raise ValueError(f"no loop of this task: {words!r}")
 
 
 class _Counted(ast.NodeTransformer):

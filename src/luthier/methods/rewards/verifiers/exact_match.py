@@ -53,7 +53,10 @@ class ExactMatch(Reward):
         """The answer that a text gives, in the form in which it is compared; None where it gives none."""
         if self.extract == "last_number":
             numbers = NUMBER.findall(text)
-            return Decimal(numbers[-1].replace(",", "")) if numbers else None
+            try:
+                return Decimal(numbers[-1].replace(",", "")) if numbers else None
+            except ArithmeticError:  # an exponent beyond all
+                return None
         if self.extract == "after":
             before, marker, rest = text.rpartition(self.marker)
             if not marker and not gold:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,11 @@ from luthier.errors import RecipeError
 from luthier.methods.formats._base import ANSWER
 from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
+from luthier.sandbox import limits
 
+VERDICTS = {"true\n": True, "false\n": False, "null\n": None}  # what a worker writes
+DIGITS = re.compile(rf"[0-9]{{{limits.DIGITS}}}")
+BRACKETS = re.compile(r"[()\[\]{}]")
 IDLE: list[Worker] = []  # workers nobody is using; list.pop and list.append are safe between threads
 os.register_at_fork(after_in_child=IDLE.clear)  # a forked process must not share its parent's pipes
 
@@ -47,6 +52,9 @@ class Math(Reward):
 
     def score(self, gold: str, text: str) -> float:
         """One comparison, by an idle worker if there is one."""
+        text = text[-limits.ANSWER :]
+        if hostile(text):
+            return float(text.strip() == gold.strip())
         try:
             worker = IDLE.pop()
         except IndexError:
@@ -67,6 +75,18 @@ class Math(Reward):
             )
             return float(text.strip().rsplit("\n", 1)[-1].strip() == gold.strip())
         return float(verdict)
+
+
+def hostile(text: str) -> bool:
+    """Is it no mathematics that anyone writes: endless numbers, or brackets in brackets without end?"""
+    if DIGITS.search(text):
+        return True
+    depth = 0
+    for bracket in BRACKETS.findall(text):
+        depth = depth + 1 if bracket in "([{" else max(0, depth - 1)
+        if depth > limits.BRACKETS:
+            return True
+    return False
 
 
 class Worker:
@@ -100,14 +120,14 @@ class Worker:
             self.alive = False
             return False
         answer = self.line(timeout)
-        return json.loads(answer) if answer.endswith("\n") else False
+        return VERDICTS.get(answer, False)
 
     def line(self, timeout: float) -> str:
         """The next line the worker writes; '' after killing it."""
         timer = threading.Timer(timeout, self.process.kill)
         timer.daemon = True
         timer.start()
-        line = self.process.stdout.readline()
+        line = self.process.stdout.readline(64)
         timer.cancel()
         if not line:
             self.alive = False

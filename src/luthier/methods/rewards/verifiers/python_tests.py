@@ -10,6 +10,7 @@ from luthier.errors import RecipeError
 from luthier.methods.formats._base import TESTS
 from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
+from luthier.sandbox import limits
 from luthier.sandbox.cell.judge import is_case, is_test
 from luthier.sandbox.code import extract_code
 from luthier.sandbox.sandbox import kernel_walls, missing_walls, run_many
@@ -77,6 +78,8 @@ def say_once(sentence: str) -> None:
 
 def continues(start: str, text: str) -> bool:
     """Is a text no Python by itself, and with its prompt before it a whole program?"""
+    if len(start) + len(text) > limits.PARSED:
+        return False
     return not parses(text) and bool(text.strip()) and bool(start.strip()) and parses(start + text)
 
 

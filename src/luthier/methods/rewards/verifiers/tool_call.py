@@ -69,7 +69,7 @@ def call_in(value: Any) -> dict | None:
         begins = inside.find("{")
         try:
             value = json.JSONDecoder().raw_decode(inside[begins:])[0] if begins >= 0 else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if isinstance(value, list):
         value = value[0] if value else None
@@ -80,6 +80,6 @@ def call_in(value: Any) -> dict | None:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return {"name": value["name"], "arguments": arguments} if isinstance(arguments, dict) else None
