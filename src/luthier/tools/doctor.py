@@ -22,6 +22,7 @@ def examine() -> dict[str, Any]:
         "extras": extras,
         "machine": machine(),
         "sandbox": sandbox(),
+        "sandbox_missing": sandbox_missing(),
         "toy_models": toy_models(),
         "plugins": plugins(),
         "hub": {k: os.environ.get(k) for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")},
@@ -122,6 +123,13 @@ def sandbox() -> dict[str, bool]:
     return sandbox_report()
 
 
+def sandbox_missing() -> str:
+    """A sentence on the walls that this machine does not give, and why; '' where nothing is missing."""
+    from luthier.sandbox.sandbox import missing_walls
+
+    return missing_walls()
+
+
 def toy_models() -> list[str]:
     """The toy models that luthier ships."""
     from luthier.toy import models
@@ -179,6 +187,8 @@ def summary(facts: dict[str, Any]) -> str:
     ]
     for what, holds in facts["sandbox"].items():
         lines += [f"  {yes_or_no(holds):<4} {what}"]
+    if missing := facts.get("sandbox_missing"):
+        lines += [f"  {missing}"]
     lines += ["", f"toy models: {', '.join(facts['toy_models']) or 'none'}"]
     for method in facts["plugins"]:
         line = f"{method['kind']} '{method['name']}' of package '{method['package']}' ({method['place']})"

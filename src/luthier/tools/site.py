@@ -18,6 +18,7 @@ GUIDES = {
     "Python": "python.md",
     "Programs of prompts": "programs.md",
     "Troubleshooting": "troubleshooting.md",
+    "Trust": "trust.md",
     "Speed": "speed.md",
     "Toy tasks": "toy.md",
 }
