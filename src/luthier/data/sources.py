@@ -41,10 +41,10 @@ class Source(BaseModel):
     columns: dict[str, str] = {}  # our name of a column: the file's name of it
     tags: dict[str, str] = {}  # the file's names of roles and keys in messages: ours
     prompt_layout: PromptLayout | None = None  # how a prompt is written of instruction and input (axolotl)
-    limit: int | None = Field(default=None, ge=1)  # rows to read at most
+    limit: int | None = Field(default=None, ge=1, le=2**62)  # rows to read at most
     # characters of the longest row (default: a million); longer texts are cut into pieces
     max_row_chars: int | None = Field(default=None, ge=1)
-    n: int = Field(default=1000, ge=1)  # rows to generate of a toy task
+    n: int = Field(default=1000, ge=1, le=1_000_000)  # rows to generate of a toy task
     seed: int = 0  # of a toy task
     source: str | None = None  # the value of the column `source` of its rows, for objective by_source
 

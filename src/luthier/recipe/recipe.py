@@ -301,6 +301,8 @@ def terms(value: Any) -> Any:
         value = [value]
     parts = []
     for term in value:
+        if not isinstance(term, (str, Mapping)):
+            raise RecipeError(f"objective: expected a name or {{name: ..., weight: ...}}, not {quoted(term)}")
         settings = as_spec(term)
         weight = weight_of(settings.pop("weight", 1.0))
         parts.append((weight, build("objective", settings)))

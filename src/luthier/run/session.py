@@ -22,7 +22,7 @@ from luthier.errors import OutOfMemory, RecipeError
 from luthier.methods.evaluators._base import run_all
 from luthier.model.policy import Roles
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import Methods, dry_run
+from luthier.recipe.validate import Methods, check_trackers, dry_run
 from luthier.report.console import Callback
 from luthier.run.folder import open_folder, rows_fingerprint
 from luthier.run.report import Report
@@ -114,6 +114,7 @@ def open_session(
     """
     from accelerate.utils import set_seed
 
+    check_trackers(recipe.report_to)
     accelerator = _join_processes(recipe, folder)
     main = accelerator.is_main_process
     if callback is None or not main:
@@ -176,6 +177,7 @@ def _load_data(recipe: Recipe, folder: Path, main: bool) -> Data:
     """The rows of a run. In a folder without a run the unusable ones are listed even if all are refused."""
     quarantine = folder / QUARANTINE
     new = main and not (folder / STATE).exists()
+    files.check_folder_name(folder)
     with files.disk_errors(folder):
         if new:
             quarantine.unlink(missing_ok=True)  # of an earlier attempt, which was refused

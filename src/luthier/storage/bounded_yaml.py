@@ -33,6 +33,8 @@ def load_yaml(text: str, name: str = "yaml") -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
+    except RecipeError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         if mark:

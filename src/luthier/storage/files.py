@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import Damaged, DiskError, RecipeError
+from luthier.errors import Damaged, DiskError, RecipeError, quoted
 
 QUANTIZATION = "quantization.json"  # beside an adapter: what its base's weights were kept in
 
@@ -30,6 +30,7 @@ LEFTOVER = re.compile(r"checkpoint-\d+\.(part|old)|(.+\.)?\d+\.part|\.tmp\w{6}")
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+MAX_NAME = 255  # bytes of the name of a folder
 
 
 @contextmanager
@@ -72,13 +73,26 @@ class FolderLock:
             )
 
 
+def check_folder_name(folder: Path) -> None:
+    """Raise RecipeError for what no folder can be called."""
+    name = str(folder)
+    if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+        raise RecipeError(f"output_dir: {quoted(name)} cannot be the name of a folder")
+    for part in folder.parts:
+        if len(os.fsencode(part)) > MAX_NAME:
+            raise RecipeError(f"output_dir: {quoted(part)} is longer than the {MAX_NAME} bytes of a name")
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[FolderLock]:
     """A folder for oneself, made if it is not there: while one process has it, another is refused. The lock's
     file holds the process id.
     """
-    with disk_errors(folder):
-        lock = _open_lock(folder)
+    try:
+        with disk_errors(folder):
+            lock = _open_lock(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:  # below /proc, for one
+        raise DiskError(f"{folder} cannot be made ({error.strerror}); give another output_dir") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
