@@ -298,24 +298,31 @@ def data(
     source: Annotated[str, typer.Argument(help="A file, folder, Hub name or toy:TASK.")],
     model: Annotated[str, typer.Option(help="Model whose tokenizer renders the rows.")] = "toy:lm",
     chat_template: Annotated[
-        str | None, typer.Option(help="Maximum row length in tokens, as in a recipe.")
+        str | None, typer.Option(help="Chat template that renders conversations, as in a recipe.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Maximum row length in tokens, as in a recipe.")
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Number of rows to show.")] = 3,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="List every objective: whether it can train on these rows, or why not."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look at rows: how they are read, which tokens are supervised, which objectives can train on them and
-    why the others cannot.
+    """Look at rows: how they are read, which objective suits them, how long they are, what repeats, what is
+    unusable and why, and which tokens are supervised.
     """
     from luthier.report.text import MARKS
     from luthier.text.preview import preview
 
-    result = preview(source, model, chat_template, examples, MARKS)
+    result = preview(source, model, chat_template, examples, MARKS, max_length)
     if as_json:
         typer.echo(dumped(result))
         return
     from luthier.report.console import Console
 
-    Console().survey(source, result)
+    Console().survey(source, result, every)
 
 
 @app.command()

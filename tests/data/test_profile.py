@@ -12,6 +12,7 @@ import luthier
 from helpers.rows import PAIRS, SUMS, UNPAIRED
 from luthier.cli import app
 from luthier.data.profile import objectives_for
+from luthier.data.quarantine import count_reasons
 from luthier.methods.evaluators.quality.preference import Totals, checkup
 from luthier.registry import names
 from luthier.storage import files
@@ -57,6 +58,42 @@ def test_a_file_is_told_at_the_command_line(tmp_path):
         {"reason": "chosen and rejected are the same", "rows": 2, "first": "pairs.jsonl:26"}
     ]
     assert luth("data", tmp_path / "none.jsonl").exit_code == 2
+
+
+def test_the_first_lines_say_what_rows_are_and_what_fits(tmp_path):
+    rows = [
+        {"prompt": f"Capital {i}?", "chosen": " Oslo", "rejected": " Rome", "origin": "me"} for i in range(9)
+    ]
+    rows += [rows[0], {**rows[1], "chosen": " Lima"}, {**rows[2], "rejected": " word" * 400}]
+    rows += [{"prompt": f"{i}", "chosen": "x", "rejected": "x"} for i in range(3)]
+    rows += [{"prompt": "x", "chosen": i, "rejected": None} for i in range(2)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    output = luth("data", path, "--model", "toy:lm-small", "--max-length", 64).stdout
+    first, second, *_ = output.splitlines()
+    assert "as 'preference': `chosen` is preferred to `rejected`" in first
+    assert second == "objective to begin with: dpo (with roles: reference)"
+    for words in (
+        "tokens at 50 / 90 / 99 / 100%: row ",
+        "1 rows are cut at 64 tokens",
+        "1 rows repeat an earlier row",
+        "2 prompts have several different answers",
+        "not learned from (rewards and stages may read them): origin",
+        "3 unusable: chosen and rejected are the same (first: pairs.jsonl:13)",
+        "--all lists them",
+    ):
+        assert words in output, words
+    assert "simpo" not in output and "simpo" in luth("data", path, "--all").stdout
+
+
+def test_reasons_that_differ_in_details_alone_are_one():
+    bad = [
+        {"reason": f"turn {i} of messages has the unknown role 'x{i}'", "where": f"a:{i}"} for i in range(5)
+    ]
+    assert count_reasons([*bad, {"reason": "not JSON", "where": "b"}]) == [
+        {"reason": "turn 0 of messages has the unknown role 'x0'", "rows": 5, "first": "a:0"},
+        {"reason": "not JSON", "rows": 1, "first": "b"},
+    ]
 
 
 def test_the_preference_checkup_by_hand():

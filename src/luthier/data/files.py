@@ -8,6 +8,7 @@ refused.
 from __future__ import annotations
 
 import codecs
+import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +30,6 @@ from luthier.data.recognise import matching_formats
 from luthier.data.tables import read_csv, read_tsv
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import without_nulls
-from luthier.registry import did_you_mean
 
 CHUNK = 4000  # characters of running text that make one row of a .txt file
 TEXT_PART = 2**20  # bytes of the longest row of a .txt file
@@ -89,7 +89,9 @@ def unsupported(path: Path) -> str:
     kind = file_kind(path)
     if not kind:
         return f"the name of the file does not tell what it is ({kinds})"
-    return f"this file type is not supported{did_you_mean(kind, READERS)} ({kinds})"
+    near = difflib.get_close_matches(kind, READERS, 1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"{kind} files are not read{hint} ({kinds})"
 
 
 def check_object(value: Any) -> dict | BadLine:

@@ -4,6 +4,8 @@ for.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from typing import Any
@@ -11,17 +13,31 @@ from typing import Any
 from luthier.data.load import LoadedRows
 from luthier.data.quarantine import count_reasons
 from luthier.recipe.capabilities import columns_of, sentence
-from luthier.registry import Card, cards
+from luthier.registry import Card, cards, find
 
 ROLES = ("reference", "teacher", "critic")
+# columns of rows in luthier's shape that are learned from, or say how
+LEARNED = frozenset(
+    "prompt completions scores tools prefix label texts labels steps step_labels token_weights answer"
+    " chat_template_kwargs".split()
+)
 SAMPLE = 100  # rows whose columns decide what they are enough for
 ANSWERS = ("yes", "with a stage", "no")
 
 
 def profile_rows(loaded: LoadedRows) -> dict[str, Any]:
     """Loaded rows in figures: {format, total, rows, rejected, columns: {name: rows that have it}, bad:
-    [{reason, rows, first}], feeds: as `objectives_for`}.
+    [{reason, rows, first}], feeds: as `objectives_for`, reading: what the columns say, objective: to begin with,
+    {name, needs}, repeated: rows that are there before, prompts: with several answers, unlearned:
+    columns that are not learned from, notes: of where the rows come from}.
     """
+    kind = find("format", loaded.format.split(" + ")[0])
+    feeds = objectives_for(columns_of(loaded.rows[:SAMPLE]))
+    repeated, prompts = count_repetitions(loaded.rows)
+    needs = kind.advice
+    for answer in feeds:
+        if answer["objective"] == kind.objective and answer["feeds"] == "yes":
+            needs = "; ".join(filter(None, (answer["why"], kind.advice)))
     counts = Counter(name for row in loaded.rows for name in row if name != "id")
     return {
         "format": loaded.format,
@@ -30,8 +46,40 @@ def profile_rows(loaded: LoadedRows) -> dict[str, Any]:
         "rejected": len(loaded.bad),
         "columns": dict(counts.most_common()),
         "bad": count_reasons(loaded.bad),
-        "feeds": objectives_for(columns_of(loaded.rows[:SAMPLE])),
+        "feeds": feeds,
+        "reading": kind.reading,
+        "objective": {"name": kind.objective, "needs": needs},
+        "repeated": repeated,
+        "prompts": prompts,
+        "unlearned": unlearned_columns(counts),
+        "notes": loaded.notes,
     }
+
+
+def count_repetitions(rows: Sequence[dict]) -> tuple[int, int]:
+    """(rows whose content an earlier row has too, prompts that several rows answer differently)."""
+    answers: dict[bytes, set[bytes]] = {}
+    repeated = 0
+    for row in rows:
+        prompt = digest(row.get("prompt"))
+        answer = digest([row.get(name) for name in ("completions", "scores", "prefix", "tools", "answer")])
+        others = answers.setdefault(prompt, set())
+        repeated += answer in others
+        others.add(answer)
+    empty = digest("")
+    several = sum(len(others) > 1 for prompt, others in answers.items() if prompt != empty)
+    return repeated, several
+
+
+def digest(value: Any) -> bytes:
+    """What tells a value from others."""
+    content = json.dumps(value, sort_keys=True, default=repr)
+    return hashlib.blake2b(content.encode(), digest_size=12).digest()
+
+
+def unlearned_columns(columns: Iterable[str]) -> list[str]:
+    """Columns that no format reads: rewards and stages may read them, but nothing is learned from them."""
+    return [name for name in columns if name not in LEARNED]
 
 
 def objectives_for(columns: Set[str]) -> list[dict[str, str]]:

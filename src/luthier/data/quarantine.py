@@ -12,6 +12,8 @@ from typing import Any
 
 from luthier.errors import RecipeError
 
+DETAIL = re.compile(r"\d[\d,.]*|'[^']*'|\([^)]*\)|(?<=the columns )[\w, ]+(?= do not)")
+
 
 class TooManyBadRows(RecipeError):
     """More rows are bad than max_bad_rows allows; `bad` holds them."""
@@ -42,13 +44,18 @@ def plain_repr(value: Any) -> str:
 
 
 def count_reasons(bad: Sequence[dict]) -> list[dict[str, Any]]:
-    """Why rows cannot be used, the commonest first: {reason, rows: how many, first: the first place}."""
+    """Why rows cannot be used, the commonest first: {reason, rows: how many, first: the first place}. Reasons
+    that differ in numbers, names and values alone count as the first of them.
+    """
     places: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
     for row in bad:
-        places.setdefault(row["reason"], []).append(row["where"])
+        group = DETAIL.sub("?", row["reason"])
+        reasons.setdefault(group, row["reason"])
+        places.setdefault(group, []).append(row["where"])
     counted = []
-    for reason, where in places.items():
-        counted.append({"reason": reason, "rows": len(where), "first": where[0]})
+    for group, where in places.items():
+        counted.append({"reason": reasons[group], "rows": len(where), "first": where[0]})
     return sorted(counted, key=lambda entry: -entry["rows"])
 
 

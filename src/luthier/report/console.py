@@ -60,6 +60,10 @@ class Callback:
         """After the run."""
 
 
+LISTED_COLUMNS = 30  # that a look at rows names
+LISTED_REASONS = 8
+
+
 class Console(Callback):
     """Prints. `file` is for tests; rich finds out by itself whether it speaks to a terminal."""
 
@@ -244,23 +248,66 @@ class Console(Callback):
         for note in result["notes"]:
             self.say(f"· {note}", "yellow")
 
-    def survey(self, source: str, profile: dict) -> None:
-        """What rows are, and which objectives they can train; `profile` as text.preview gives it."""
+    def survey(self, source: str, profile: dict, every: bool = False) -> None:
+        """What rows are, and which objective suits them; `profile` as text.preview gives it. every: also what
+        all other objectives make of them.
+        """
         rows = profile["rows"]
         self.say(
-            f"{source}: {rows:,} of {profile['total']:,} rows can be read, as '{profile['format']}'", "bold"
+            f"{source}: {rows:,} of {profile['total']:,} rows can be read, as '{profile['format']}':"
+            f" {profile['reading']}",
+            "bold",
         )
+        objective = profile["objective"]
+        needs = f" ({objective['needs']})" if objective["needs"] else ""
+        self.say(f"objective to begin with: {objective['name']}{needs}", "bold")
+        for note in profile["notes"]:
+            self.say(f"· {note}")
+        self._lengths(profile)
+        if profile["repeated"]:
+            self.say(f"· {profile['repeated']:,} rows repeat an earlier row", "yellow")
+        if profile["prompts"]:
+            self.say(f"· {profile['prompts']:,} prompts have several different answers", "yellow")
         columns = [f"{name} ({n:,})" if n < rows else name for name, n in profile["columns"].items()]
-        self.say("columns: " + ", ".join(columns))
-        for bad in (*profile["bad"], *profile["unreadable"]):
+        self.say("columns: " + ", ".join(columns[:LISTED_COLUMNS]))
+        if profile["unlearned"]:
+            names = ", ".join(profile["unlearned"][:LISTED_COLUMNS])
+            self.say(f"not learned from (rewards and stages may read them): {names}")
+        reasons = [*profile["bad"], *profile["unreadable"]]
+        for bad in reasons[:LISTED_REASONS]:
             self.say(f"· {bad['rows']:,} unusable: {bad['reason']} (first: {bad['first']})", "yellow")
-        if profile["shown"]:
-            supervised = f"{100 * profile['share']:.0f}% supervised"
-            self.say(
-                f"{profile['tokens']:,} tokens ({supervised}), the longest row has {profile['longest']:,}:"
-            )
+        if len(reasons) > LISTED_REASONS:
+            left = sum(bad["rows"] for bad in reasons[LISTED_REASONS:])
+            self.say(f"· {left:,} unusable for other reasons; --json lists them", "yellow")
         self._marked_rows(profile["shown"])
-        self.listing(profile["feeds"], ("objective", "feeds", "why"))
+        self.say()
+        if every:
+            self.listing(profile["feeds"], ("objective", "feeds", "why"))
+            return
+        others = sum(answer["feeds"] == "yes" for answer in profile["feeds"])
+        self.say(
+            f"{others} objectives can train on these rows; --all lists them, and why others cannot", "dim"
+        )
+
+    def _lengths(self, profile: dict) -> None:
+        """Tokens of rows: how many, their percentiles, and what is cut."""
+        if not profile["lengths"]:
+            return
+        supervised = f"{100 * profile['share']:.0f}% supervised"
+        parts = []
+        for part, counts in profile["lengths"].items():
+            listed = " / ".join(f"{counts[p]:,}" for p in counts)
+            parts.append(f"{part} {listed}")
+        self.say(f"{profile['tokens']:,} tokens ({supervised}), the longest row has {profile['longest']:,}")
+        self.say(f"tokens at 50 / 90 / 99 / 100%: {'; '.join(parts)}")
+        if profile["cut"]:
+            self.say(f"· {profile['cut']:,} rows are cut at {profile['max_length']:,} tokens", "yellow")
+        if profile["full"]:
+            self.say(
+                f"· {profile['full']:,} prompts leave no room for a completion, so their rows are unusable"
+            )
+        if profile["pieces"]:
+            self.say(f"· {profile['pieces']:,} texts are cut into pieces of {profile['max_length']:,} tokens")
 
     def comparison(self, result: dict) -> None:
         """Several arms; `result` as luthier.compare gives it."""

@@ -93,6 +93,9 @@ class Format:
     optional: ClassVar[str] = ""  # columns read where they are there
     # its columns also occur in richer shapes: yields to another format that fits
     generic: ClassVar[bool] = False
+    reading: ClassVar[str] = "a prompt and what answers it"  # what its columns say, for people
+    objective: ClassVar[str] = "sft"  # the one to begin with
+    advice: ClassVar[str] = ""  # what else that takes in a recipe
 
     chat: bool = False  # a plain-text prompt becomes a user turn, so that the chat template is used
 

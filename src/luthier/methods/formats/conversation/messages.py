@@ -19,6 +19,7 @@ class Messages(Format):
     `chat_template_kwargs` is passed to the chat template.
     """
 
+    reading = "conversations in `messages`; the assistant's turns are learned"
     columns = ("messages",)
     # false: user, system and tool turns are supervised too, except those with "loss": false
     assistant_only_loss: bool = True

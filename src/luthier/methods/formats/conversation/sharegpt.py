@@ -15,6 +15,7 @@ class ShareGPT(Format):
     A function_call becomes an assistant turn with tool calls; an observation a tool turn.
     """
 
+    reading = "conversations in `conversations`; the assistant's turns are learned"
     columns = ("conversations",)
     # false: user, system and tool turns are supervised too, except those with "loss": false
     assistant_only_loss: bool = True

@@ -17,6 +17,7 @@ class Alpaca(Format):
     Always read as a conversation, so that training and inference use the chat template.
     """
 
+    reading = "`output` answers `instruction`"
     columns = ("instruction output",)
     optional = "input system history"
 

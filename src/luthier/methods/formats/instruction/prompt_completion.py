@@ -11,6 +11,7 @@ from luthier.registry import row_format
 class PromptCompletion(Format):
     """{"prompt": "2+2=", "completion": " 4"}; an empty prompt is allowed. Nothing is put between the two."""
 
+    reading = "`completion` continues `prompt`"
     columns = ("prompt completion",)
     optional = "tools"
 

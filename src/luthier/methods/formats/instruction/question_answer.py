@@ -18,6 +18,7 @@ class QuestionAnswer(Format):
     question}.
     """
 
+    reading = "`answer` answers `question`"
     columns = ("question answer",)
     optional = "passage context"
 

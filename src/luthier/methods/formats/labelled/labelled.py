@@ -18,6 +18,8 @@ class Labelled(Format):
     what the completion says.
     """
 
+    reading = "texts with a class, `label`; its name is learned as the answer"
+    advice = "or architecture: classifier, which gives each class a score"
     columns = (
         "text label",
         "sentence label",

@@ -20,6 +20,9 @@ class Stepwise(Format):
     `steps` and `step_labels` (one true/false a step) are kept beside the completion.
     """
 
+    reading = "steps of a solution, each marked right or wrong in `labels`"
+    objective = "process_reward"
+    advice = "architecture: reward_model; stages: [mark_steps]"
     columns = ("prompt completions labels",)
 
     def read(self, raw):

@@ -27,6 +27,8 @@ class Unpaired(Format):
     In a conversation the label judges the last assistant turn.
     """
 
+    reading = "completions, each marked good or bad"
+    objective = "kto"
     columns = (
         "prompt completion label",
         "prompt completion kto_tag",

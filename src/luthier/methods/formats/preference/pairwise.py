@@ -15,6 +15,8 @@ class Pairwise(Format):
     The better one comes first; the scores are the shares of the preference, here [0.7, 0.3].
     """
 
+    reading = "`output_1` beside `output_2`; `preference` tells which is better"
+    objective = "dpo"
     columns = ("instruction output_1 output_2 preference", "prompt output_1 output_2 preference")
     optional = "input system history"
 

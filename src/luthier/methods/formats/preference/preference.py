@@ -29,6 +29,8 @@ class Preference(Format):
     beginning up to the last reply mark or word.
     """
 
+    reading = "`chosen` is preferred to `rejected`"
+    objective = "dpo"
     columns = (
         "chosen rejected",
         "prompt chosen rejected",

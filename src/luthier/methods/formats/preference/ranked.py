@@ -21,6 +21,8 @@ from luthier.registry import row_format
 class Ranked(Format):
     """{"prompt": "Hi", "completions": ["Hello!", "What?"], "scores": [0.9, 0.2]}; higher is better."""
 
+    reading = "completions with a score each; a higher one is better"
+    objective = "lipo_lambda"
     columns = ("prompt completions scores",)
     optional = "tools"
 

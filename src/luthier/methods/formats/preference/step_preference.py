@@ -15,6 +15,8 @@ class StepPreference(Format):
     The prefix is read as the beginning of the reply, and not learned.
     """
 
+    reading = "`chosen` is the better next step, `rejected` the worse one"
+    objective = "dpo"
     columns = ("prompt prefix chosen rejected", "prompt initial_reason_steps chosen rejected")
 
     def read(self, raw):

@@ -22,6 +22,7 @@ from luthier.registry import row_format
 class Completions(Format):
     """{"prompt": "Hi", "completions": ["Hello!"]}; every completion is trained on."""
 
+    reading = "prompts with equally good completions"
     columns = ("prompt completions",)
     optional = "tools"
 

@@ -13,6 +13,9 @@ class Prompt(Format):
     completions.
     """
 
+    reading = "prompts without answers, which are sampled and rewarded"
+    objective = "grpo"
+    advice = "online_stages: [rollout, {name: score, reward: exact_match}]"
     columns = ("prompt", "question")
     optional = "tools"
     generic = True

@@ -11,6 +11,7 @@ from luthier.registry import row_format
 class Text(Format):
     """{"text": "Once upon a time ..."}. Rows longer than max_length are cut into consecutive pieces."""
 
+    reading = "plain text to continue; every token is learned"
     columns = ("text",)
     generic = True
 
