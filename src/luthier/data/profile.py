@@ -27,8 +27,8 @@ ANSWERS = ("yes", "with a stage", "no")
 
 def profile_rows(loaded: LoadedRows) -> dict[str, Any]:
     """Loaded rows in figures: {format, total, rows, rejected, columns: {name: rows that have it}, bad:
-    [{reason, rows, first}], feeds: as `objectives_for`, reading: what the columns say, objective: to begin with,
-    {name, needs}, repeated: rows that are there before, prompts: with several answers, unlearned:
+    [{reason, rows, first}], feeds: as `objectives_for`, reading: what the columns say, objective: {name,
+    needs} to begin with, repeated: rows that are there before, prompts: with several answers, unlearned:
     columns that are not learned from, notes: of where the rows come from}.
     """
     kind = find("format", loaded.format.split(" + ")[0])
