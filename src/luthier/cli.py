@@ -174,11 +174,35 @@ def chat(
         float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Random seed, used when temperature is above 0.")] = 0,
+    system: Annotated[
+        str | None,
+        typer.Option(help="System prompt (default: the one that all rows of the run had); '' for none."),
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help="Variables for the chat template, e.g. '{enable_thinking: false}'."),
+    ] = None,
 ) -> None:
     """Talk to a model."""
+    import yaml
+
     from luthier.serve.chat import chat
 
-    chat(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    try:
+        options = yaml.safe_load(chat_template_kwargs or "{}")
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        raise RecipeError("--chat-template-kwargs: expected a mapping, e.g. '{enable_thinking: false}'")
+    chat(
+        model,
+        prompt,
+        system=system,
+        chat_template_kwargs=options,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
 
 
 @app.command()

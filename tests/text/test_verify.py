@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from helpers.chat_templates import TRL, family_tokenizer, tokenizer_for
+from helpers import template_table
+from helpers.chat_templates import FAMILIES, TRL, family_tokenizer, tokenizer_for
 from luthier.data.load import load_rows
 from luthier.text.chat import MARK
 from luthier.text.encode import Renderer
@@ -377,6 +378,14 @@ def test_a_token_without_a_row_in_the_embedding_is_told():
 
 
 # ------------------------------------------------------------------------------------------ real families
+
+
+@pytest.mark.skipif(not TRL.is_dir(), reason="TRL ships the templates")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_of_families_is_what_happens(family):
+    lines = template_table.written(template_table.PAGE.read_text(encoding="utf-8")).splitlines()
+    line = template_table.table({family: family_tokenizer(family)})[-1]
+    assert line in lines, "python -m helpers.template_table writes the table"
 
 
 @pytest.mark.skipif(not TRL.is_dir(), reason="TRL ships the templates")

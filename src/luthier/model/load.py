@@ -28,9 +28,11 @@ from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods
 from luthier.registry import build
+from luthier.storage.layout import saved_rendering
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
+    from luthier.text.encode import Renderer
 
 
 def device() -> torch.device:
@@ -176,10 +178,40 @@ def assemble(
             f" this tuner ({most})"
         )
     limit = recipe.max_length or min(2048, most)
+    rendering = saved_rendering(folder)
     renderer = parts.architecture.renderer(
-        tokenizer, model.config, max_length=limit, chat_template=recipe.chat_template
+        tokenizer,
+        model.config,
+        max_length=limit,
+        chat_template=recipe.chat_template,
+        chat_template_kwargs={**rendering.get("chat_template_kwargs", {}), **recipe.chat_template_kwargs},
+        split_special_tokens=recipe.split_special_tokens,
+        today=rendering.get("today"),
     )
+    fit_renderer(renderer, model)
     return Roles(Policy(parts.architecture, model, attached), clock, renderer)
+
+
+def fit_renderer(renderer: Renderer, model: Network) -> None:
+    """Tell a renderer what it must know of the network: how many tokens its embedding holds, and at which
+    tokens its own settings end generation.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if embedding is not None and len(renderer.tokenizer) > embedding.weight.shape[0]:
+        renderer.vocabulary = embedding.weight.shape[0]
+    ends: list[Any] = []
+    generation = getattr(model, "generation_config", None)
+    # Settings that no file holds are transformers' own guesses.
+    if generation is not None and not getattr(generation, "_from_model_config", False):
+        ends.append(generation.eos_token_id)
+    ends.append(model.config.to_diff_dict().get("eos_token_id"))
+    for end in ends:
+        for token in end if isinstance(end, (list, tuple)) else [end]:
+            if isinstance(token, int) and token in renderer.special and token not in renderer.stops:
+                renderer.stops.append(token)
 
 
 def max_positions(model: Network) -> float:

@@ -14,14 +14,15 @@ from luthier import compat
 from luthier.compat.transformers import quiet
 from luthier.data.load import load_rows
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import BadRow, is_continued, text_of_parts
 from luthier.methods.tuners._base import Untuned
-from luthier.model.load import assemble, tensors_of
+from luthier.model.load import assemble, fit_renderer, tensors_of
 from luthier.model.policy import Roles
 from luthier.model.quantized_linear import open_up
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.storage import files
-from luthier.storage.layout import REPORT, run_folders, saved_network
+from luthier.storage.layout import REPORT, run_folders, saved_network, saved_rendering
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -38,6 +39,7 @@ class Loaded:
     turns: bool = True
     notes: list[str] = field(default_factory=list)  # what the user should know of it
     ends: str = ""  # what every prompt it was tuned on ended with: a line break, or nothing
+    system: str = ""  # the system prompt of all rows that it was tuned on
 
     @property
     def model(self) -> torch.nn.Module:
@@ -72,7 +74,9 @@ class Loaded:
             how: `top_p` and `top_k`.
 
         Raises:
-            RecipeError: the network does not generate text.
+            RecipeError: the network does not generate text, or the chat template does not take the messages.
+
+        A prompt that ends in an assistant message is continued.
         """
         if "generate" not in self.roles.policy.architecture.provides:
             raise RecipeError(
@@ -82,7 +86,13 @@ class Loaded:
         renderer, clock = self.roles.renderer, self.roles.clock
         prompts, seeds = [], []
         for i, text in enumerate(prompt if several else [prompt]):
-            prompts.append(renderer.prompt({"id": str(i), "prompt": text}))
+            row = {"id": str(i), "prompt": text}
+            if isinstance(text, list) and is_continued(text):
+                row |= {"prompt": text[:-1], "prefix": text_of_parts(text[-1]["content"])}
+            try:
+                prompts.append(renderer.prompt(row))
+            except BadRow as why:
+                raise RecipeError(f"the prompt cannot be read: {why}") from None
             seeds.append(clock.derive_seed("ask", seed, i, at=0))
         options = {
             "seeds": seeds,
@@ -92,8 +102,8 @@ class Loaded:
             **how,
         }
         if hear:
-            options["hear"] = lambda written: hear(self.roles.text(written[0]))
-        answers = [self.roles.text(ids) for (ids,) in self.roles.policy.generate(prompts, **options)]
+            options["hear"] = lambda written: hear(renderer.answer(written[0]))
+        answers = [renderer.answer(ids) for (ids,) in self.roles.policy.generate(prompts, **options)]
         return answers if several else answers[0]
 
     def ask(self, text: str, before: Sequence[dict] = (), **how: Any) -> str:
@@ -183,7 +193,7 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         turns, ends = stats.get("turns", turns), stats.get("ends", ends)
     else:
         notes.append(f"{folder} is not finished; using its last checkpoint")
-    return Loaded(str(folder), roles, recipe, turns, notes, ends)
+    return Loaded(str(folder), roles, recipe, turns, notes, ends, saved_rendering(folder).get("system", ""))
 
 
 def load_plain(model: str, settings: Mapping[str, Any], folder: Path | None = None) -> tuple[Recipe, Roles]:
@@ -220,6 +230,7 @@ def load_adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         roles.renderer = roles.policy.architecture.renderer(
             tokenizer, roles.policy.model.config, max_length=limit
         )
+        fit_renderer(roles.renderer, roles.policy.model)
     register_type(str(config.get("peft_type", "")))
     try:
         model = PeftModel.from_pretrained(roles.policy.model, str(folder)).merge_and_unload().eval()

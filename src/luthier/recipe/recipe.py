@@ -37,6 +37,8 @@ NOT_THE_RUN = (
     "save_total_limit",
 )
 
+LATER_KEYS = ("chat_template_kwargs", "split_special_tokens")  # that the first editions did not have
+
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -55,6 +57,10 @@ class Recipe:
     attn_implementation: str | None = None  # as in transformers: sdpa, eager, ...
     # built-in name, .jinja file or template text, instead of the tokenizer's own
     chat_template: str | None = None
+    # variables for the chat template of every row and every prompt, e.g. {enable_thinking: false}
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # special tokens typed in messages of users, systems and tools are read as text, not as control tokens
+    split_special_tokens: bool = True
     # number format of the base's linear weights: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit is
     # read as nf4
     quantization: Any = None
@@ -183,6 +189,9 @@ class Recipe:
         values = {**self.public(), **self.specs()}
         for key in NOT_THE_RUN:
             values.pop(key, None)
+        for key in LATER_KEYS:  # so that runs begun without the key are found again
+            if values[key] == DEFAULTS[key]:
+                del values[key]
         text = json.dumps(plain(values), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

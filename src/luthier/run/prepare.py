@@ -20,6 +20,7 @@ from luthier.run.folder import update_state
 from luthier.run.rows import (
     EncodedRows,
     describe_rows,
+    keep_rendering,
     load_rows,
     sample_batch,
     short_batches,
@@ -84,6 +85,7 @@ def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
         update_state(session.folder, network=network)
     loaded = shared.network() if shared else None
     roles = assemble(recipe, methods, network, session.folder, rows, loaded)
+    keep_rendering(session, roles.renderer)
     if shared:
         shared.renderer = shared.renderer or roles.renderer
         roles.renderer = shared.renderer

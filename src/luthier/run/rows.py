@@ -9,11 +9,13 @@ from typing import Any
 from luthier.data.checks import glued_words
 from luthier.data.quarantine import too_many, write_quarantine
 from luthier.errors import RecipeError, Refused
+from luthier.methods.formats._base import text_of_parts
 from luthier.model.policy import Roles
 from luthier.report.text import render_rows
 from luthier.run.session import Session
 from luthier.storage import files
-from luthier.storage.layout import QUARANTINE, ROWS
+from luthier.storage.layout import QUARANTINE, RENDERING, ROWS
+from luthier.text.encode import Renderer
 from luthier.train import checks
 
 
@@ -67,6 +69,41 @@ def load_rows(session: Session, roles: Roles, checkpoint: Path | None) -> tuple[
     training = _encode(session, roles, rows, "rows", session.recipe.max_bad_rows)
     held_out = _encode(session, roles, session.data.held_out, "held-out rows", 1.0)
     return training, held_out
+
+
+def keep_rendering(session: Session, renderer: Renderer) -> None:
+    """Write down what the rows are rendered with beside the recipe, so that a resumed run and whoever talks
+    to the model later renders the same: the date, where the template prints it; the `chat_template_kwargs`
+    and the system prompt that all rows share.
+    """
+    shared = shared_values(session.data.rows)
+    renderer.chat.options = {**shared.get("chat_template_kwargs", {}), **renderer.chat.options}
+    if renderer.chat.reads_clock:
+        shared["today"] = renderer.chat.today
+    path = session.folder / RENDERING
+    if shared and session.main and not path.is_file():
+        files.write_json(path, shared)
+
+
+def shared_values(rows: list[dict]) -> dict[str, Any]:
+    """{"chat_template_kwargs", "system"} that all rows have alike, each where they do."""
+    values: dict[str, Any] = {}
+    if not rows:
+        return values
+    options, system = rows[0].get("chat_template_kwargs"), system_of(rows[0])
+    if isinstance(options, dict) and all(row.get("chat_template_kwargs") == options for row in rows):
+        values["chat_template_kwargs"] = options
+    if system and all(system_of(row) == system for row in rows):
+        values["system"] = system
+    return values
+
+
+def system_of(row: dict) -> str:
+    """The text of a row's system prompt; "" where it has none."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str) or not prompt or prompt[0]["role"] != "system":
+        return ""
+    return text_of_parts(prompt[0]["content"])
 
 
 def _run_stages(session: Session, roles: Roles, path: Path) -> None:

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from luthier.errors import RecipeError
 from luthier.model.loaded import Loaded, load
 from luthier.report.text import visible
+
+HELP = """\
+/help            this list
+/reset           start over: the conversation so far is forgotten (also /new)
+/system TEXT     set the system prompt and start over; without TEXT there is none
+/compare MODEL   let another model answer too, such as the base model; without MODEL it stops
+/quit            leave"""
+
+
+class Conversation:
+    """What was typed and answered so far, under one system prompt."""
+
+    def __init__(self, loaded: Loaded, system: str, how: Mapping[str, Any]):
+        self.loaded, self.system, self.how = loaded, system, dict(how)
+        self.turns: list[dict] = []
+
+    def reset(self, system: str | None = None) -> None:
+        """Forget the conversation; with another system prompt, where one is given."""
+        self.turns = []
+        if system is not None:
+            self.system = system
+
+    def answer(self, text: str) -> str:
+        """The model's answer, which becomes a part of the conversation."""
+        before = list(self.turns)
+        if self.system:
+            before.insert(0, {"role": "system", "content": self.system})
+        answer = self.loaded.ask(text, before, **self.how).strip()
+        self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        return visible(answer)
 
 
 def chat(
@@ -15,21 +46,28 @@ def chat(
     *,
     ask: Callable[[str], str] = input,
     say: Callable[[str], Any] = print,
+    system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> None:
     """Answer one prompt, or talk until the other side has nothing more to say (an empty end of input, or
     /quit).
 
-    how: as in `Loaded.generate`.
+    system: the system prompt; by default the one that all rows of the run had. chat_template_kwargs: for the
+    chat template, beside the run's own. how: as in `Loaded.generate`.
     """
-    loaded = load(name)
+    settings = {"chat_template_kwargs": dict(chat_template_kwargs)} if chat_template_kwargs else {}
+    loaded = load(name, **settings)
+    talk = Conversation(loaded, loaded.system if system is None else system, how)
     if prompt is not None:
-        say(visible(loaded.ask(prompt, **how).strip()))
+        say(talk.answer(prompt))
         return
     for note in loaded.notes:
         say(f"· {note}")
-    say(f"{name}: {greeting(loaded)}; type /quit to exit")
-    turns: list[dict] = []
+    say(f"{name}: {greeting(loaded)}; type /help for commands, /quit to exit")
+    if talk.system and loaded.turns:
+        say(f"· system prompt: {visible(talk.system)}")
+    others: dict[str, Conversation] = {}
     while True:
         try:
             text = ask("> ").strip()
@@ -37,18 +75,49 @@ def chat(
             return
         if text == "/quit":
             return
-        if text == "/new":
-            turns = []
-        elif text:
-            answer = loaded.ask(text, turns, **how).strip()
-            turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-            say(visible(answer))
+        try:
+            if text.startswith("/"):
+                command(text, talk, others, say)
+            elif text:
+                say(talk.answer(text))
+                for other, conversation in others.items():
+                    say(f"[{other}] {conversation.answer(text)}")
+        except RecipeError as why:
+            say(f"· {why}")
+
+
+def command(
+    text: str, talk: Conversation, others: dict[str, Conversation], say: Callable[[str], Any]
+) -> None:
+    """Do what a line that begins with / asks for. others: models that answer beside, by name. Raises
+    RecipeError where a model cannot be loaded.
+    """
+    word, _, rest = text.partition(" ")
+    rest = rest.strip()
+    if word in ("/reset", "/new", "/system"):
+        system = rest if word == "/system" else None
+        for conversation in (talk, *others.values()):
+            conversation.reset(system)
+        say("· a new conversation")
+    elif word == "/compare":
+        others.clear()
+        if rest:
+            other = Conversation(load(rest), talk.system, talk.how)
+            if talk.turns:
+                talk.reset()
+                say("· a new conversation, so that both models see the same")
+            others[rest] = other
+            say(f"· {rest} answers too: {greeting(other.loaded)}")
+    elif word == "/help":
+        say(HELP)
+    else:
+        say(f"· there is no command {word}\n{HELP}")
 
 
 def greeting(loaded: Loaded) -> str:
     """How what is typed reaches the model."""
     if loaded.turns:
-        return "multi-turn chat; type /new to start over"
+        return "multi-turn chat; type /reset to start over"
     text = "plain text completion, not a chat; write \\n for a line break"
     if loaded.ends:
         text += " (one is appended to each prompt, as in training)"

@@ -17,6 +17,7 @@ from luthier.model.loaded import Loaded, load
 from luthier.recipe import model_names
 from luthier.registry import build, did_you_mean, spec
 from luthier.storage import files
+from luthier.text.templates import with_defaults
 from luthier.train import checks
 
 PROBE = (  # fixed texts: their token log-probabilities must be the same before and after export
@@ -62,7 +63,7 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
     want = loaded.logprobs(rows)
     with files.new_folder(to) as beside:
         WRITERS[kind](loaded, beside)
-        loaded.tokenizer.save_pretrained(beside)
+        save_tokenizer(loaded, beside)
         if quantizer is not None and kind == "lora":
             files.write_json(beside / files.QUANTIZATION, spec(quantizer))
             if quantizer.whole:
@@ -75,6 +76,17 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
         cost = _requantized(loaded, beside, rows) if quantizer is not None and kind == "merged" else ""
     close = f"log-probabilities differ by {gap:.1e} on average"
     return f"exported to {to}; loaded again, its outputs match the tuned model's ({close}){cost}"
+
+
+def save_tokenizer(loaded: Loaded, to: Path) -> None:
+    """The tokenizer, with a chat template that asks as the model was tuned to be asked: what the run handed
+    the template (`chat_template_kwargs`) is its default.
+    """
+    tokenizer, own = loaded.tokenizer, loaded.tokenizer.chat_template
+    if isinstance(own, str):
+        tokenizer.chat_template = with_defaults(own, loaded.roles.renderer.chat.options)
+    tokenizer.save_pretrained(to)
+    tokenizer.chat_template = own
 
 
 def _requantized(loaded: Loaded, folder: Path, rows: list[dict]) -> str:

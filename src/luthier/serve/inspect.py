@@ -25,6 +25,8 @@ from luthier.train import checks
 
 EVALUATORS = ("loss", "accuracy", "forgetting")  # with which two models are compared
 PAGE_EVALUATORS = ("generate", "calibration", "diversity", "refusals")  # and for a page
+# keys of a recipe with which both models read the rows
+INSPECTED = ("max_length", "chat_template", "chat_template_kwargs", "split_special_tokens", "dtype")
 WHEN = {"base": "before", "tuned": "after"}
 
 
@@ -78,7 +80,7 @@ def rows_of(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, An
     """Rows, what they are, and the settings with which both models must read them."""
     path = Path(tuned) / "recipe.yaml"
     recipe = Recipe.load(path) if path.is_file() else Recipe()
-    settings = {key: getattr(recipe, key) for key in ("max_length", "chat_template", "dtype")}
+    settings = {key: getattr(recipe, key) for key in INSPECTED}
     if data is not None:
         return load_data(Recipe(data=data, eval_data=0)).rows, "rows", settings
     if not path.is_file():

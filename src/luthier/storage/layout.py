@@ -20,6 +20,7 @@ REPORT = "report.json"
 FAILED = "failed.json"  # of a run that failed: which outcome it was, and the sentence
 CODES = "quantized.safetensors"  # a quantized base's weights
 INLINE = ("data-*.jsonl", "eval_data-*.jsonl")  # rows given from Python
+RENDERING = "rendering.json"  # what else rows were rendered with: the date, template variables, system prompt
 QUARANTINE = "quarantine.jsonl"  # unusable rows, with reasons
 
 
@@ -83,6 +84,15 @@ def log_entry(line: bytes) -> dict[str, Any] | None:
     if not isinstance(entry, dict) or type(entry.get("step")) is not int:
         return None
     return entry
+
+
+def saved_rendering(folder: Path | None) -> dict[str, Any]:
+    """What a run's rows were rendered with beside its recipe: {"today": "2026-12-31", "chat_template_kwargs",
+    "system"}, each where there is one; empty where the folder holds no run or nothing of the kind.
+    """
+    if folder is None or not (folder / RENDERING).is_file():
+        return {}
+    return files.read_json(folder / RENDERING)
 
 
 def saved_network(folder: Path) -> dict[str, Any]:

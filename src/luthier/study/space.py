@@ -30,6 +30,8 @@ FIXED = (
     "eval_data",
     "max_length",
     "chat_template",
+    "chat_template_kwargs",
+    "split_special_tokens",
     "evaluate",
     "model",
     "seed",

@@ -30,6 +30,7 @@ NO_PREFIX = (
     " only the reply"
 )
 NO_START = "the prompt is empty, and the tokenizer adds no BOS token"
+PROBE_PROMPT = [{"role": "user", "content": "Hi"}]
 PROBE_CALL = {"type": "function", "id": "call00001", "function": {"name": "probe", "arguments": {"a": 1}}}
 COUNTERS = ("cut", "pieces", "turns", "boundary_mismatches")
 
@@ -107,6 +108,35 @@ class Renderer:
     def text(self, ids: Sequence[int], special: bool = False) -> str:
         """Token ids as text. special: with special tokens, as `<eos>` and the like."""
         return self.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """A sampled reply as text, without what the template writes before the text of every reply with
+        special tokens, such as the name of a channel.
+        """
+        ids, opening = list(ids), self.reply_opening
+        size = len(opening)
+        if size:
+            for start in range(len(ids) - size, -1, -1):
+                if ids[start : start + size] == opening:
+                    return self.text(ids[start + size :])
+        return self.text(ids)
+
+    @cached_property
+    def reply_opening(self) -> list[int]:
+        """The tokens between the generation prompt and a reply's text, where special tokens are among
+        them.
+        """
+        row = {"prompt": PROBE_PROMPT, "completions": [[{"role": "assistant", "content": "Hi"}]]}
+        try:
+            ids = self.encode_in_form(row).completions[0]
+        except BadRow:
+            return []
+        text = tokenize(self.tokenizer, "Hi")
+        for start in range(len(ids)):
+            if ids[start : start + len(text)] == text:
+                opening = ids[:start]
+                return opening if self.special.intersection(opening) else []
+        return []
 
     def decode_marked(self, row: dict, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
         """For people: the prompt, then each completion with its supervised parts between marks, special
@@ -412,10 +442,16 @@ class Renderer:
 
     def opens_thoughts(self, row: dict) -> bool:
         """Whether the template asks for a reply with the beginning of its reasoning."""
-        try:
-            opening = self.chat.render(row, row["prompt"], add_generation_prompt=True)
-        except BadRow:
-            return False
+        former = self.chat.form
+        opening = ""
+        for form in (former, *other_forms(row, former)):
+            self.chat.form = form
+            try:
+                opening = self.chat.render(row, row["prompt"], add_generation_prompt=True)
+            except BadRow:
+                continue
+            break
+        self.chat.form = former
         return opening.rstrip().endswith("<think>")
 
     def with_advice(self, problem: BadRow, row: dict) -> BadRow:
@@ -465,10 +501,26 @@ class Renderer:
         if not row["prompt"]:  # whole conversations to train on
             return [], ""
         opening = self.chat.render(row, row["prompt"], add_generation_prompt=True)
+        if row.get("prefix"):
+            opening = self.begun_opening(row, opening)
         text = opening + row.get("prefix", "")
         if self.encoder:
             return self.tokenize_text(text), opening
         return tokenize_marked(self.tokenizer, text), opening
+
+    def begun_opening(self, row: dict, opening: str) -> str:
+        """What stands before a reply that has begun, as the template writes it; `opening`, what it asks with,
+        where the reply follows that.
+        """
+        begun = row["prefix"]
+        try:
+            whole = self.chat.render(row, [*row["prompt"], {"role": "assistant", "content": begun}])
+        except BadRow:
+            return opening
+        place = whole.rfind(begun.strip())
+        if place < 0 or whole.startswith((opening + begun).rstrip()):
+            return opening
+        return whole[:place]
 
     def encode_reply(
         self, row: dict, prompt: list[int], opening: str, completion: list[dict]
@@ -622,7 +674,7 @@ class Renderer:
         candidates = [self.end]
         for reply in ({"content": "Hi"}, {"content": "", "tool_calls": [PROBE_CALL]}):
             turn = {"role": "assistant", **reply}
-            probe = {"prompt": [{"role": "user", "content": "Hi"}], "completions": [[turn]]}
+            probe = {"prompt": PROBE_PROMPT, "completions": [[turn]]}
             try:
                 candidates.append(self.encode_in_form(probe).completions[0][-1])
             except BadRow:

@@ -56,6 +56,7 @@ def preview(
         "share": stats["supervised_share"],
         "longest": stats["longest"],
         "unreadable": count_reasons(bad),
+        "notes": [*profile["notes"], *renderer.warnings],
         **lengths_of(renderer, rows, max_length),
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,26 @@ def builtin_template(tokenizer: Any, name: str, starts_with_bos: bool) -> str:
     if starts_with_bos:
         template = "{{- bos_token }}" + template
     return template
+
+
+def with_defaults(template: str, options: Mapping[str, Any]) -> str:
+    """A template whose variables have these values wherever they are not given."""
+    lines = []
+    for name, value in options.items():
+        lines.append(f"{{% set {name} = {name} if {name} is defined else {jinja_literal(value)} %}}")
+    return "".join(lines) + template
+
+
+def jinja_literal(value: Any) -> str:
+    """A plain value as a Jinja expression."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {jinja_literal(inner)}" for key, inner in value.items()]
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(jinja_literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def template_text(tokenizer: Any) -> str:

@@ -12,6 +12,7 @@ GUIDES = {
     "The idea": "idea.md",
     "Recipes": "recipes.md",
     "Data": "data.md",
+    "Chat templates": "templates.md",
     "Comparing": "compare.md",
     "Searching": "search.md",
     "Studio": "studio.md",

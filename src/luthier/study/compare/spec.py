@@ -19,7 +19,15 @@ from luthier.registry import build, evaluator_of, provides_of
 
 DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting", "calibration", "diversity")
 # recipe keys that must be the same in all arms, or nothing is comparable
-MUST_MATCH = ("data", "eval_data", "max_length", "chat_template", "evaluate")
+MUST_MATCH = (
+    "data",
+    "eval_data",
+    "max_length",
+    "chat_template",
+    "chat_template_kwargs",
+    "split_special_tokens",
+    "evaluate",
+)
 # recipe keys that may differ; the result notes where they do
 MAY_DIFFER = ("model", "dtype", "per_device_train_batch_size", "gradient_accumulation_steps")
 RETENTION = ("retention_loss", "retention_accuracy")

@@ -67,7 +67,7 @@ class Generate(Evaluator):
         )
         samples = []
         for row, prompt, begun, (ids,) in zip(rows, prompts, opened, written, strict=True):
-            answer = roles.text(ids)
+            answer = roles.renderer.answer(ids)
             expected = roles.text(begun[1]) if begun else self.expected(roles, row)
             exact = None if expected is None or begun else float(answer.strip() == expected.strip())
             score = judge.scores(row, [answer])[0] if judge else exact
@@ -102,7 +102,7 @@ class Generate(Evaluator):
         if not row.get("completions"):
             return str(row["answer"]) if "answer" in row else None
         encoded = roles.policy.architecture.encode(row, roles.renderer)
-        return roles.text(
+        return roles.renderer.answer(
             [
                 t
                 for t, supervised in zip(encoded.completions[0], encoded.supervised[0], strict=True)

@@ -56,7 +56,7 @@ class Goals(Evaluator):
         for name, reward in self.goals.items():
             judge = build("reward", reward)
             scores = [
-                judge.scores(row, [roles.text(ids) for ids in answers])
+                judge.scores(row, [roles.renderer.answer(ids) for ids in answers])
                 for row, answers in zip(rows, written, strict=True)
             ]
             by_goal[f"goal/{name}"] = {

@@ -83,7 +83,7 @@ class Refusals(Evaluator):
             max_new_tokens=self.max_new_tokens,
             stop=roles.renderer.stop_ids,
         )
-        answers = [roles.text(ids) for (ids,) in written]
+        answers = [roles.renderer.answer(ids) for (ids,) in written]
         declined = [self.declines(a) for a in answers]
         if when != "during":
             results = zip(requests, unsafe, answers, declined, strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 from luthier.methods.formats._base import BadRow
 from luthier.registry import did_you_mean
 from luthier.text.encode import Encoded, Renderer
+from luthier.text.verify import check_media
 
 
 class LabelRenderer(Renderer):
@@ -23,6 +24,7 @@ class LabelRenderer(Renderer):
 
     def _class(self, row: dict) -> Encoded | BadRow:
         try:
+            check_media(row)
             classes = [[class_of(c, self.label2id)] for c in row.get("completions", [])]
             # the line break that parts a text from its label has no label after it here
             prompt = row["prompt"]
@@ -30,13 +32,14 @@ class LabelRenderer(Renderer):
             ids = (
                 self.tokenizer(*row["texts"])["input_ids"]
                 if len(row.get("texts", ())) == 2
-                else self.encode_prompt(row)[0]
+                else self.encode_structured({**row, "completions": []}).prompt
             )
             encoded = Encoded(ids, classes, [[True]] * len(classes))
             if not ids:
                 raise BadRow("the text is empty")
             if self.max_length:
                 self.shorten(encoded, self.max_length)
+            self.check_vocabulary(Encoded(ids, [], []))
             return encoded
         except ValueError as why:  # BadRow is one
             return why if isinstance(why, BadRow) else BadRow(str(why))
