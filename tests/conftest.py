@@ -15,6 +15,7 @@ from helpers.forks import parent
 from helpers.models import make_llama, make_tokenizer
 from helpers.paths import DATA
 from helpers.rows import recipe_of
+from luthier.toy.real import default_folder, is_there
 
 torch.set_num_threads(1)
 
@@ -71,6 +72,15 @@ def real() -> Path:
     if not (DATA / "models" / "stories260K").is_dir():
         pytest.skip("no real data here (LUTHIER_DATA)")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def smol() -> str:
+    """The folder of SmolLM2-135M-Instruct; tests that need it are skipped where it was not brought."""
+    folder = default_folder()
+    if not is_there(folder):
+        pytest.skip("SmolLM2 is not here (python -m luthier.toy.real, or LUTHIER_SMOL)")
+    return str(folder)
 
 
 @pytest.fixture
