@@ -62,7 +62,7 @@ def attempts(names: dict, mode: str, hook: bool, ways: dict[str, str] = WAYS) ->
     return escaped
 
 
-@pytest.mark.parametrize("mode", [ROOT_MODE, FILTER_MODE])
+@pytest.mark.parametrize("mode", [ROOT_MODE, pytest.param(FILTER_MODE, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hook", [True, False], ids=["hook", "kernel alone"])
 def test_no_way_out(outside, mode, hook):
     if not stands(mode):
@@ -118,7 +118,7 @@ print(json.dumps({**answer, "missing": missing_walls(), "report": sandbox_report
 """
 
 
-@pytest.mark.parametrize("mode", [ROOT_MODE, "refused"])
+@pytest.mark.parametrize("mode", [ROOT_MODE, pytest.param("refused", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hook", ["hook", "kernel"])
 def test_no_way_out_for_an_ordinary_user(outside, mode, hook, tmp_path):
     """The same as `nobody`, who owns the secret; also where new spaces are refused."""

@@ -111,7 +111,9 @@ def missing_walls() -> str:
     """A sentence on what this machine does not give, or ''."""
     mode = POOL.mode()
     if mode == ROOT_MODE:
-        return ""
+        if sandbox_report()["filter of system calls (kernel)"]:
+            return ""
+        return "the sandbox has no filter of system calls here (the kernel has no seccomp for this processor)"
     why = POOL.problems.get(ROOT_MODE, "")
     if mode == FILTER_MODE:
         rest = "programs run behind a filter of system calls"

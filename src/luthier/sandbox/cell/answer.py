@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROGRAM = "<program>"
-BASES = (bool, int, float, complex, str, bytes, tuple, frozenset, list, dict, set, bytearray)
+BASES: tuple[Any, ...] = (bool, int, float, complex, str, bytes, tuple, frozenset, list, dict, set, bytearray)
 
 
 def run_coroutine(coroutine: Any) -> Any:

@@ -141,7 +141,8 @@ class Line:
         if isinstance(value, types.ModuleType):
             return ["g", value.__name__, "__name__"]
         if isinstance(value, (dict, list, set, tuple, str, int, float)):  # an odd class of the checks' own
-            for base in (dict, list, set, tuple, str, float, int):
+            bases: tuple[Any, ...] = (dict, list, set, tuple, str, float, int)
+            for base in bases:
                 if isinstance(value, base):
                     return wire.Encoder(self.encode_foreign, start=1 << 40).encode(base(value))
         raise Marked(TypeError(f"an object of type {kind.__name__} cannot be given to the program"))
@@ -251,7 +252,7 @@ class Proxy:
 
     @property
     def __class__(self):
-        base = BASES.get(facts_of(self).get("base"))
+        base = BASES.get(facts_of(self).get("base", ""))
         return base or type_of(self)
 
     def __getattr__(self, name: str) -> Any:

@@ -120,7 +120,7 @@ def python_folders(packages: bool) -> list[str]:
     prefixes = {sys.base_prefix, sys.base_exec_prefix, os.path.realpath(sys.base_prefix)}
     if packages:
         prefixes |= {sys.prefix, sys.exec_prefix, os.path.realpath(sys.prefix)}
-    paths = set(SYSTEM)
+    paths: set[str] = set(SYSTEM)
     for prefix in prefixes:
         paths |= {os.path.join(prefix, part) for part in ("bin", "lib", "lib64", "pyvenv.cfg")}
     for executable in (sys.executable, os.path.realpath(sys.executable)):

@@ -42,17 +42,19 @@ def fast_json():
     programs run.
     """
     try:
-        import _json
+        import _json as c_json
+
+        half: Any = c_json
 
         class Context:
             strict, object_hook, object_pairs_hook = True, None, None
             parse_float, parse_int, memo = float, int, {}
             parse_constant = staticmethod({"NaN": float("nan"), "Infinity": 1e999, "-Infinity": -1e999}.get)
 
-        write = _json.make_encoder(
-            None, None, _json.encode_basestring_ascii, None, ":", ",", False, False, True
+        write = half.make_encoder(
+            None, None, half.encode_basestring_ascii, None, ":", ",", False, False, True
         )
-        scan = _json.make_scanner(Context)
+        scan = half.make_scanner(Context)
         dumps, loads = lambda value: "".join(write(value, 0)), lambda text: scan(text, 0)[0]
         if loads(dumps([1.5, "a", None, {"b": [True]}])) == [1.5, "a", None, {"b": [True]}]:
             return dumps, loads
