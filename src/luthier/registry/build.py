@@ -78,7 +78,7 @@ def format_errors(error: ValidationError) -> str:
         place = ".".join(str(p) for p in e["loc"] if not str(p).startswith(internal))
         inner = (e.get("ctx") or {}).get("error")
         if isinstance(inner, ValueError):
-            lines.append(f"{place}: {inner}")
+            lines.append(f"{place}: {inner}".removeprefix(": "))
         else:
             message = e["msg"][:1].lower() + e["msg"][1:]
             lines.append(f"{place}: {message}, not {quoted(e['input'])}")

@@ -30,7 +30,7 @@ def test_merging_one_run_or_equal_runs_changes_nothing(name, dtype):
 @pytest.mark.parametrize("name", names("merger"))
 def test_runs_that_moved_other_tensors_do_not_merge(name):
     merger, one = build("merger", name), tensors(0)
-    with pytest.raises(RecipeError, match="run 1 has c, run 0 has not"):
+    with pytest.raises(RecipeError, match="run 1 has c, which run 0 does not have"):
         merger.merge([one, one | {"c": torch.ones(1)}])
     with pytest.raises(RecipeError, match=r"a is \[4, 3\] in run 0 and \[3, 4\] in run 1"):
         merger.merge([one, one | {"a": torch.ones(3, 4)}])

@@ -101,7 +101,7 @@ def test_zeros_stay_while_all_else_moves(tiny, tmp_path, settings):
     assert sum(int((p == 0).sum()) for p in now.parameters()) == sum(
         int((p == 0).sum()) for p in model.parameters()
     )
-    for wrong, said in ((dict(pattern="4:2"), "kept:neighbours"), (dict(pattern="2:7"), "does not divide")):
+    for wrong, said in ((dict(pattern="4:2"), "kept:group"), (dict(pattern="2:7"), "does not divide")):
         with pytest.raises((RecipeError, ValueError), match=said):
             build("tuner", {"name": "pruned", **wrong}).mask(torch.ones(3, 8))
 

@@ -123,7 +123,7 @@ def test_meet(base, tiny, tmp_path):
 
 def test_what_control_refuses():
     for wrong, sentence in (
-        ({"texts": ["a"]}, "1 for 2 buckets"),
+        ({"texts": ["a"]}, "1 texts for 2 buckets"),
         ({"tuner": "prompt"}, "vectors before the text"),
     ):
         with pytest.raises(RecipeError, match=sentence):
