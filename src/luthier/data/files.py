@@ -98,7 +98,7 @@ def check_object(value: Any) -> dict | BadLine:
     """A parsed value that must be an object with columns; a list of messages is a conversation."""
     if isinstance(value, dict):
         return value
-    if isinstance(value, list) and value and all(is_message(turn) for turn in value):
+    if isinstance(value, list) and value and all(map(is_message, value)):
         return {"messages": value}
     return BadLine("not a JSON object", value)
 
@@ -209,7 +209,7 @@ def rows_of_object(value: Any, split: str | None, label: str) -> Iterable[Any]:
     for name, column in value.items():
         columns[name] = list(column.values()) if isinstance(column, dict) else column
     if columns and all(isinstance(column, list) for column in columns.values()):
-        if len({len(column) for column in columns.values()}) == 1:
+        if len(set(map(len, columns.values()))) == 1:
             return rows_of_columns(columns)
     return [value]
 
@@ -242,7 +242,7 @@ def rows_of_columns(columns: Mapping[str, list]) -> Iterator[dict]:
 
 def choose_split(splits: Iterable[str], split: str | None, label: str) -> str:
     """The split to read: the one that is named, `train`, or the only one. Raises RecipeError."""
-    names = [str(name) for name in splits]
+    names = list(map(str, splits))
     if split is None and "train" in names:
         return "train"
     if split is None and len(names) == 1:

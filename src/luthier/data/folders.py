@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from luthier.data.files import READERS
@@ -112,19 +114,23 @@ def choose_files(
     """The files to read: of a subset if one is named; of the split that is named, else all that are neither
     validation nor test. Raises RecipeError where there are none, or where it is not clear which are meant.
     """
-    if subset is not None:
-        subsets = sorted({file.subset for file in files} - {""})
-        files = [file for file in files if file.subset == subset]
-        if not files:
-            raise RecipeError(f"folder {folder} has no subset '{subset}' (there is: {listed(subsets)})")
-    if split is not None:
-        chosen = [file for file in files if split in (file.name, file.split)]
-        if not chosen:
-            splits = sorted({file.split or file.name for file in files})
-            raise RecipeError(f"folder {folder} has no split '{split}' (there is: {listed(splits)})")
+    by_split: dict[str, list[DataFile]] = defaultdict(list)
+    by_name: dict[str, list[DataFile]] = defaultdict(list)
+    subsets: set[str] = set()
+    for file in files:
+        subsets.add(file.subset)
+        if subset in (None, file.subset):
+            by_split[file.split].append(file)
+            by_name[file.name].append(file)
+    if subset is not None and not by_name:
+        raise RecipeError(f"folder {folder} has no subset '{subset}' (there is: {listed(sorted(subsets))})")
+    if split is None:
+        chosen = by_split["train"] or by_split[""] or list(chain(*by_name.values()))
     else:
-        chosen = [file for file in files if file.split == "train"]
-        chosen = chosen or [file for file in files if not file.split] or list(files)
+        chosen = by_name.get(split) or by_split.get(split) or []
+        if not chosen:
+            splits = sorted({*by_split, *by_name} - {""})
+            raise RecipeError(f"folder {folder} has no split '{split}' (there is: {listed(splits)})")
     splits = sorted({file.name for file in chosen if SHARD.search(file.path.name.partition(".")[0])})
     if len(splits) > 1 and split not in splits:
         raise RecipeError(f"folder {folder} has the splits {listed(splits)}; choose one with `split:`")
@@ -145,11 +151,14 @@ def own_held_out(folder: Path, subset: str | None = None) -> str | None:
 def describe(files: Sequence[DataFile], chosen: Iterable[Path], folder: Path) -> str:
     """Which files of a folder are read as rows, and which are not."""
     chosen = set(chosen)
-    read = listed([str(file.path.relative_to(folder)) for file in files if file.path in chosen])
-    others = [str(file.path.relative_to(folder)) for file in files if file.path not in chosen]
+    read: list[str] = []
+    others: list[str] = []
+    for file in files:
+        side = read if file.path in chosen else others
+        side.append(str(file.path.relative_to(folder)))
     if others:
-        return f"{folder}: rows are read from {read}, not from {listed(others)}"
-    return f"{folder}: rows are read from {read}"
+        return f"{folder}: rows are read from {listed(read)}, not from {listed(others)}"
+    return f"{folder}: rows are read from {listed(read)}"
 
 
 def listed(names: Sequence[str]) -> str:

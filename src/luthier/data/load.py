@@ -90,7 +90,7 @@ def load_data(recipe: Recipe, quarantine: Path | None = None, fingerprint: str =
         eval_data = own or default_share(len(rows))
         former_share = HELD_OUT_SHARE
         if own:
-            splits = ", ".join(str(source.split) for source in own)
+            splits = " and ".join(str(source.split) for source in own)
             notes = [*notes, f"held-out rows: the data's own ({splits}); `eval_data: 0.05` holds out others"]
     if isinstance(eval_data, (int, float)) and not isinstance(eval_data, bool):
         if not 0 <= eval_data < 1:
@@ -188,7 +188,7 @@ def load_rows(
 
 def list_of_sources(source: Any) -> Sequence[Any]:
     """The sources of a list of them; anything else, a list of rows too, is one source."""
-    several = isinstance(source, (list, tuple)) and source and not any(is_row(each) for each in source)
+    several = isinstance(source, (list, tuple)) and source and not any(map(is_row, source))
     return source if several else [source]
 
 
@@ -257,9 +257,9 @@ def check_columns(row: dict) -> None:
     for name, kind, words in READ_COLUMNS:
         if name in row and not isinstance(row[name], kind):
             raise BadRow(f"{name} is {kind_of(row[name])}, not {words}")
-    weights = row.get("token_weights", ())
-    if not all(isinstance(one, list) and all(isinstance(w, (int, float)) for w in one) for one in weights):
-        raise BadRow("token_weights is not a list of numbers for each completion")
+    for weights in row.get("token_weights", ()):
+        if not isinstance(weights, list) or not all(isinstance(w, (int, float)) for w in weights):
+            raise BadRow("token_weights is not a list of numbers for each completion")
 
 
 def pieces_of_text(raw: dict, source: Source, max_row_chars: int) -> list[dict]:
@@ -273,7 +273,8 @@ def pieces_of_text(raw: dict, source: Source, max_row_chars: int) -> list[dict]:
         return []
     if source.format and build("format", source.format).name != "text":
         return []
-    rest = {name: value for name, value in row.items() if name != "text"}
+    rest = dict(row)
+    del rest["text"]
     if problem_of({**rest, "text": ""}, max_row_chars // 2):
         return []
     size = max_row_chars // 2

@@ -38,7 +38,10 @@ def profile_rows(loaded: LoadedRows) -> dict[str, Any]:
     for answer in feeds:
         if answer["objective"] == kind.objective and answer["feeds"] == "yes":
             needs = "; ".join(filter(None, (answer["why"], kind.advice)))
-    counts = Counter(name for row in loaded.rows for name in row if name != "id")
+    counts: Counter[str] = Counter()
+    for row in loaded.rows:
+        counts.update(list(row))
+    del counts["id"]
     return {
         "format": loaded.format,
         "total": loaded.total,

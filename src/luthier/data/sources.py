@@ -7,6 +7,7 @@ holds.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def table_or_splits(value: dict[str, list]) -> Source:
     if all(isinstance(rows, list) and rows and isinstance(rows[0], dict) for rows in value.values()):
         if not matching_formats(value):
             return Source(path=value)
-    if len({len(cells) for cells in value.values()}) > 1:
+    if len(set(map(len, value.values()))) > 1:
         raise RecipeError("data: the columns of a table must be equally long")
     return Source(path=list(rows_of_columns(value)))
 
@@ -142,7 +143,7 @@ def missing(name: str) -> str:
         return (
             f"folder {shortened(str(path.parent))} does not exist, so {shortened(path.name)} cannot be read"
         )
-    siblings = sorted(sibling.name for sibling in path.parent.expanduser().iterdir())
+    siblings = sorted(os.listdir(path.parent.expanduser()))
     return f"file {shortened(name)} does not exist{did_you_mean(path.name, siblings)}"
 
 
@@ -288,7 +289,7 @@ def read_hub(source: Source) -> RawRows:
         dataset = datasets.load_dataset(path, source.name, **options)
     except Exception as why:  # anything from a network error to a wrong split; each says what is wrong
         reason = str(why).strip().split("\n", 1)[0]
-        near = did_you_mean(path, sorted(file.name for file in Path().iterdir()))
+        near = did_you_mean(path, sorted(os.listdir()))
         raise RecipeError(
             f"'{path}' is neither a file{near} nor a data set that can be loaded: {reason}"
         ) from None

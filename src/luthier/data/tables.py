@@ -112,7 +112,7 @@ def separator_of(header: bytes) -> str:
     text = header.decode("utf-8", "replace")
     present = [separator for separator in SEPARATORS if len(split_line(text, separator)) > 1]
     for separator in present:
-        names = [" ".join(name.split()).lower() for name in split_line(text, separator)]
+        names = unique_names(split_line(text.lower(), separator))
         if matching_formats(names):
             return separator
     return (*present, SEPARATORS[0])[0]
@@ -180,7 +180,7 @@ def read_tsv(path: Path, max_row_chars: int) -> Iterator[tuple[str, dict | BadLi
             header = header_of(line, "\t", path)
             continue
         text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-        cells = [unquote(cell) for cell in text.split("\t")]
+        cells = list(map(unquote, text.split("\t")))
         yield where, row_of_cells(header, cells, line, offset)
 
 
