@@ -108,7 +108,8 @@ def write_plain(source: Path, folder: Path) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
             delattr(config, name)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
