@@ -73,6 +73,12 @@ class NotFinite(Refused):
     code = "not_finite"
 
 
+class Diverged(Refused):
+    """The loss has risen far above where it began, and the recipe says to stop then."""
+
+    code = "diverged"
+
+
 class OutOfMemory(Refused):
     """Memory ran out, and nothing smaller could be tried."""
 
@@ -99,7 +105,7 @@ class Damaged(RecipeError):
 
 TYPES: dict[str, type[RecipeError]] = {
     kind.code: kind
-    for kind in (RecipeError, Refused, NotFinite, OutOfMemory, NothingMoves, DiskError, Damaged)
+    for kind in (RecipeError, Refused, NotFinite, Diverged, OutOfMemory, NothingMoves, DiskError, Damaged)
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,28 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier import compat
-from luthier.compat import caller
 from luthier.compat.transformers import quiet
 from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, is_continued, text_of_parts
 from luthier.methods.tuners._base import Untuned
-from luthier.model import base_mark
 from luthier.model.load import assemble, fit_renderer, tensors_of
 from luthier.model.policy import Roles
 from luthier.model.quantized_linear import open_up
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.storage import files
-from luthier.storage.layout import (
-    REPORT,
-    STATE,
-    read_state,
-    run_folders,
-    saved_network,
-    saved_rendering,
-    state_is_unchanged,
-)
+from luthier.storage.layout import REPORT, run_folders, saved_network, saved_rendering
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -168,7 +159,7 @@ def load(name: str | Path, **settings: Any) -> Loaded:
     Raises:
         RecipeError: there is no such model, or it cannot be read.
     """
-    with compat.loading(), quiet(), caller.restored():
+    with compat.loading(), quiet():
         loaded = _load(name, settings)
         compat.hold(loaded.model)
     return loaded
@@ -180,7 +171,7 @@ def _load(name: str | Path, settings: Mapping[str, Any]) -> Loaded:
     if (folder / "recipe.yaml").is_file():
         return load_run(folder, settings)
     if (folder / REPORT).is_file():  # a plan: its last run
-        return _load(files.read_object(folder / REPORT, folder=str)["folder"], settings)
+        return _load(files.read_json(folder / REPORT)["folder"], settings)
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder, settings)
     recipe, roles = load_plain(str(name), settings)
@@ -193,19 +184,15 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     if recipe.plan is not None:
         runs = ", ".join(run.name for run in run_folders(folder))
         raise RecipeError(f"{folder} holds a plan; choose one of its runs: {runs}")
-    if "model" not in settings:
-        base_mark.check(recipe.model, read_state(folder).get("base"), folder)
     roles = assemble(recipe, build_methods(recipe), saved_network(folder), folder)
     roles.tuner.load(tensors_of(folder, roles.tuner))
     roles.policy.eval()
     notes, turns, ends = [], roles.renderer.note is None, ""
     if (folder / REPORT).is_file():
-        stats = files.read_object(folder / REPORT, stats=dict)["stats"]
+        stats = files.read_json(folder / REPORT)["stats"]
         turns, ends = stats.get("turns", turns), stats.get("ends", ends)
     else:
         notes.append(f"{folder} is not finished; using its last checkpoint")
-    if not state_is_unchanged(read_state(folder)):
-        notes.append(f"{folder / STATE} was changed after it was written: its checksum differs")
     return Loaded(str(folder), roles, recipe, turns, notes, ends, saved_rendering(folder).get("system", ""))
 
 
@@ -225,7 +212,7 @@ def load_adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
 
     from luthier.compat.peft import register_type
 
-    config = files.read_object(folder / "adapter_config.json")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
         raise RecipeError(
@@ -233,7 +220,7 @@ def load_adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         )
     coded = folder / files.QUANTIZATION
     if coded.is_file():  # it was trained on the weights that the base's codes stand for
-        settings = {"quantization": files.read_json(coded), **settings}
+        settings = {"quantization": json.loads(coded.read_text(encoding="utf-8")), **settings}
     recipe, roles = load_plain(base, settings, folder)
     open_up(roles.policy.model)
     if (folder / "tokenizer_config.json").is_file():

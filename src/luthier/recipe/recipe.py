@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from luthier.errors import RecipeError, quoted
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS
@@ -35,9 +35,18 @@ NOT_THE_RUN = (
     "report_to",
     "save_steps",
     "save_total_limit",
+    "stop_on_divergence",
 )
 
 LATER_KEYS = ("chat_template_kwargs", "split_special_tokens")  # that the first editions did not have
+
+
+def as_list(value: Any) -> Any:
+    """A name as a list of one; 'none' and nothing as an empty list."""
+    if value is None or value == "none":
+        return []
+    return [value] if isinstance(value, str) else value
+
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -125,7 +134,8 @@ class Recipe:
     save_total_limit: Count = 2  # number of checkpoints to keep
     logging_steps: Count = 1  # steps between lines in metrics.jsonl
     # trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...
-    report_to: list[str] = field(default_factory=list)
+    report_to: Annotated[list[str], BeforeValidator(as_list)] = field(default_factory=list)
+    stop_on_divergence: bool = False  # stop where the loss has risen to more than twice its first values
     output_dir: str | None = None  # folder of the run; default: runs/<name made from the recipe>
     overwrite: bool = False  # start over in a folder that holds another recipe's run
 
@@ -184,12 +194,9 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """What makes two runs the same run: all but where it is written, how it is watched, and where its
-        rows lie (the rows themselves are compared by what is in them). Of micro-batches only the product of
-        their size and their number counts.
+        rows lie (the rows themselves are compared by what is in them).
         """
         values = {**self.public(), **self.specs()}
-        values["per_device_train_batch_size"] *= values["gradient_accumulation_steps"]
-        values["gradient_accumulation_steps"] = 1
         for key in NOT_THE_RUN:
             values.pop(key, None)
         for key in LATER_KEYS:  # so that runs begun without the key are found again

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from luthier.model.saved import plain_configs
 from luthier.registry import spec
 from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
 from luthier.run import resume
@@ -22,6 +21,8 @@ from luthier.run.rows import row_counts
 from luthier.run.training import Trained
 from luthier.storage import checkpoints, files
 from luthier.storage.layout import PAUSED, read_log
+from luthier.train.divergence import diverged, sentence
+from luthier.train.samples import equal_steps
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ def finish(trained: Trained) -> Finished:
     after = session.evaluate(trainer.roles, prepared.eval_rows, "after")
     log = read_log(session.folder)
     losses = [line["loss"] for line in log if "loss" in line]
+    if ends := diverged(losses):
+        session.warn(sentence(*ends))
+    if equal := equal_steps(log):
+        session.warn(equal)
     stats = _stats(prepared)
     close_caches(trainer, prepared.shared)
     report = Report(
@@ -99,7 +104,7 @@ def _stats(prepared: Prepared) -> dict[str, Any]:
         "bad_rows": len(session.data.bad) + prepared.stats["unusable"],
         "held_out_rows": len(prepared.held_out),
         "measured_on": HELD_OUT if prepared.held_out else TRAINING_ROWS,
-        "turns": _on_turns(prepared),
+        "turns": bool(prompts) and isinstance(prompts[0], list),
         "ends": "\n" if lines else "",
         "writes": "generate" in architecture.provides,
         "auto_class": architecture.auto_class().__name__,
@@ -108,12 +113,6 @@ def _stats(prepared: Prepared) -> dict[str, Any]:
         "device": str(roles.device),
         "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
     }
-
-
-def _on_turns(prepared: Prepared) -> bool:
-    """Whether it was tuned on conversations."""
-    rows = prepared.trainer.rows
-    return bool(rows) and isinstance(rows[0]["prompt"], list)
 
 
 def _save(prepared: Prepared) -> None:
@@ -130,10 +129,6 @@ def _save(prepared: Prepared) -> None:
         roles.renderer.tokenizer.save_pretrained(folder)
         if session.methods.quantizer is not None:
             files.write_json(folder / files.QUANTIZATION, spec(session.methods.quantizer))
-        stop = []
-        if _on_turns(prepared) and "generate" in roles.policy.architecture.provides:
-            stop = roles.renderer.stop_ids
-        plain_configs(session.recipe.model, folder, stop)
         files.settle(folder)
 
 

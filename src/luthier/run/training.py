@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from luthier.errors import Diverged
 from luthier.run import resume
 from luthier.run.prepare import Prepared
 from luthier.run.session import save_interval, step_count
 from luthier.storage import files
-from luthier.storage.layout import LOG
+from luthier.storage.layout import LOG, read_log
+from luthier.train.divergence import diverged, sentence
 from luthier.train.trainer import Trainer
 
 
@@ -36,6 +38,7 @@ def train(prepared: Prepared) -> Trained:
 @contextmanager
 def recorded(prepared: Prepared) -> Iterator[None]:
     """While the trainer steps: logs, evaluations and checkpoints after each step."""
+    losses = [line["loss"] for line in read_log(prepared.session.folder) if "loss" in line]
 
     def after_step(trainer: Trainer, log: dict) -> None:
         prepared.session.check_folder()
@@ -43,6 +46,8 @@ def recorded(prepared: Prepared) -> Iterator[None]:
         _write_log(prepared, log)
         prepared.session.callback.step(log)
         _save(prepared)
+        losses.append(log["loss"])
+        _check_divergence(prepared, losses)
 
     trainer = prepared.trainer
     trainer.hooks = [after_step]
@@ -51,6 +56,14 @@ def recorded(prepared: Prepared) -> Iterator[None]:
     finally:
         # the hook holds the run, which holds the trainer: a circle would keep the model until it is collected
         trainer.hooks = []
+
+
+def _check_divergence(prepared: Prepared, losses: Sequence[float]) -> None:
+    """Raises Diverged where the loss has and the recipe stops then."""
+    if not prepared.session.recipe.stop_on_divergence:
+        return
+    if ends := diverged(losses):
+        raise Diverged(f"stopped at step {prepared.trainer.roles.clock.step}: {sentence(*ends)}")
 
 
 def _at_end(prepared: Prepared) -> bool:

@@ -132,12 +132,19 @@ def check_forward(policy: Any, batch: Batch, warn: Callable[[str], None]) -> Non
         warn(f"the layout '{reading}' {reason}; using '{instead}' instead (slower, results are correct)")
 
 
+def scaled_gaps(values: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """How far log-probabilities lie apart. Rounding errors grow with the numbers rounded: beyond -4 a
+    gap counts less, by the size of the log-probability.
+    """
+    return (values - expected).abs() / (expected.abs() / 4).clamp(min=1)
+
+
 def _difference(policy: Any, batch: Batch, expected: torch.Tensor, usual: float) -> str | None:
     """What is wrong with the way in which an architecture reads; None where it is right."""
     crowded = policy.architecture.crowded()
     try:
         outputs = crowded.forward(policy.model, policy.attached, batch)
-        gaps = (outputs.checked_values.float() - expected).abs()
+        gaps = scaled_gaps(outputs.checked_values.float(), expected)
         mean, largest = float(gaps.mean()), float(gaps.max())
     except UNREADABLE as error:
         message = (str(error).splitlines() or [""])[0]
@@ -157,7 +164,7 @@ def _check_elementwise(
         return
     with _switch.always():
         values = policy.architecture.plain(policy.model, policy.attached, batch).float()
-    gaps = (values - expected).abs()
+    gaps = scaled_gaps(values, expected)
     mean, largest = float(gaps.mean()), float(gaps.max())
     if not (mean <= usual and largest <= 20 * usual):
         elementwise.uninstall(policy.model)

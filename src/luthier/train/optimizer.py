@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.clock import Clock
-from luthier.methods.transforms._base import Each, Params, Transform, apply_chain
+from luthier.methods.transforms._base import Each, LazyGradients, Params, Transform, apply_chain
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 
 # numbers that go through a chain at a time on a CPU: intermediate tensors stay small, and in its cache
@@ -39,6 +39,7 @@ class Chain:
         self.attached, self.clock = attached, clock
         self.learning_rate, self.factor = learning_rate, factor
         self.state: dict[str, dict] = {}
+        self.gradient_norm: float | None = None  # of the last step, before clipping; None where not computed
 
     @property
     def rate(self) -> float:
@@ -63,6 +64,7 @@ class Chain:
     def step(self, grads: Mapping[str, Params]) -> None:
         """Group -> parameter -> gradient of the global batch: update every group."""
         groups = {g.name: g for g in self.param_groups()}
+        self.gradient_norm = global_norm(grads)
         for transform in self.transforms:
             grads = transform.gather(grads)
         for name, group_grads in grads.items():
@@ -161,6 +163,18 @@ class Chain:
                     stored[name] = param.detach().float()
                 masters[name] = stored[name]
         return masters
+
+
+def global_norm(grads: Mapping[str, Params]) -> float | None:
+    """The norm of all gradients together; None where they are computed anew each time they are read."""
+    if isinstance(grads, LazyGradients):
+        return None
+    norms = []
+    for slots in grads.values():
+        norms += [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in slots.values()]
+    if not norms:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
 
 
 def piece_size(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from luthier.clock import Clock
 from luthier.methods.objectives._base import Objective
 from luthier.train.closure import LossClosure, MicroBatchTooLarge
 from luthier.train.optimizer import Chain
+from luthier.train.samples import sample_metrics
 
 
 @dataclass
@@ -156,11 +157,16 @@ class Trainer:
         self.totals.supervised += counts["supervised"]
         self.totals.rows_seen += counts["rows"]
         self.totals.seconds += seconds
+        metrics = dict(closure.metrics)
+        if self.chain.gradient_norm is not None:
+            metrics = {"gradient_norm": self.chain.gradient_norm, **metrics}
+        if self.batches.live:
+            metrics |= sample_metrics(self.drawn_rows or [], self.all_reduce)
         return {
             "step": clock.step + 1,
             "loss": loss,
             "learning_rate": self.chain.rate,
-            **closure.metrics,
+            **metrics,
             "tokens": counts["tokens"],
             "seconds": seconds,
         }

@@ -51,10 +51,14 @@ class Score(Stage):
             yield {**row, "scores": total, **apart}
 
     def judged(self, judge, row: dict, texts: list[str]) -> list[float]:
-        scores = [float(s) for s in judge.scores(row, texts)]
+        returned = list(judge.scores(row, texts))
+        try:
+            scores = [float(s) for s in returned]
+        except (TypeError, ValueError):  # None, or a word
+            scores = []
         if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
             raise RecipeError(
-                f"reward '{judge.name}' returned {scores[:8]} for the {len(texts)} completions"
+                f"reward '{judge.name}' returned {returned[:8]} for the {len(texts)} completions"
                 f" of row {row['id']}; it must return one finite number for each"
             )
         return scores

@@ -44,6 +44,7 @@ class Classifier(Architecture):
 
     def fit_to(self, rows: list[dict]) -> dict[str, Any]:
         """The classes of the rows: numbers in their order, else names in alphabetical order."""
+        _check_single_labels(rows)
         names = {c for row in rows for c in row.get("completions", ())}
         if not all(isinstance(n, str) for n in names):
             raise RecipeError("a classifier needs rows with a `label` (or a completion that is a class name)")
@@ -116,6 +117,26 @@ class Classifier(Architecture):
             logits = model(input_ids=batch.ids[pieces[parents[s]]][None]).logits
             out.append(picked(logits, label[None]))
         return torch.cat(out)
+
+
+def _check_single_labels(rows: list[dict]) -> None:
+    """Refuse rows of several labels each, and labels that are measurements."""
+    labels = [row["label"] for row in rows if "label" in row]
+    for row in rows:
+        if isinstance(row.get("label"), (list, tuple)) and len(row["label"]) > 1:
+            raise RecipeError(
+                f"row {row.get('id')} has several labels ({row['completions'][0]}), but architecture"
+                " 'classifier' learns one class of several; keep one label of each row, or let a causal model"
+                " write them"
+                " (architecture: causal)"
+            )
+    fractions = [v for v in labels if isinstance(v, float) and not v.is_integer()]
+    if fractions and len(labels) > 10 and len(set(map(str, labels))) > len(labels) / 2:
+        raise RecipeError(
+            f"the labels are numbers that hardly repeat, such as {fractions[0]}: architecture 'classifier'"
+            " learns classes, not a number; round them to a few classes, or let a causal model write them"
+            " (architecture: causal)"
+        )
 
 
 def _number_or_name(name: str) -> tuple[float, str]:
