@@ -19,6 +19,7 @@ from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
 
 ROWS = [{"prompt": f"Capital {i}?", "completion": f" City {i}"} for i in range(6)]
+USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 PROMPTS = [row["prompt"] for row in ROWS]
 
 
@@ -317,6 +318,15 @@ def test_numbers_of_numpy_and_pandas():
     frame = pandas.DataFrame({"text": ["fine", "good", "dull"], "label": [1.0, 1.0, None]})
     loaded = load(frame, max_bad_rows=0.5)
     assert loaded.rows[0]["completions"] == ["1"] and len(loaded.bad) == 1
+
+
+def test_escapes_in_cells_of_json_are_checked(tmp_path):
+    lines = ["messages", *[json.dumps(json.dumps([USER, BOT])).replace('\\"', '""')] * 9]
+    row = r'"[{""role"": ""user"", ""content"": ""HERE""}]"'
+    lines += [row.replace("HERE", r"\ud800"), row.replace("HERE", r"\u0000")]
+    loaded = load(table(tmp_path / "rows.csv", "\n".join(lines)), max_bad_rows=0.5)
+    assert len(loaded.rows) == 9
+    assert "surrogate" in loaded.bad[0]["reason"] and "NUL" in loaded.bad[1]["reason"]
 
 
 def test_numbers_are_read_as_text():

@@ -49,6 +49,7 @@ def as_list(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -85,10 +86,10 @@ class Recipe:
     # the optimizer: a name, or a chain of transforms such as [clip, adam, weight_decay]
     optim: Any = "adamw"
     # learning rate of the optimizer
-    learning_rate: Annotated[float, Field(ge=0), Range(1e-5, 1e-2, log=True)] = 2e-4
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(1e-5, 1e-2, log=True)] = 2e-4
     lr_scheduler_type: str = "linear"  # learning-rate schedule: constant, linear, cosine, warmup_stable_decay
     # steps of linear warm-up; below 1, a share of the run
-    warmup_steps: Annotated[float, Field(ge=0), Range(0, 0.3)] = 0.03
+    warmup_steps: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(0, 0.3)] = 0.03
 
     # the data
 
@@ -105,7 +106,7 @@ class Recipe:
     online_stages: list[Any] = field(default_factory=list)
     num_iterations: Count = 1  # optimizer steps per batch of online samples
 
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0  # passes over the training rows
+    num_train_epochs: Amount = 1.0  # passes over the training rows
     # optimizer steps, instead of epochs; 0 trains nothing
     max_steps: Annotated[int, Field(ge=0)] | None = None
     per_device_train_batch_size: Count = 8  # rows per micro-batch
@@ -129,8 +130,8 @@ class Recipe:
     # them
     evaluate: list[Any] | None = None
     # steps between evaluations during training (below 1: a share of the run); default: none
-    eval_steps: Annotated[float, Field(gt=0)] | None = None
-    save_steps: Annotated[float, Field(gt=0)] = 0.1  # steps between checkpoints (below 1: a share of the run)
+    eval_steps: Amount | None = None
+    save_steps: Amount = 0.1  # steps between checkpoints (below 1: a share of the run)
     save_total_limit: Count = 2  # number of checkpoints to keep
     logging_steps: Count = 1  # steps between lines in metrics.jsonl
     # trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...

@@ -221,9 +221,15 @@ def opened(value: Any, name: str) -> Any:
     """A list or object that a csv or parquet cell holds as JSON text; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except ValueError:
+            parsed = json.loads(value)
+            json.dumps(parsed, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadRow(f"{name} contains a lone surrogate, which is not a character") from None
+        except (ValueError, RecursionError):
             raise BadRow(f"{name} looks like JSON but cannot be parsed") from None
+        if "\\u0000" in value:
+            raise BadRow(f"{name} contains a NUL byte")
+        return parsed
     return value
 
 
