@@ -191,7 +191,10 @@ def rows_fingerprint(folder: Path) -> str:
     """That of the rows of the run in a folder; empty where there is none."""
     if not (folder / STATE).is_file():
         return ""
-    return str(files.read_json(folder / STATE).get("data", ""))
+    try:
+        return read_state(folder)["data"]
+    except Damaged:  # said when the folder is opened
+        return ""
 
 
 def update_state(folder: Path, **facts: Any) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 import yaml
 
-from luthier.errors import RecipeError
+from luthier.errors import Damaged, RecipeError
 from luthier.report.numbers import HELD_OUT, cost, generations, metric_rows
 from luthier.storage import files
 from luthier.storage.failure import read_failure
@@ -38,6 +38,7 @@ MARKS = ("run.json", "submitted.yaml", "asked.yaml", "study.json", "report.json"
 NAME = r"[A-Za-z0-9][\w.+-]{0,120}"
 CHUNK = 1 << 20  # bytes of metrics.jsonl in one answer
 TAIL = 8000  # characters of a log in an answer
+REPORT_TYPES = {"folder": str, "before": dict, "after": dict, "stats": dict, "notes": list}
 ANSWERS = 40  # generations in an answer
 PATIENCE = 10.0  # seconds after Ctrl-C until a run is terminated
 
@@ -88,7 +89,7 @@ class RunStore:
         """What it is, its step and state, and why it ended if it did not finish."""
         folder = self.folder(name)
         pid = self.process(name)  # first: once it has ended, the end of its log is there
-        state, output = read_json(folder / "run.json"), log(folder)
+        state, output = read_object(folder / "run.json"), log(folder)
         comparison = (folder / "study.json").is_file() or (folder / "arms").is_dir()
         result = "comparison.json" if comparison else "report.json"
         finished = (folder / result).is_file() and (not state or bool(state.get("finished")))
@@ -110,7 +111,7 @@ class RunStore:
             "state": status,
             "why": reason,
             "step": last_step(at / "metrics.jsonl"),
-            "steps": (read_json(at / "run.json") or {}).get("steps"),
+            "steps": read_object(at / "run.json").get("steps"),
             "act": at.name if at != folder else "",
             "what": title(folder),
             "doing": output.strip().rsplit("\n", 1)[-1] if pid else "",
@@ -126,27 +127,27 @@ class RunStore:
         for path in sorted((self.home / "exports").glob(f"{name}-*")):
             if path.is_dir():
                 exports.append(str(path.relative_to(self.home)))
-        comparison = read_json(folder / "comparison.json") or {}
+        comparison = read_object(folder / "comparison.json")
         arms = {}
         for arm, outcome in (comparison.get("arms") or {}).items():
             if outcome["runs"]:
                 arms[arm] = Path(outcome["runs"][0]).name
-        report = read_json(folder / "report.json")
+        report = read_object(folder / "report.json", **REPORT_TYPES)
         if report:
             measured = Measured(report["before"], report["after"], report["stats"])
             at, notes = self.home / report["folder"], report["notes"]
             writes = report["stats"].get("writes", False)
         else:
-            before = read_json(folder / "before.json") or {}
+            before = read_numbers(folder / "before.json")
             measured = Measured(before, last_metrics(folder / "metrics.jsonl"), {})
             at, notes, writes = folder, [], True
         return {
             **self.summary(name),
-            "recipe": recipe.read_text(encoding="utf-8") if recipe else "",
+            "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe else "",
             "command": shlex.join(["luthier", *command]) if command else "",
             "log": log(folder),
             "exports": exports,
-            "measured_on": (read_json(at / "run.json") or {}).get("measured_on", HELD_OUT),
+            "measured_on": read_object(at / "run.json").get("measured_on", HELD_OUT),
             "sentence": comparison.get("sentence", ""),
             "arms": arms,
             "numbers": [asdict(row) for row in metric_rows(measured)],
@@ -198,7 +199,7 @@ class RunStore:
             # a process that is younger than the lock has only the same number
             if holder.isdigit() and (born := birth(int(holder))) and born <= lock.stat().st_mtime + 1:
                 return int(holder)
-        started = read_json(folder / "studio.json")
+        started = read_object(folder / "studio.json", pid=int, born=(int, float))
         if started and birth(started["pid"]) == started["born"]:
             return started["pid"]
         return None
@@ -286,7 +287,7 @@ class RunStore:
             raise RecipeError(f"no run is active in {self.folder(name)}")
         process = psutil.Process(pid)
         born, group = process.create_time(), [process]
-        if name in self.children or read_json(self.place(name) / "studio.json"):
+        if name in self.children or read_object(self.place(name) / "studio.json"):
             group += process.children(recursive=True)
 
         def terminate_later() -> None:
@@ -365,12 +366,17 @@ def recipe_in(folder: Path) -> Path | None:
     return None
 
 
-def read_json(path: Path) -> Any:
-    """None where it is not there or not whole."""
+def read_object(path: Path, **types: Any) -> dict[str, Any]:
+    """A JSON object as `files.read_object` reads it; empty where it is not there or not whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        return files.read_object(path, **types)
+    except Damaged:
+        return {}
+
+
+def read_numbers(path: Path) -> dict[str, float]:
+    """Metrics by name; those that are no numbers are left out."""
+    return {k: v for k, v in read_object(path).items() if isinstance(v, (int, float))}
 
 
 def parse_lines(text: bytes) -> list[dict]:
@@ -379,7 +385,7 @@ def parse_lines(text: bytes) -> list[dict]:
     for line in text.splitlines():
         try:
             entry = json.loads(line, parse_constant=lambda _: None)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if entry and isinstance(entry, dict):
             entries.append(entry)
@@ -423,7 +429,8 @@ def last_step(path: Path) -> int:
         entries = parse_lines(file.read())
     if not entries:
         return 0
-    return int(entries[-1].get("step", 0))
+    step = entries[-1].get("step")
+    return step if isinstance(step, int) else 0
 
 
 def last_metrics(path: Path) -> dict[str, float]:
@@ -432,7 +439,7 @@ def last_metrics(path: Path) -> dict[str, float]:
     if path.is_file():
         for entry in parse_lines(path.read_bytes()):
             for key, value in entry.items():
-                if key.startswith("eval_") and value is not None:
+                if key.startswith("eval_") and isinstance(value, (int, float)):
                     latest[key.removeprefix("eval_")] = value
     return latest
 
@@ -443,7 +450,7 @@ def title(folder: Path) -> str:
         return " / ".join(sorted(path.stem for path in (folder / "arms").glob("*.yaml")))
     recipe, keys = recipe_in(folder), None
     if recipe:
-        with suppress(yaml.YAMLError, OSError):
+        with suppress(yaml.YAMLError, OSError, ValueError, RecursionError):
             keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     if not isinstance(keys, Mapping):
         return ""
