@@ -171,10 +171,12 @@ def global_norm(grads: Mapping[str, Params]) -> float | None:
         return None
     norms = []
     for slots in grads.values():
-        norms += [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in slots.values()]
+        for grad in slots.values():
+            precision = torch.promote_types(grad.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(grad, dtype=precision).to("cpu", torch.float32))
     if not norms:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def piece_size(device: torch.device) -> int:

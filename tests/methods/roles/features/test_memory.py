@@ -22,5 +22,5 @@ def test_a_memory_renews_its_rows_and_lets_the_oldest_go():
     say([2, 3, 4], 3)
     memory.after_step(None)
     assert memory.rows.tolist() == [4, 2, 3] and memory.features.eq(3).all()
-    with pytest.raises(RecipeError, match="2 wide"):
+    with pytest.raises(RecipeError, match="width 2"):
         memory.remember(torch.tensor([1]), torch.tensor([1]), torch.ones(1, 5))
