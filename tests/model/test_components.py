@@ -196,5 +196,5 @@ def test_roles_are_a_dict_beside_fixed_fields():
     roles = Roles(policy, Clock(), None, reference=policy.as_role("reference"), sampler=object())
     assert set(roles.players) == {"reference", "sampler"} and roles.reference is roles.players["reference"]
     assert roles.tuner is policy.attached and roles.policies() == [policy, roles.reference]
-    with pytest.raises(RecipeError, match="nobody plays 'teacher'"):
+    with pytest.raises(RecipeError, match="no model has the role 'teacher'"):
         _ = roles.teacher
