@@ -22,8 +22,9 @@ def sample_metrics(rows: Sequence[dict], reduce: Callable[[torch.Tensor], torch.
 
     reduce: the sum of a tensor over processes.
     """
-    sums = dict.fromkeys(("reward", "reward_std", EQUAL, "completion_length", "cut"), 0.0)
-    counts = dict.fromkeys(sums, 0)
+    names: tuple[str, ...] = ("reward", "reward_std", EQUAL, "completion_length", "cut")
+    sums: dict[str, float] = dict.fromkeys(names, 0.0)
+    counts: dict[str, int] = dict.fromkeys(names, 0)
     for row in rows:
         scores = row.get("scores") or []
         add(sums, counts, "reward", scores)
