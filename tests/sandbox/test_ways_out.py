@@ -45,6 +45,7 @@ def outside(tmp_path_factory):
     (folder / "socket").chmod(0o777)
     names = {"SECRET": str(secret), "SOCKET": str(folder / "socket"), "PID": os.getpid()}
     names["PORT"] = port.getsockname()[1]
+    names["PYTHON"] = [sys.prefix, sys.base_prefix, *sys.path]  # folders on the way to Python are seen
     yield names
     local.close()
     port.close()
