@@ -159,8 +159,8 @@ def test_one_method_tells_its_settings():
     said = luth("methods", "autopeft").stdout
     assert (
         "serial: 16  # width of the bottleneck" in said
-        and "(down_proj|mlp" in said
-        and "tuner: autopeft" in said
+        and "non_linearity: relu  # nonlinearity of both bottlenecks" in said
+        and "name: autopeft" in said
     )
     assert luth("methods", "dora").stdout.startswith(
         "`dora` is short for `{name: lora, use_dora: true}`.\n\nlora (tuner)\n\nUse it when "

@@ -74,7 +74,8 @@ def read_file(path: Path) -> tuple[str, str]:
     """Text and name of a recipe's file."""
     if not path.is_file():
         near = [p.name for p in path.parent.glob("*.y*ml")]
-        raise RecipeError(f"recipe file {shortened(path)} does not exist{did_you_mean(path.name, near)}")
+        place = shortened(str(path), 200)
+        raise RecipeError(f"recipe file {place} does not exist{did_you_mean(path.name, near)}")
     try:
         return path.read_text(encoding="utf-8"), path.name
     except (OSError, UnicodeDecodeError) as error:
