@@ -123,13 +123,21 @@ def _is_open_file(path: Path, descriptor: int) -> bool:
         return False
 
 
+def _written_now(path: Path) -> bool:
+    """Does a live process (another one of the same run) write this file? Its name holds the process id."""
+    writer = re.search(r"(\d+)\.part$", path.name)
+    if writer is None or path.name.startswith("checkpoint-") or int(writer[1]) == os.getpid():
+        return False
+    return Path(f"/proc/{writer[1]}").exists()
+
+
 def remove_leftovers(folder: Path) -> list[str]:
     """Delete what a killed process left half written in a folder; their names. A folder that was moved aside
     to make room for one that never came is put back.
     """
     removed = []
     for path in sorted(folder.iterdir()):
-        if not LEFTOVER.fullmatch(path.name):
+        if not LEFTOVER.fullmatch(path.name) or _written_now(path):
             continue
         former = path.with_suffix("")
         if path.suffix == ".old" and not former.exists():
