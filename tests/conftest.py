@@ -89,6 +89,28 @@ def base(tiny) -> dict:
     return recipe_of(tiny)
 
 
+@pytest.fixture(scope="module")
+def tiny_roles(tiny):
+    """Roles of the tiny Llama, all of it trained, with itself, untuned, as the reference and the judge."""
+    from helpers.stages import make_roles
+
+    return make_roles(tiny)
+
+
+@pytest.fixture
+def sentences(tiny_roles) -> list[str]:
+    """What `roles` warn of."""
+    warnings = []
+    tiny_roles.warn, tiny_roles.clock.step = warnings.append, 0
+    return warnings
+
+
+@pytest.fixture
+def roles(tiny_roles, sentences):
+    """`tiny_roles` at step 0, whose warnings go to `sentences`."""
+    return tiny_roles
+
+
 @pytest.fixture(scope="session")
 def trl():
     return pytest.importorskip("trl")

@@ -239,6 +239,7 @@ def test_a_lasting_model_keeps_what_it_needs_and_no_more(monkeypatch):
 
     monkeypatch.setattr(compat, "_models", 0)  # other tests' models may still be alive in this process
     monkeypatch.setattr(compat, "_after_models", [])
+
     class Model:
         pass
 

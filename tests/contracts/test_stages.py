@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import luthier
-from helpers.stages import make_roles, rows_with
+from helpers.stages import rows_with
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.recipe.capabilities import columns_of
@@ -18,25 +18,6 @@ STAGES = names("stage")
 
 
 COLUMNS = {*declared_words("Column"), "pairs"}  # what rows bring
-
-
-@pytest.fixture(scope="module")
-def tiny_roles(tiny):
-    """Roles of the tiny model with itself, untuned, as the reference."""
-    return make_roles(tiny)
-
-
-@pytest.fixture
-def sentences(tiny_roles) -> list[str]:
-    """What a stage warns of."""
-    warnings = []
-    tiny_roles.warn, tiny_roles.clock.step = warnings.append, 0
-    return warnings
-
-
-@pytest.fixture
-def roles(tiny_roles, sentences):
-    return tiny_roles
 
 
 def small(name: str):

@@ -128,7 +128,13 @@ def _written_now(path: Path) -> bool:
     writer = re.search(r"(\d+)\.part$", path.name)
     if writer is None or path.name.startswith("checkpoint-") or int(writer[1]) == os.getpid():
         return False
-    return Path(f"/proc/{writer[1]}").exists()
+    try:
+        os.kill(int(writer[1]), 0)  # signal 0 asks, and sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's process
+        return True
+    return True
 
 
 def remove_leftovers(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.clock import Clock
-from luthier.methods.transforms._base import Each, LazyGradients, Params, Transform, apply_chain
+from luthier.methods.transforms._base import Each, LazyGradients, Params, Transform, apply_chain, global_norm
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 
 # numbers that go through a chain at a time on a CPU: intermediate tensors stay small, and in its cache
@@ -64,7 +64,8 @@ class Chain:
     def step(self, grads: Mapping[str, Params]) -> None:
         """Group -> parameter -> gradient of the global batch: update every group."""
         groups = {g.name: g for g in self.param_groups()}
-        self.gradient_norm = global_norm(grads)
+        # a gradient that is computed anew each time it is read is not read for its norm alone
+        self.gradient_norm = None if isinstance(grads, LazyGradients) else global_norm(grads)
         for transform in self.transforms:
             grads = transform.gather(grads)
         for name, group_grads in grads.items():
@@ -163,20 +164,6 @@ class Chain:
                     stored[name] = param.detach().float()
                 masters[name] = stored[name]
         return masters
-
-
-def global_norm(grads: Mapping[str, Params]) -> float | None:
-    """The norm of all gradients together; None where they are computed anew each time they are read."""
-    if isinstance(grads, LazyGradients):
-        return None
-    norms = []
-    for slots in grads.values():
-        for grad in slots.values():
-            precision = torch.promote_types(grad.dtype, torch.float32)
-            norms.append(torch.linalg.vector_norm(grad, dtype=precision).to("cpu", torch.float32))
-    if not norms:
-        return 0.0
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def piece_size(device: torch.device) -> int:

@@ -130,7 +130,7 @@ class Format:
             return False
 
     def row(self, raw: dict) -> dict:
-        """The house's row: what `read` makes of it, and every column that was not read. Raises BadRow."""
+        """The canonical row: what `read` makes of it, and every column that was not read. Raises BadRow."""
         used = {*" ".join(self.columns).split(), *self.optional.split()}
         read = {k: v for k, v in self.read(raw).items() if v is not None}
         if read.get("tools"):
@@ -142,7 +142,7 @@ class Format:
             read["prompt"] = [{"role": "user", "content": read["prompt"]}]
             if "completions" in read:
                 read["completions"] = [as_turns(completion) for completion in read["completions"]]
-        # A column that the house means otherwise must not pass for ours.
+        # A column that has another meaning in canonical rows must not pass for one of theirs.
         unread = {}
         for name, value in raw.items():
             if name in used:
@@ -449,7 +449,7 @@ def is_continued(prompt: str | list[dict]) -> bool:
 
 
 def role_of(turn: dict, where: str) -> str:
-    """Whose turn it is, in the house's words."""
+    """Whose turn it is, in the canonical words (system, user, assistant, tool)."""
     name = turn.get("role", turn.get("from"))
     if name is None:
         raise BadRow(f"{where} has no role")

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from luthier.registry import family
@@ -62,6 +63,19 @@ class Each(Transform):
                 state[name] = self.init(grad)
             updates[name] = self.update(grad, state[name], group.params[name], step)
         return updates
+
+
+def global_norm(grads: Mapping[str, Params]) -> float:
+    """The norm of all gradients together, before anything is done to them; 0 where there are none."""
+    norms = []
+    for params in grads.values():
+        for grad in params.values():
+            precision = torch.promote_types(grad.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(grad, dtype=precision))
+    if not norms:
+        return 0.0
+    device = norms[0].device
+    return float(torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])))
 
 
 class LazyGradients(Mapping):

@@ -221,7 +221,8 @@ def attributes(t: Any) -> dict[str, Any]:
     """What is written down of one of Optuna's trials, also by version 0.1."""
     attrs: dict[str, Any] = {}
     for key, value in t.user_attrs.items():
-        attrs[FORMER_ATTRIBUTES.get(key, key)] = value
+        name = FORMER_ATTRIBUTES[key] if key in FORMER_ATTRIBUTES else key
+        attrs[name] = value
     attrs["kind"] = FORMER_KINDS.get(attrs["kind"], attrs["kind"])
     if "code" not in attrs:
         attrs["code"] = ""

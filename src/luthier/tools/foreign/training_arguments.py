@@ -269,7 +269,8 @@ def check_text_only(draft: Draft, keys: tuple[str, ...], places: tuple[str, ...]
 
 
 MANY_DEVICES = Drop(
-    "a recipe trains in one process and does not shard the model; --devices keeps the effective batch size"
+    "processes are started by torchrun or accelerate launch, and each holds the whole model;"
+    " --devices keeps the effective batch size"
 )
 LOADING = Drop("how rows are loaded does not change a run; luthier chooses")
 HUB = Drop("luthier uploads nothing; `luthier export` writes the result for other tools")

@@ -1,8 +1,6 @@
 """Clipping by global norm: scales all gradients of a step down together if their joint norm is too large."""
 
-import torch
-
-from luthier.methods.transforms._base import LazyGradients, Transform
+from luthier.methods.transforms._base import LazyGradients, Transform, global_norm
 from luthier.registry import transform
 
 
@@ -21,13 +19,7 @@ class Clip(Transform):
     def gather(self, every):
         if not self.max_grad_norm:
             return every
-        norms = [
-            torch.linalg.vector_norm(g, dtype=torch.float32)
-            for slots in every.values()
-            for g in slots.values()
-        ]
-        norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-        small = min(1.0, self.max_grad_norm / (norm + 1e-6))
+        small = min(1.0, self.max_grad_norm / (global_norm(every) + 1e-6))
         return (
             every
             if small == 1.0
