@@ -171,7 +171,7 @@ def _load(name: str | Path, settings: Mapping[str, Any]) -> Loaded:
     if (folder / "recipe.yaml").is_file():
         return load_run(folder, settings)
     if (folder / REPORT).is_file():  # a plan: its last run
-        return _load(files.read_json(folder / REPORT)["folder"], settings)
+        return _load(files.read_object(folder / REPORT, folder=str)["folder"], settings)
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder, settings)
     recipe, roles = load_plain(str(name), settings)
@@ -189,7 +189,7 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     roles.policy.eval()
     notes, turns, ends = [], roles.renderer.note is None, ""
     if (folder / REPORT).is_file():
-        stats = files.read_json(folder / REPORT)["stats"]
+        stats = files.read_object(folder / REPORT, stats=dict)["stats"]
         turns, ends = stats.get("turns", turns), stats.get("ends", ends)
     else:
         notes.append(f"{folder} is not finished; using its last checkpoint")
