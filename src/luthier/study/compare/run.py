@@ -70,7 +70,7 @@ def _exclusive(folder: Path, spec: ComparisonSpec) -> Iterator[None]:
     with files.exclusive(folder):
         path = folder / "study.json"
         if path.is_file():
-            if files.read_json(path)["fingerprint"] != spec.fingerprint():
+            if files.read_object(path, fingerprint=str)["fingerprint"] != spec.fingerprint():
                 raise RecipeError(
                     f"{folder} holds another comparison; choose another folder with --output-dir"
                 )
