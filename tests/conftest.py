@@ -21,9 +21,9 @@ torch.set_num_threads(1)
 
 MARKERS = {
     "contracts": "contract",
-    "run": "e2e",
-    "study": "e2e",
-    "studio": "e2e",
+    "run": "long",
+    "study": "long",
+    "studio": "long",
 }  # folder -> marker of its tests
 LONG_FILES = ("contracts/test_tuners", "toy/test_models", "contracts/test_recipes", "studio/test_page")
 
@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(items):
     home = Path(__file__).parent
     for item in items:
         folder = item.path.relative_to(home).parts[0]
-        marker = "e2e" if folder.endswith(".py") else MARKERS.get(folder)
-        if item.get_closest_marker("slow") is None:
+        marker = "long" if folder.endswith(".py") else MARKERS.get(folder)
+        if item.get_closest_marker("slow") is None and item.get_closest_marker("long") is None:
             item.add_marker(marker or "fast")
     rank = {name: place for place, name in enumerate(LONG_FILES)}
     name_of = lambda item: item.path.relative_to(home).with_suffix("").as_posix()

@@ -141,6 +141,7 @@ def test_packed_files(tmp_path):
             load(tmp_path / name)
 
 
+@pytest.mark.long
 def test_what_is_no_plain_file_or_has_no_end_is_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(RecipeError, match="is a pipe, a socket or a device"):

@@ -155,6 +155,7 @@ def test_second_derivatives(form, frozen):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_table_of_all_logits_never_exists(frozen, monkeypatch):
     """The largest tensor that is made while T * V would be 2,000 * 5,003."""

@@ -60,6 +60,7 @@ def test_a_part_sees_every_moment_of_a_run_and_hides_none_of_the_tuner():
         assert own == ["on_phase", "after_phase", "before_step", "on_rows", "after_step"]
 
 
+@pytest.mark.long
 def test_hyperparameters_are_tuned_beside_a_mean_teacher(base, tmp_path):
     """The role's running average hides nothing: the tuner still hears of rows."""
     rows = [{**row, "source": "validation" if i % 4 == 0 else "train"} for i, row in enumerate(SUMS[:32])]
@@ -109,6 +110,7 @@ def test_an_average_follows_the_tuner_into_its_next_phase(lottery, tmp_path):
             torch.testing.assert_close(tensors[key], mean)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pause", [2, 4])
 def test_a_run_with_phases_goes_on_bit_for_bit(lottery, tmp_path, pause):
     """Stopped before or after the choice, with an average that follows."""
@@ -121,6 +123,7 @@ def test_a_run_with_phases_goes_on_bit_for_bit(lottery, tmp_path, pause):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.long
 def test_the_start_is_read_after_a_change_of_phase_and_training_goes_on(lottery, tmp_path):
     """The reference reads whole weights of the first phase while entries of the second one train."""
     report = luthier.tune(lottery | {"roles": {"reference": "initial"}}, folder=tmp_path / "a")
@@ -179,6 +182,7 @@ def test_a_role_that_nobody_asks_is_refused_before_any_compute(base, tmp_path, m
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_role_of_a_plan_may_be_for_one_of_its_runs(base, tmp_path):
     made = base | {
         "data": PAIRS,

@@ -51,6 +51,7 @@ def test_loss_is_transformers_own(name):
 WRITERS = [n for n in zoo.CAUSAL if n not in ("llama_tied", "qwen2", "bert_decoder", "gemma")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRITERS)
 def test_greedy_is_transformers_own(name):
     model = zoo.make(name)

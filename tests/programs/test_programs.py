@@ -266,6 +266,7 @@ def test_a_second_compilation_asks_nobody(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_finetuning_writes_a_file_for_each_predictor_and_puts_the_tuned_models_in(tmp_path, tiny):
     program = TwoSteps().using(Scripted(knows("cat", "owl", "fox", "hen")))
     program.raise_up.demos = [{"word": "pig", "upper": "PIG"}]
@@ -299,6 +300,7 @@ def test_finetuning_writes_a_file_for_each_predictor_and_puts_the_tuned_models_i
         compiler("bootstrap_finetune", output_dir="x", recipe={"data": "y"})
 
 
+@pytest.mark.long
 def test_toy_models_run_programs_from_end_to_end(tmp_path):
     """A teacher that reads reviews as it was taught to; a small model is tuned on what it did well."""
     rows = [

@@ -477,6 +477,7 @@ def test_quiet_keeps_what_was_told(capsys):
     assert quiet.notes == ["one"] and capsys.readouterr().out == ""
 
 
+@pytest.mark.long
 def test_answers_may_hold_any_mark(tmp_path):
     said = "a\x85b\u2028c\x0cd"
     line = json.dumps({"id": "r", "prompt": "p", "expected": "e", "answer": said}, ensure_ascii=False)

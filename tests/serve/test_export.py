@@ -34,6 +34,7 @@ def test_export_merged_is_a_plain_model(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_fresh_process_loads_the_export_without_luthier(tmp_path):
     base().save_pretrained(tmp_path / "base")
     attached = train(put("lora_sb"))

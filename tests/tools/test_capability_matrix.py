@@ -21,6 +21,7 @@ def table() -> dict[str, dict]:
     return {row["name"]: row for row in json.loads(done.stdout)}
 
 
+@pytest.mark.long
 def test_every_tuner_has_a_row_and_a_share(table):
     assert table.keys() == {c.name for c in cards("tuner")}
     for row in table.values():

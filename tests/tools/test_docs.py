@@ -31,6 +31,7 @@ def test_generated_pages_are_up_to_date(capsys):
     )
 
 
+@pytest.mark.long
 def test_check_tells_what_differs(tmp_path, capsys):
     for name, (begin, end, _) in docs.PARTS.items():
         (tmp_path / name).write_text(f"# R\n{begin}\n{end}\n")
@@ -46,6 +47,7 @@ def test_check_tells_what_differs(tmp_path, capsys):
     assert "papers.md is missing" in said and "table of keys" in said
 
 
+@pytest.mark.long
 def test_every_method_has_a_page_with_every_setting():
     made = docs.site_pages()
     for c in registry.cards():

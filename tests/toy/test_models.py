@@ -46,6 +46,7 @@ def test_the_toy_tasks_exist():
     assert sum(find(task).SHARE for task in TASKS) == pytest.approx(1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task, split", SPLITS)
 def test_rows_follow_from_the_seed(task, split):
     rows = toy.rows(task, split, 30, seed=1)
@@ -81,6 +82,7 @@ def test_rows_have_their_format(task, split):
     json.dumps(rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_share_no_item(task):
     atoms = {
@@ -96,6 +98,7 @@ def test_splits_share_no_item(task):
                 assert not held_out & atoms[other], f"{split} shares items with {other}"
 
 
+@pytest.mark.long
 def test_no_task_trains_on_a_held_out_sum():
     sums = re.compile(r"(?<!\d)(\d+)([+-])(\d+)(?=[=: ?]| is)")
     seen = 0
@@ -108,6 +111,7 @@ def test_no_task_trains_on_a_held_out_sum():
     assert seen > 3000
 
 
+@pytest.mark.long
 def test_held_back_people_are_in_no_pretraining_row():
     names = {person["name"] for person in people.HELD_BACK}
     for task in TASKS:
@@ -176,6 +180,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(toy.path("lm"))
 
 
+@pytest.mark.long
 def test_text_survives_the_tokenizer(tokenizer):
     for task, split in SPLITS:
         for row in toy.rows(task, split, 20):
@@ -194,6 +199,7 @@ def test_special_tokens(tokenizer):
         assert len(tokenizer(token, add_special_tokens=False)["input_ids"]) == 1
 
 
+@pytest.mark.long
 def test_rows_are_read_as_pretraining_read_them(tokenizer):
     from luthier.toy._corpus import document
     from luthier.toy.score import tokens_of
@@ -227,6 +233,7 @@ def made_of_these_tasks(name: str) -> None:
         pytest.skip(f"toy:{name} was made of fewer tasks: python -m luthier.toy.make --model {name}")
 
 
+@pytest.mark.long
 def test_the_tokenizer_can_be_made_again():
     made_of_these_tasks("lm")
     from luthier.toy._corpus import train_tokenizer
@@ -277,6 +284,7 @@ def measured(request):
     return request.param, card, found
 
 
+@pytest.mark.long
 def test_the_model_does_what_its_card_says(measured):
     _, card, found = measured
     assert {key.split("/")[0] for key in card} == set(TASKS)
@@ -301,6 +309,7 @@ def test_lm_knows_its_tasks(measured):
         assert card[f"{task}/test"] >= 0.85 and found[f"{task}/test"] >= 0.75, task
 
 
+@pytest.mark.long
 def test_chat_follows_chat_and_lm_does_not():
     """What tuning on turns brings: toy:chat answers and refuses in chat, its base mostly does not."""
     if "chat" not in toy.models():
@@ -340,6 +349,7 @@ def test_teacher_forcing_agrees_with_generating(tokenizer):
         assert (tokenizer.decode(written) == row["completion"] + "<|end|>") == exact
 
 
+@pytest.mark.long
 def test_code_is_right_when_it_does_the_same(tokenizer):
     """Functions of four operations, which the model never writes letter for letter, sometimes run all the
     same.
@@ -356,6 +366,7 @@ def test_code_is_right_when_it_does_the_same(tokenizer):
 # ---- making them
 
 
+@pytest.mark.long
 def test_what_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     import torch
     from transformers import LlamaForCausalLM

@@ -68,6 +68,7 @@ def gold(row: dict) -> str:
     return row.get("completion") or row["answer"]
 
 
+@pytest.mark.long
 def test_every_split_is_the_same_bytes_in_every_process():
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     for seed in ("1", "2"):
@@ -99,6 +100,7 @@ def pieces(row: dict) -> set[str]:
     return {row["prompt"]} if row["prompt"] else set()
 
 
+@pytest.mark.long
 def test_no_held_out_item_or_question_is_in_a_pretraining_row():
     held_out: set[str] = set()
     questions: set[str] = set()
@@ -114,6 +116,7 @@ def test_no_held_out_item_or_question_is_in_a_pretraining_row():
             assert not questions & pieces(row), row
 
 
+@pytest.mark.long
 def test_what_is_for_tuning_is_in_no_pretraining_row():
     kept = {person["name"] for person in [*people.PRIVATE, *people.HELD_BACK]} | {
         "parcel",
@@ -531,6 +534,7 @@ def test_a_task_is_a_recipe(task):
     assert recipe.data["path"] != recipe.eval_data["path"]
 
 
+@pytest.mark.long
 def test_a_task_is_tuned_by_its_name_alone(tmp_path):
     for word, objective in (("toy:people", "sft"), ("toy:style/warm", "dpo")):
         recipe = Recipe.load(

@@ -78,6 +78,7 @@ def test_what_cannot_be_read_in_one_pass():
         assert why in str(why_not_joined(crowd))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective, data", [("sft", SUMS), ("dpo", PAIRS)])
 @pytest.mark.parametrize("way", [True, False])
 def test_each_ends_as_its_own_run(base, tmp_path, monkeypatch, objective, data, way):
@@ -112,6 +113,7 @@ def test_each_ends_as_its_own_run(base, tmp_path, monkeypatch, objective, data, 
     assert not list((tmp_path / "fleet").glob("*/logprob_cache-*"))
 
 
+@pytest.mark.long
 def test_paused_and_killed_ones_go_on(base, tmp_path):
     """One member is ahead of the others: they catch up first."""
     base |= {"max_steps": 8, "save_steps": 2}
@@ -129,6 +131,7 @@ def test_paused_and_killed_ones_go_on(base, tmp_path):
     assert [r.losses for r in batched.perform(runs)] == [luthier.Report.read(f).losses for _, f in runs]
 
 
+@pytest.mark.long
 def test_the_faster_way_is_measured_and_told(base, tmp_path):
     runs = [(Recipe.load({**base, **m, "max_steps": 7}), tmp_path / k) for k, m in MEMBERS.items()]
     notes = batched.perform(runs)[0].notes

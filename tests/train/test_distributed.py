@@ -82,6 +82,7 @@ def recipe_for(tiny, name) -> dict:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHARED)
 def test_two_processes_are_one(tiny, together, tmp_path, name):
     """Two gloo processes of 2 rows = one process of 4 rows; a finished run answers in both."""

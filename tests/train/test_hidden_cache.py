@@ -88,6 +88,7 @@ def test_dropout_below(tmp_path):
     assert "changes at every step" in hidden_cache.open_cache(noisy, zoo.rows(), tmp_path / "f.bin", 1000)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective, data", [("sft", SUMS), ("dpo", PAIRS)])
 def test_a_run_is_the_same_run(base, tmp_path, objective, data):
     """Over epochs, with the reference reading the same rows; and the file is gone at the end."""

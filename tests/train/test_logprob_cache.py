@@ -74,6 +74,7 @@ def test_no_room_no_harm(tmp_path):
     assert "GB of disk" in logprob_cache.open_cache(plain, tmp_path / "t.bin", 2**40, "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tuner, role", [("full", "start"), ("lora", "off"), ("lora", "model")])
 def test_a_run_is_the_same_run(base, tmp_path, tuner, role, tiny):
     roles = {"reference": {"name": "model", "model": tiny} if role == "model" else role}

@@ -81,6 +81,7 @@ def needs(base, folder, monkeypatch) -> tuple[memory.Need, memory.Need]:
     return seen[0], seen[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_recomputation_is_chosen_where_a_step_would_not_fit_without(base, tmp_path, monkeypatch, tuner):
     base |= {"tuner": tuner, "max_steps": 2, "per_device_train_batch_size": 64}
@@ -126,6 +127,7 @@ def test_what_fits_row_by_row_is_told(base, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.long
 def test_a_finished_run_leaves_no_model_behind(tiny, tmp_path):
     """Without a garbage collector: nothing of a run may hold its model in a circle, nor its graphs for
     good.

@@ -100,6 +100,7 @@ def test_gaps_scale_with_what_is_rounded():
     assert gaps.tolist() == pytest.approx([0.1, 0.1], rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [([["joy", "love"], ["joy"]] * 8, "several labels"), ([i / 37 for i in range(16)], "not a number")],

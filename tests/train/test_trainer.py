@@ -26,6 +26,7 @@ def tiny(shallow) -> str:
     return shallow
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective, data", [("sft", SUMS), ("dpo", PAIRS)])
 def test_accumulation_changes_nothing(base, tmp_path, objective, data):
     """8 rows at once = 4 x 2 = 8 x 1; rows of very different length, so that means of means would differ."""
@@ -304,6 +305,7 @@ def test_a_wrong_layout_is_told_and_read_padded(base, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.long
 def test_bfloat16_is_stepped_through_masters(base, tmp_path):
     """A step too small for bfloat16 to show is not lost: the master moves on, and the weight follows."""
     luthier.tune(
@@ -316,6 +318,7 @@ def test_bfloat16_is_stepped_through_masters(base, tmp_path):
     assert all(torch.equal(saved.tensors[f"{k}.weight"], m.bfloat16()) for k, m in masters.items())
 
 
+@pytest.mark.long
 def test_rows_that_are_yet_to_be_answered_are_read_right_too(base, tmp_path, monkeypatch):
     """The layout is tried before the first rollout, which reads in it."""
     leak(monkeypatch)

@@ -185,6 +185,7 @@ def test_it_goes_on_bit_for_bit(momentum, tmp_path):
     assert torch.equal(other.model.weight, whole.model.weight) and other.upper == whole.upper
 
 
+@pytest.mark.long
 def test_a_run_learns_its_mixture(base, tmp_path):
     """Sums, sums with answers of chance, and a few sums that decide; the weights are told at each step."""
     wrong = [{**r, "completion": SUMS[(7 * i + 3) % 64]["completion"]} for i, r in enumerate(SUMS)]

@@ -85,6 +85,7 @@ def regression(rows: int, n: int, noise: float, seed: int):
     return x, x @ torch.linspace(-1, 1, n) + noise * torch.randn(rows, generator=rng)
 
 
+@pytest.mark.long
 def test_the_response_is_the_ridge_path():
     """Without dropout, the best response to a weight decay d is (X'X / rows + d)^-1 X'y / rows."""
     x, y = regression(32, 4, 0.3, 1)
@@ -255,6 +256,7 @@ def test_a_module_that_lost_track_of_rows_is_named():
         rig.go(1)
 
 
+@pytest.mark.long
 def test_dropout_rises_where_labels_are_noisy_and_validation_gets_better():
     train, valid = regression(24, 16, 2.0, 3), regression(40, 16, 0.0, 5)
     how = {
@@ -270,6 +272,7 @@ def test_dropout_rises_where_labels_are_noisy_and_validation_gets_better():
         assert float(rig.loss("validation")) < 0.8 * float(fixed.loss("validation"))
 
 
+@pytest.mark.long
 def test_a_run_tells_its_hyperparameters_and_goes_on_bit_for_bit(base, tmp_path):
     data = [{"path": SUMS, "source": "train"}, {"path": SUMS[::3], "source": "validation"}]
     change = {

@@ -11,6 +11,7 @@ from luthier.methods.estimators.multi_objective.pareto_da import weights
 from luthier.registry import build
 
 
+@pytest.mark.long
 def test_the_pareto_program_keeps_its_bounds():
     rng = np.random.default_rng(0)
     for i in range(1000):
@@ -55,6 +56,7 @@ def test_a_guide_goes_down_where_a_plain_sum_would_raise_it():
         )
 
 
+@pytest.mark.long
 def test_a_small_task_keeps_its_bound_beside_a_large_one():
     """Gradients of lengths from 1e-3 to 1e3: no task that must not rise is stepped against."""
     rng = np.random.default_rng(1)

@@ -7,6 +7,7 @@ import pytest
 import luthier
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pcgrad", "min_norm", "pareto_da"])
 def test_terms_are_trained_together_and_one_term_is_backprop(base, tmp_path, name):
     recipe = {

@@ -12,6 +12,7 @@ from luthier.clock import Clock
 from luthier.registry import build
 
 
+@pytest.mark.long
 def test_glad_without_its_share_is_backprop_and_with_all_of_it_sam(base, tmp_path):
     def end(name: str, estimator) -> list[float]:
         return luthier.tune({**base, "estimator": estimator}, folder=tmp_path / name).losses

@@ -15,6 +15,7 @@ from luthier.registry import build
 from luthier.train.optimizer import Chain
 
 
+@pytest.mark.long
 def test_mgpo_takes_one_gradient_where_the_momentum_leads():
     one, _, _ = walk({"name": "mgpo", "rho": 0.0})
     two, _, _ = walk("backprop")
@@ -109,6 +110,7 @@ def flatness(estimator, seed: int) -> float:
     return sum(rises) / 50
 
 
+@pytest.mark.long
 def test_noise_and_displacement_lead_to_flatter_places():
     lora = [flatness("backprop", seed) for seed in range(3)]
     for name in ("ggpo", "mgpo"):

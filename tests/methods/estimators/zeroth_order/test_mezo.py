@@ -47,6 +47,7 @@ def test_mezo_is_the_finite_difference_along_its_directions(n_probes):
     assert same(rig, Rig())  # and nothing moved
 
 
+@pytest.mark.long
 def test_mezo_points_along_the_gradient_on_average():
     torch.manual_seed(0)
     goal = torch.randn(64)
@@ -75,6 +76,7 @@ def test_mezo_is_replayed_from_its_losses_alone():
     assert same(first, again.go(8)) and not same(first, Rig())
 
 
+@pytest.mark.long
 def test_mezo_solves_a_quadratic_without_a_single_backward_pass():
     rig = Rig(estimator={"name": "mezo", "n_probes": 4}, transforms=(build("transform", "adam"),), total=300)
     real = rig.closure
@@ -141,6 +143,7 @@ class Held(TorchDispatchMode):
         return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tuner", [{"name": "lora", "r": 32}, "full"])
 def test_a_run_with_mezo_takes_the_memory_of_inference_and_of_what_moves(base, tmp_path, monkeypatch, tuner):
     """Measured on every step of luthier.tune, on the rows of that step; a run with a backward pass takes

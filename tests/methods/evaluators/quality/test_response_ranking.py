@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from helpers.models import make_llama
@@ -14,6 +15,7 @@ from luthier.model.policy import Policy
 from luthier.recipe.recipe import terms
 
 
+@pytest.mark.long
 def test_response_ranking(roles, tmp_path):
     from luthier.methods.evaluators.quality.response_ranking import ResponseRanking
 

@@ -20,6 +20,7 @@ def test_rsa_is_pearsons_correlation_of_likenesses():
     assert correlation(cosines(a), cosines(b)) == pytest.approx(np.corrcoef(like(a), like(b))[0, 1], abs=1e-5)
 
 
+@pytest.mark.long
 def test_rsa_sees_which_layers_changed(tiny):
     report = luthier.tune(
         **recipe_of(tiny)

@@ -56,6 +56,7 @@ def test_a_teacher_with_other_tokens_is_refused_where_sizes_agree(base, tiny, tm
         luthier.tune(asked, folder=tmp_path / "r")
 
 
+@pytest.mark.long
 def test_the_same_base_with_another_adapter_teaches(base, tiny, tmp_path):
     teacher = luthier.tune(
         {**base, "tuner": "lora", "learning_rate": 1e-2, "max_steps": 5}, folder=tmp_path / "teacher"
@@ -86,6 +87,7 @@ def test_spans_of_one_tokenizer_are_its_tokens(base, tiny, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_spans_of_another_tokenizer_add_up_to_its_own_log_probability(base, other, tmp_path):
     rows = [{"prompt": f"{a}+{b}=", "completion": f"{a}+{b}={a + b}"} for a in range(3) for b in range(8, 16)]
     tuned = {

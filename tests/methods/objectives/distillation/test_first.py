@@ -14,6 +14,7 @@ from luthier.methods.stages.rollout.teacher_top import at_temperature
 from luthier.registry import build
 
 
+@pytest.mark.long
 def test_first_with_the_whole_vocabulary_is_the_forward_kl(base, tiny, tmp_path):
     teacher = {"roles": {"teacher": {"name": "model", "model": tiny}}}
     tuned = luthier.tune({**base, "learning_rate": 3e-3}, folder=tmp_path / "t").folder

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
+
 import luthier
 
 
+@pytest.mark.long
 def test_self_distillation_is_nothing_at_the_teacher_and_keeps_the_student_near(base, tiny, tmp_path):
     teacher = {"roles": {"teacher": {"name": "model", "model": tiny}}}
     luthier.tune(

@@ -113,6 +113,7 @@ def test_ranking_lists_beats_random_pairs_of_them():
     assert sum(lists) > sum(pairs) + 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["lipo_lambda", "dpo_bt", "dpo_pl"])
 def test_lists_whose_first_batch_ties_are_trained_on(objective, base, tmp_path):
     """Rows of equal scores teach nothing; rows that rank, behind them, do."""

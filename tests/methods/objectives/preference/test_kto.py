@@ -77,6 +77,7 @@ def test_a_reference_may_be_remembered():
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference_off_by, drifted", [(0.2, True), (-0.2, False)])
 def test_kto_is_trls(trl, tmp_path, reference_off_by, drifted):
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference

@@ -168,6 +168,7 @@ def rows_for(kind: str) -> list[dict]:
     return [{**r, "scores": [1.0 if i % 3 else -1.0]} for i, r in enumerate(make_rows(5, k=1))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ours, kind, settings, x", table(), ids=lambda v: v if isinstance(v, str) else "")
 def test_the_table_beside_trl(trainers, ours, kind, settings, x):
     loss, row = LOSSES[kind]
@@ -253,6 +254,7 @@ def test_a_sum_in_a_recipe_is_written_as_it_was_said():
     assert [(w, o.name) for w, o in again.aim().terms()] == [(1.0, "chosen_sft"), (1.0, "orpo"), (0.1, "kl")]
 
 
+@pytest.mark.long
 def test_tied_rows_teach_nothing_whatever_the_loss():
     rows = [{**r, "scores": [1.0, 1.0], "rewards": {"other": [1.0, 2.0]}} for r in make_rows(2, k=2)]
     for name in (
@@ -283,6 +285,7 @@ def test_label_smoothing_limits():
         build("objective", {"name": "exo_pair", "label_smoothing": 0.0})
 
 
+@pytest.mark.long
 def test_what_sees_far_and_what_does_not():
     """Where the best answers are far from what the reference says, only fresh samples and a negative gradient
     get there.

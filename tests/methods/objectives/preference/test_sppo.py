@@ -47,6 +47,7 @@ def test_sppo_multiplies_by_how_often_an_answer_wins():
     torch.testing.assert_close(got, want, atol=5e-3, rtol=0)
 
 
+@pytest.mark.long
 def test_sppo_stays_near_the_equilibrium_of_rock_paper_scissors():
     from luthier.toy import bandit
 

@@ -8,6 +8,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -49,6 +50,7 @@ def test_core_tuning_without_weights_is_plain_tuning():
     assert all(torch.equal(a, found[1][n]) for n, a in found[0].items())
 
 
+@pytest.mark.long
 def test_core_tuning_draws_classes_together():
     rows = [
         {**r, "id": f"c{i}", "completions": [[5 + i % 2]]} for i, r in enumerate(make_rows(16, k=1, seed=3))
@@ -74,6 +76,7 @@ def test_core_tuning_draws_classes_together():
         assert spread(seed, [{"name": "sft"}, {"name": "core_tuning"}]) < spread(seed, [{"name": "sft"}])
 
 
+@pytest.mark.long
 def test_dr_tune_and_core_tuning_run(tmp_path):
     common = dict(
         model="toy:lm-small",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from helpers.objectives import batch_of, cast
@@ -119,6 +120,7 @@ def tuned_on_known(seed: int, **weights) -> tuple[float, torch.Tensor]:
 OFF = {"reconstruction": 0, "base_classes": 0, "new_classes": 0, "distillation": 0}
 
 
+@pytest.mark.long
 def test_ogen_keeps_classes_that_are_not_tuned_on():
     scores = [
         (tuned_on_known(seed, distillation=5.0)[0], tuned_on_known(seed, **OFF)[0]) for seed in range(3)

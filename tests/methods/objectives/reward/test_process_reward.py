@@ -123,6 +123,7 @@ def test_advantages_by_sampling_and_the_policy_that_weighs_by_them():
     torch.testing.assert_close(roles.policy.log_policy().detach(), want, atol=1e-3, rtol=0)
 
 
+@pytest.mark.long
 def test_pairs_come_from_where_it_goes_wrong(tmp_path):
     """A model that was taught two ways on: from a good first step it may still end right, from a spurious one
     never.

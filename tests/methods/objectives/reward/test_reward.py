@@ -90,6 +90,7 @@ def test_a_margin_is_asked_for_and_ties_teach_nothing(judge):
     assert all(p.grad is None or not p.grad.any() for p in judge.policy.model.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tuner", ["lora", "full"])
 def test_a_reward_model_is_tuned_from_a_recipe(tiny, tmp_path, tuner):
     recipe = {

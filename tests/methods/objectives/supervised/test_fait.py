@@ -4,6 +4,7 @@ learns where programs differ.
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from helpers.objectives import batch_of, cast, fit, loss_of, pair_rows, small_llama
@@ -48,6 +49,7 @@ def test_faits_weights_are_constants_and_grow_with_confusion():
     assert found[True] > found[False], "the weight is larger where the model prefers the wrong one"
 
 
+@pytest.mark.long
 def test_fait_learns_where_programs_differ():
     """Everything but one token is common to right and wrong: how likely that token becomes, at equal
     steps.

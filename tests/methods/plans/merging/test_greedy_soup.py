@@ -48,6 +48,7 @@ def test_a_greedy_soup_takes_what_helps(recipe):
         validate(recipe.but(plan={"name": "greedy_soup", "of": [{"seed": 1}, {"seed": 2}]}), ROWS)
 
 
+@pytest.mark.long
 def test_a_greedy_soup_is_never_worse_than_its_best_ingredient(base, tmp_path):
     of = [{"learning_rate": 1e-3}, {"learning_rate": 3e-3}, {"learning_rate": 3e-2}]
     done = luthier.tune(

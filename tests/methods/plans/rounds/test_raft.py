@@ -58,6 +58,7 @@ def test_raft_rounds_sample_score_choose_and_learn(base, tmp_path):
     assert "generated_reward" in done.after
 
 
+@pytest.mark.long
 def test_raft_makes_a_rewarded_habit_more_frequent(base, tmp_path):
     """Reward: one letter or digit is said. A few rounds raise how often that is."""
     say = [{"prompt": f"say {k}:", "answer": list("abcdefghijklmnopqrstuvwxyz0123456789")} for k in range(40)]
@@ -68,6 +69,7 @@ def test_raft_makes_a_rewarded_habit_more_frequent(base, tmp_path):
     assert done.after["generated_reward"] == 1.0 and kept[-1] >= kept[0]
 
 
+@pytest.mark.long
 def test_raft_of_one_sample_is_sft_on_own_samples(base, tmp_path):
     plan = raft(rounds=1, n=1, max_new_tokens=3)
     done = luthier.tune(base | {"plan": plan, "eval_data": 0.25}, folder=tmp_path / "raft")
@@ -124,6 +126,7 @@ def test_the_price_is_for_leaving_the_untuned_model_whatever_the_tuner(recipe):
     assert asked[0].roles["reference"] == "initial"
 
 
+@pytest.mark.long
 def test_in_the_second_round_of_full_tuning_the_price_is_not_zero(base, tmp_path, monkeypatch):
     """The reference of a round is the untuned model, not what the round starts from."""
     from luthier.methods.stages.rollout import kl_penalty

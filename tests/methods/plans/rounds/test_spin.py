@@ -37,6 +37,7 @@ def test_spin_asks_for_dpo_against_each_rounds_own_start(recipe):
         build("plan", {"name": "spin", "beta": [0.1]})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_spin_begins_each_round_at_log_two(base, tmp_path, tuner):
     plan = {"name": "spin", "rounds": 2, "max_new_tokens": 4}

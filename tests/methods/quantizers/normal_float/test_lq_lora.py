@@ -69,6 +69,7 @@ def test_bits_are_allocated_as_the_best_of_all_allocations():
         allocate(errors, sizes, 1999)
 
 
+@pytest.mark.long
 def test_lq_keeps_its_budget_over_a_network_and_trains_its_low_rank_part():
     pytest.importorskip("scipy")
     model = base("llama")

@@ -4,6 +4,7 @@ are not.
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from helpers.quantizers import normal, on_codes
@@ -38,6 +39,7 @@ def perplexity(model) -> float:
     return float((-logprobs(put("lora", model))).mean().exp())
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_eight_bits_are_enough_and_two_are_not():
     from helpers.tuners import base as fresh

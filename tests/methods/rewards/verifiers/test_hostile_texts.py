@@ -57,6 +57,7 @@ def test_comparisons_of_texts(name):
     assert build("reward", "tool_call").scores(call, [HOSTILE[name]]) == [-2.0]
 
 
+@pytest.mark.long
 def test_mathematics():
     pytest.importorskip("math_verify")
     reward = build("reward", {"name": "math", "timeout": 2.0})

@@ -35,6 +35,7 @@ def test_math(mathematics, answer, text, score):
     assert mathematics.scores({"answer": answer}, [text]) == [score]
 
 
+@pytest.mark.long
 def test_math_ends_what_never_ends_and_goes_on_in_any_thread(mathematics):
     quick, scores = build("reward", {"name": "math", "timeout": 1.0}), []
     texts = ["$9^{9^{9^{9}}}$", "$12$"]

@@ -11,6 +11,7 @@ import luthier
 from luthier.storage import checkpoints
 
 
+@pytest.mark.long
 def test_a_mean_teacher_is_the_running_average_and_gets_no_gradient(base, tmp_path):
     recipe = {
         **base,

@@ -160,6 +160,7 @@ def recipe(base: dict, url: str, **more) -> dict:
     }
 
 
+@pytest.mark.long
 def test_grpo_learns_from_what_the_server_writes(base, tiny, tmp_path, serve, monkeypatch):
     served, gaps, scores = Served(tiny), [], []
     low = lambda texts: [float(sum(c in "012345" for c in t)) for t in texts]
@@ -188,6 +189,7 @@ def test_grpo_learns_from_what_the_server_writes(base, tiny, tmp_path, serve, mo
     assert sum(scores[-48:]) / 48 > sum(scores[:48]) / 48 + 0.5
 
 
+@pytest.mark.long
 def test_the_same_run_again_asks_and_learns_the_same(base, tiny, tmp_path, serve):
     said = []
     for k in range(2):
@@ -199,6 +201,7 @@ def test_the_same_run_again_asks_and_learns_the_same(base, tiny, tmp_path, serve
     assert first == second
 
 
+@pytest.mark.long
 def test_what_is_wrong_is_one_sentence(base, tiny, tmp_path, serve):
     def refused(match: str, **more):
         with pytest.raises(RecipeError, match=match):

@@ -142,6 +142,7 @@ def test_volumes_along_directions_are_volumes():
         assert added == pytest.approx([hypervolume([*front[0], c], worst) - before for c in new[0]], abs=0.01)
 
 
+@pytest.mark.long
 def test_it_finds_a_minimum_that_chance_does_not():
     """Branin, 30 evaluations, ten seeds."""
     found, drawn = [], []
@@ -155,6 +156,7 @@ def test_it_finds_a_minimum_that_chance_does_not():
     assert np.median(found) < 0.1 < np.median(drawn)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("acquisition", ["improvement", "knowledge_gradient"])
 def test_noise_does_not_mislead_it(acquisition):
     """Told the better of what was measured, one is told the luckier; the best mean lies near the minimum."""
@@ -175,6 +177,7 @@ def test_noise_does_not_mislead_it(acquisition):
     )
 
 
+@pytest.mark.long
 def test_three_goals_at_once():
     """DTLZ2: the volume of the front after 16 evaluations, against that of 18 by chance, ten seeds."""
     five = Space(tuple(Dim(f"x{i}") for i in range(5)))
@@ -187,6 +190,7 @@ def test_three_goals_at_once():
     assert np.mean(won) > 0.1 and sum(w > 0 for w in won) >= 8, won
 
 
+@pytest.mark.long
 def test_settings_that_count_only_sometimes_and_choices():
     """The best tuner and its setting are found in a space where another tuner has settings of its own."""
 
@@ -204,6 +208,7 @@ def test_settings_that_count_only_sometimes_and_choices():
     assert len({tuple(s.point.items()) for s in seen}) == 35, "what was measured is not measured again"
 
 
+@pytest.mark.long
 def test_limits_are_kept_to():
     """The goal pulls into the half of a square that is forbidden."""
     outside = []

@@ -133,6 +133,7 @@ def test_a_measurement_of_the_end_tells_most():
     assert tells[:, 1] == pytest.approx(1, abs=1e-4) and (tells[:, 0] < 0.999).all() and (tells >= 0).all()
 
 
+@pytest.mark.long
 def test_it_pays_less_for_the_optimum():
     """A tenth of the steps as the brief run: to Forrester's optimum within 1e-2, ten seeds, against whole
     runs alone.
@@ -142,6 +143,7 @@ def test_it_pays_less_for_the_optimum():
     assert np.median(both) < np.median(alone) - 1, (both, alone)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("several", [1, 2])
 def test_it_goes_on_with_what_was_paused(several):
     """On a conditional space, three shares, one goal by knowledge gradients or two by volume: shares grow,
@@ -161,6 +163,7 @@ def test_it_goes_on_with_what_was_paused(several):
     assert [(s.point, s.share) for s in again] == [(s.point, s.share) for s in seen]
 
 
+@pytest.mark.long
 def test_of_one_share_it_is_a_search_of_whole_runs():
     seen = play(
         {"name": "cokriging", "min_share": 1.0, **EXACT},
@@ -175,6 +178,7 @@ def test_of_one_share_it_is_a_search_of_whole_runs():
     )
 
 
+@pytest.mark.long
 def test_the_book_of_a_search_goes_on_with_paused_runs():
     """What goes on keeps its number, and only the difference is paid; a search that stopped goes on as if it
     had not.

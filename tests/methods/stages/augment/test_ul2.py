@@ -32,6 +32,7 @@ def test_a_denoiser_hides_its_share_in_spans_of_its_length_and_can_be_undone(mea
     assert hidden / count == pytest.approx(min(mean, 256 * rate), rel=0.1)
 
 
+@pytest.mark.long
 def test_ul2_draws_modes_by_their_shares_from_seed_and_row():
     stage = build("stage", {"name": "ul2", "shares": {"R": 0.5, "X": 0.3, "S": 0.2}})
     rows = [{"id": i, "prompt": "", "completions": [TEXT]} for i in range(400)]

@@ -11,6 +11,7 @@ import pytest
 import luthier
 
 
+@pytest.mark.long
 def test_a_remembered_reference_is_the_start(base, tmp_path):
     from helpers.rows import PAIRS
 

@@ -27,6 +27,7 @@ def test_rollouts_do_not_depend_on_company_or_history(roles):
     assert twice[0] == whole["r0"] != twice[1]
 
 
+@pytest.mark.long
 def test_rollouts_end_with_their_stop_token_or_say_that_they_were_cut(roles, sentences):
     stop = roles.renderer.stop_ids
     out = rollout(n=16, max_new_tokens=40)(rows_with(set(), 8), roles)

@@ -46,6 +46,7 @@ def test_compacter_is_its_kronecker_sums():
         put("compacter", phm_dim=5)
 
 
+@pytest.mark.long
 def test_compacter_learns_what_an_adapter_learns_with_few_numbers():
     """A bump along one direction behind a linear map, under noise."""
     ends, numbers_ = {}, {}

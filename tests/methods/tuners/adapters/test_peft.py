@@ -12,6 +12,7 @@ from luthier.methods.tuners._base import Untuned
 from luthier.registry import build
 
 
+@pytest.mark.long
 @each
 @torch.no_grad()
 def test_plain_peft_and_transformers_load_it(name, tmp_path):

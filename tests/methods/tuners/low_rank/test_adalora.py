@@ -4,6 +4,7 @@ nothing where it holds.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -83,6 +84,7 @@ def test_adalora_shares_ranks_out_as_peft_does():
     assert left[0] == 8 and left[-1] == 4 and len(set(left)) > 2
 
 
+@pytest.mark.long
 def test_adalora_goes_on_bit_for_bit(tmp_path):
     import luthier
     from helpers.rows import SUMS

@@ -217,6 +217,7 @@ def test_calibration_in_parts_is_calibration_at_once(monkeypatch):
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how", [{"init_lora_weights": "eva"}, {"init_lora_weights": "corda", "init_data": "toy:style/new"}]
 )

@@ -49,6 +49,7 @@ def says(attached) -> torch.Tensor:
         return asked(attached.model, attached)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", *SHAPES])
 @pytest.mark.parametrize("settings", VECTORS)
 def test_what_moves_is_what_the_vector_says(kind, settings):
@@ -179,6 +180,7 @@ def test_the_space_is_the_vector(shared):
     assert odd.choices == (0, 1, 2, 4, 8, 16, 24, 32, 64) and odd.start == 24
 
 
+@pytest.mark.long
 def test_a_search_of_vectors_covers_more_than_chance(shared):
     """A made-up task of which the upper layers count most and sizes saturate, its numbers counted as they
     are.
@@ -204,6 +206,7 @@ def test_a_search_of_vectors_covers_more_than_chance(shared):
     assert covered("bayes", 0) > np.median([covered("random", seed) for seed in range(5)]) + 0.05
 
 
+@pytest.mark.long
 def test_a_configuration_that_was_found_moves_to_another_task(shared, tmp_path):
     how = dict(goals="quality,parameters", sampler="random", test_seeds="0,", subprocesses=False)
     found = luthier.search({**shared, "seed": 1}, trials=2, output_dir=tmp_path / "one", **how)
@@ -221,6 +224,7 @@ def test_a_configuration_that_was_found_moves_to_another_task(shared, tmp_path):
     assert build("tuner", later.space.recipe_of(best["point"]).tuner) == build("tuner", recipe.tuner)
 
 
+@pytest.mark.long
 def test_a_search_goes_past_zeros(shared, tmp_path):
     start = {
         **shared,

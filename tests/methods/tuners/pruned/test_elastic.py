@@ -108,6 +108,7 @@ def test_what_adds_up_is_predicted_and_so_is_what_does_not():
         assert np.sqrt(np.mean(off**2)) < (1e-2 if values is sums else 0.6) * values[80:].std()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
 def test_predictions_find_a_better_front_with_no_more_measurements(seed):
     """Eight layers that count unequally: the volume of the front, against NSGA-II on measurements and against
@@ -154,6 +155,7 @@ def small(base, tuner, **more):
     }
 
 
+@pytest.mark.long
 def test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_kept(base, tmp_path):
     how = {
         "objective": "sft + kl",
@@ -190,6 +192,7 @@ def test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_ke
     )
 
 
+@pytest.mark.long
 def test_sorting_changes_no_answer_and_puts_the_important_first(base, tmp_path):
     from luthier.model.load import assemble
     from luthier.recipe.recipe import Recipe

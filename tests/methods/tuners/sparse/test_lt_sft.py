@@ -50,6 +50,7 @@ def test_lt_sft_with_all_places_is_full_tuning_from_the_start():
         assert torch.allclose(logprobs(attached), logprobs(dense), atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [7, 3])
 def test_lt_sft_resumes_in_either_phase(steps, base, tmp_path):
     import luthier

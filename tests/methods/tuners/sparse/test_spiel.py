@@ -151,6 +151,7 @@ def test_spiel_finds_planted_places(growth):
     assert min(found) > 5 * 0.01, found
 
 
+@pytest.mark.long
 def test_spiel_resumes_amid_an_interval(tmp_path, base):
     import luthier
     from luthier.storage import checkpoints

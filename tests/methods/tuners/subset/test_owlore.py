@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from helpers.subset_tuners import ROWS, base, put, roles_of, train
@@ -10,6 +11,7 @@ from luthier.clock import Clock
 from luthier.model.anatomy import layer_of
 
 
+@pytest.mark.long
 def test_owlore_draws_by_outliers():
     model = base()
     with torch.no_grad():
