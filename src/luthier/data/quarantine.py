@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,17 +77,10 @@ def too_many(
     """The message about too many bad rows: the count, the commonest reasons with their first place, where all
     are.
     """
-    counts: Counter[str] = Counter()
-    first: dict[str, dict] = {}
-    for row in bad:
-        # What a reason ends with in parentheses differs from row to row: its first is told in full.
-        kind = re.sub(r" \([^()]*\)$", "", row["reason"])
-        counts[kind] += 1
-        first.setdefault(kind, row)
     reasons = []
-    for kind, n in counts.most_common(3):
-        rows = "row" if n == 1 else "rows"
-        reasons.append(f"{first[kind]['reason']} ({n} {rows}, first {first[kind]['where']})")
+    for entry in count_reasons(bad)[:3]:
+        rows = "row" if entry["rows"] == 1 else "rows"
+        reasons.append(f"{entry['reason']} ({entry['rows']} {rows}, first {entry['first']})")
     message = (
         f"{len(bad):,} of {total:,} rows of {label} are bad, more than max_bad_rows={max_bad_rows:g} allows:"
         f" {'; '.join(reasons)}"
