@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +10,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier import compat
+from luthier.compat import caller
 from luthier.compat.transformers import quiet
 from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, is_continued, text_of_parts
 from luthier.methods.tuners._base import Untuned
+from luthier.model import base_mark
 from luthier.model.load import assemble, fit_renderer, tensors_of
 from luthier.model.policy import Roles
 from luthier.model.quantized_linear import open_up
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.storage import files
-from luthier.storage.layout import REPORT, run_folders, saved_network, saved_rendering
+from luthier.storage.layout import (
+    REPORT,
+    STATE,
+    read_state,
+    run_folders,
+    saved_network,
+    saved_rendering,
+    state_is_unchanged,
+)
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -159,7 +168,7 @@ def load(name: str | Path, **settings: Any) -> Loaded:
     Raises:
         RecipeError: there is no such model, or it cannot be read.
     """
-    with compat.loading(), quiet():
+    with compat.loading(), quiet(), caller.restored():
         loaded = _load(name, settings)
         compat.hold(loaded.model)
     return loaded
@@ -184,6 +193,8 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     if recipe.plan is not None:
         runs = ", ".join(run.name for run in run_folders(folder))
         raise RecipeError(f"{folder} holds a plan; choose one of its runs: {runs}")
+    if "model" not in settings:
+        base_mark.check(recipe.model, read_state(folder).get("base"), folder)
     roles = assemble(recipe, build_methods(recipe), saved_network(folder), folder)
     roles.tuner.load(tensors_of(folder, roles.tuner))
     roles.policy.eval()
@@ -193,6 +204,8 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         turns, ends = stats.get("turns", turns), stats.get("ends", ends)
     else:
         notes.append(f"{folder} is not finished; using its last checkpoint")
+    if not state_is_unchanged(read_state(folder)):
+        notes.append(f"{folder / STATE} was changed after it was written: its checksum differs")
     return Loaded(str(folder), roles, recipe, turns, notes, ends, saved_rendering(folder).get("system", ""))
 
 
@@ -212,7 +225,7 @@ def load_adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
 
     from luthier.compat.peft import register_type
 
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = files.read_object(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path")
     if not base:
         raise RecipeError(
@@ -220,7 +233,7 @@ def load_adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         )
     coded = folder / files.QUANTIZATION
     if coded.is_file():  # it was trained on the weights that the base's codes stand for
-        settings = {"quantization": json.loads(coded.read_text(encoding="utf-8")), **settings}
+        settings = {"quantization": files.read_json(coded), **settings}
     recipe, roles = load_plain(base, settings, folder)
     open_up(roles.policy.model)
     if (folder / "tokenizer_config.json").is_file():

@@ -195,9 +195,12 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """What makes two runs the same run: all but where it is written, how it is watched, and where its
-        rows lie (the rows themselves are compared by what is in them).
+        rows lie (the rows themselves are compared by what is in them). Of micro-batches only the product of
+        their size and their number counts.
         """
         values = {**self.public(), **self.specs()}
+        values["per_device_train_batch_size"] *= values["gradient_accumulation_steps"]
+        values["gradient_accumulation_steps"] = 1
         for key in NOT_THE_RUN:
             values.pop(key, None)
         for key in LATER_KEYS:  # so that runs begun without the key are found again

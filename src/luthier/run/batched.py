@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import compat
+from luthier.compat import caller
 from luthier.errors import RecipeError
 from luthier.model.load import load_model
 from luthier.recipe.recipe import Recipe
@@ -60,6 +61,7 @@ def shared_key(recipe: Recipe) -> str | None:
 
 
 @compat.session()
+@caller.restored()
 def perform(
     runs: Sequence[tuple[Recipe, Path]], callback: Any = None, stop_at: float | None = None
 ) -> list[Report]:

@@ -19,7 +19,7 @@ import yaml
 from luthier.data.load import Data
 from luthier.data.sources import is_row
 from luthier.errors import Damaged, RecipeError
-from luthier.recipe.recipe import Recipe, plain
+from luthier.recipe.recipe import NOT_THE_RUN, Recipe, plain
 from luthier.registry import KINDS, cards
 from luthier.run.report import Report
 from luthier.run.upgrade import (
@@ -161,7 +161,7 @@ def _difference(folder: Path, recipe: Recipe, state: dict, data: Data) -> str:
     here = yaml.safe_load(renamed(recipe).yaml())
     differences = []
     for key, value in here.items():
-        if there.get(key) != value and key not in ("data", "eval_data", "output_dir", "overwrite"):
+        if there.get(key) != value and key not in NOT_THE_RUN:
             differences.append(f"{key}: {str(there.get(key))[:40]} there, {str(value)[:40]} here")
     if differences:
         return "different settings: " + ", ".join(differences[:2])

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.model import base_mark
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Roles
 from luthier.model.quantized_linear import describe
@@ -15,6 +16,7 @@ from luthier.recipe.schedule import schedule
 from luthier.recipe.validate import Methods
 from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
 from luthier.run import resume
+from luthier.run.batches import check_batches
 from luthier.run.caches import SharedBase, cache_hidden_states, cache_logprobs
 from luthier.run.folder import update_state
 from luthier.run.rows import (
@@ -27,6 +29,7 @@ from luthier.run.rows import (
     writes_samples,
 )
 from luthier.run.session import Session
+from luthier.storage.layout import read_state
 from luthier.train import checks, memory
 from luthier.train.optimizer import Chain
 from luthier.train.trainer import BatchSchedule, Trainer
@@ -54,6 +57,7 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     session.callback.stage("loading the model")
     checkpoint = resume.starting_point(session)
     roles = _load_roles(session, shared)
+    check_batches(session, roles, checkpoint)
     training, held_out = load_rows(session, roles, checkpoint)
     training = describe_rows(session, roles, training)
     rows = training.rows
@@ -82,6 +86,7 @@ def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
     recipe, methods, rows = session.recipe, session.methods, session.data.rows
     network = methods.architecture.fit_to(rows)
     if session.main:
+        _mark_base(session)
         update_state(session.folder, network=network)
     loaded = shared.network() if shared else None
     roles = assemble(recipe, methods, network, session.folder, rows, loaded)
@@ -100,6 +105,15 @@ def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
     for name, role in methods.roles.items():
         roles.players[name] = role.play(name, roles.policy)
     return roles
+
+
+def _mark_base(session: Session) -> None:
+    """What the base is, into run.json; of a run that goes on, whether it still is. Raises RecipeError."""
+    model, former = session.recipe.model, read_state(session.folder).get("base")
+    if former:
+        base_mark.check(model, former, session.folder)
+    else:
+        update_state(session.folder, base=session.base.begin(model))
 
 
 def _initialize(session: Session, roles: Roles, rows: list[dict]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from luthier.errors import Damaged
-from luthier.run.folder import truncate_log
+from luthier.run.folder import truncate_log, update_state
 from luthier.run.session import Session
 from luthier.storage import checkpoints, files, manifest
 from luthier.storage.layout import BEFORE, LOG, ROWS, constant_files
@@ -78,6 +78,8 @@ def resume(session: Session, trainer: Trainer, checkpoint: Path | None) -> None:
 def save(session: Session, trainer: Trainer) -> None:
     """A checkpoint of this step."""
     clock = trainer.roles.clock
+    if marks := session.base.finish():
+        update_state(session.folder, base=marks)
     # rows of the current draw are needed where the next step still trains on them
     draw = trainer.drawn_rows if clock.step % trainer.batches.num_iterations else None
     moment = checkpoints.Checkpoint(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import compat
+from luthier.compat import caller
 from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import build_methods, check_roles
@@ -26,6 +27,7 @@ from luthier.run.training import train
 
 
 @compat.session()
+@caller.restored()
 def perform(
     recipe: Recipe,
     folder: str | Path | None = None,

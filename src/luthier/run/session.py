@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from luthier.data.load import ENOUGH, Data, load_data
 from luthier.data.quarantine import write_quarantine
 from luthier.errors import OutOfMemory, RecipeError
 from luthier.methods.evaluators._base import run_all
+from luthier.model.base_mark import BaseMark
 from luthier.model.policy import Roles
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, check_trackers, dry_run
@@ -47,6 +48,7 @@ class Session:
     accelerator: Any
     stop_at: float | None = None  # pause at this step; below 1 a share of the run
     lock: files.FolderLock | None = None  # of the folder, in the main process
+    base: BaseMark = field(default_factory=BaseMark)  # of the model that is tuned
 
     @property
     def main(self) -> bool:

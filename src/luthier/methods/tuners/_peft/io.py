@@ -68,6 +68,9 @@ def _shorten(path: Path, config: PeftConfig) -> None:
         for k, v in settings.items()
         if k in ALWAYS_WRITTEN or k not in usual or v not in (usual[k], {}, [])
     }
+    for key, value in shortened.items():
+        if isinstance(getattr(config, key, None), (set, frozenset)):
+            shortened[key] = sorted(value)  # PEFT lists a set, in another order in every process
     path.write_text(json.dumps(shortened, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
