@@ -520,11 +520,17 @@ def export(
     kind: Annotated[
         str, typer.Option("--as", help="lora: an adapter for plain PEFT; merged: a plain transformers model.")
     ] = "merged",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision of a merged model: float32, bfloat16 or float16 (default: the run's own)."
+        ),
+    ] = None,
 ) -> None:
     """Write a run's result for other tools, and check that it answers like the tuned model."""
     from luthier.serve.export import export
 
-    typer.echo(export(folder, kind, output_dir))
+    typer.echo(export(folder, kind, output_dir, dtype))
 
 
 @app.command("import")

@@ -39,7 +39,7 @@ SAMPLE, SAMPLES = 1 << 12, 256  # bytes of a sample, and how many
 
 def mark(model: str) -> dict[str, dict[str, Any]]:
     """File name -> {size, time, sample}, of a model's folder; empty where it is not on this machine."""
-    folder = _folder(model)
+    folder = folder_of(model)
     if folder is None:
         return {}
     marks = {}
@@ -56,7 +56,7 @@ def mark(model: str) -> dict[str, dict[str, Any]]:
 
 def complete(model: str, marks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The same marks with the checksum of each whole file."""
-    folder = _folder(model)
+    folder = folder_of(model)
     completed = {}
     for name, entry in marks.items():
         completed[name] = dict(entry)
@@ -83,7 +83,7 @@ def _difference(model: str, marks: Mapping[str, Any], now: Mapping[str, dict[str
     """The first file that is another one."""
     for name in sorted(marks.keys() ^ now.keys()):
         return name
-    folder = _folder(model)
+    folder = folder_of(model)
     for name, entry in marks.items():
         here = now[name]
         if not isinstance(entry, Mapping) or (entry.get("size"), entry.get("sample")) != (
@@ -125,7 +125,7 @@ class BaseMark:
         return self.marks
 
 
-def _folder(model: str) -> Path | None:
+def folder_of(model: str) -> Path | None:
     """Where a model's files lie; of one from the hub, in its cache."""
     path = Path(resolve_model(model))
     if path.is_dir():

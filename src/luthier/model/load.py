@@ -22,6 +22,7 @@ from luthier.errors import RecipeError
 from luthier.kernels import attention, compiled, elementwise, liger
 from luthier.methods.roles._base import PREFIX, bring
 from luthier.methods.tuners._base import Untuned
+from luthier.model.anatomy import layer_of
 from luthier.model.policy import Policy, Roles
 from luthier.model.quantized_linear import modules as coded
 from luthier.recipe import model_names
@@ -84,6 +85,7 @@ def load_model(
         raise RecipeError(
             f"model: {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from None
+    _check_complete(model, recipe)
     model.config.use_cache = False
     if recipe.gradient_checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -95,6 +97,26 @@ def load_model(
     elif fused:
         elementwise.install(model, liger.forms(where) if fused == "liger" else elementwise.OWN)
     return model, tokenizer
+
+
+def _check_complete(model: Network, recipe: Recipe) -> None:
+    """Refuse a checkpoint without weights that are no head's: they would be random, and trained as if they
+    were not. A new head, and a pooler below it, are what tuning is for.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    embeddings = model.get_input_embeddings()
+    missing = []
+    for name in model.fresh:
+        inside = name.startswith(prefix) or layer_of(f"{name}.weight") is not None
+        if (inside and "pooler" not in name) or model.get_submodule(name) is embeddings:
+            missing.append(name)
+    if missing:
+        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise RecipeError(
+            f"model: {recipe.model} has no weights for {', '.join(missing[:3])}{rest} of"
+            f" {type(model).__name__}, so they would be random; use a complete checkpoint",
+            "incomplete_model",
+        )
 
 
 def _quantized(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from luthier.model.saved import plain_configs
 from luthier.registry import spec
 from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
 from luthier.run import resume
@@ -104,7 +105,7 @@ def _stats(prepared: Prepared) -> dict[str, Any]:
         "bad_rows": len(session.data.bad) + prepared.stats["unusable"],
         "held_out_rows": len(prepared.held_out),
         "measured_on": HELD_OUT if prepared.held_out else TRAINING_ROWS,
-        "turns": bool(prompts) and isinstance(prompts[0], list),
+        "turns": _on_turns(prepared),
         "ends": "\n" if lines else "",
         "writes": "generate" in architecture.provides,
         "auto_class": architecture.auto_class().__name__,
@@ -113,6 +114,12 @@ def _stats(prepared: Prepared) -> dict[str, Any]:
         "device": str(roles.device),
         "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def _on_turns(prepared: Prepared) -> bool:
+    """Whether it was tuned on conversations."""
+    rows = prepared.trainer.rows
+    return bool(rows) and isinstance(rows[0]["prompt"], list)
 
 
 def _save(prepared: Prepared) -> None:
@@ -129,6 +136,10 @@ def _save(prepared: Prepared) -> None:
         roles.renderer.tokenizer.save_pretrained(folder)
         if session.methods.quantizer is not None:
             files.write_json(folder / files.QUANTIZATION, spec(session.methods.quantizer))
+        stop = []
+        if _on_turns(prepared) and "generate" in roles.policy.architecture.provides:
+            stop = roles.renderer.stop_ids
+        plain_configs(session.recipe.model, folder, stop)
         files.settle(folder)
 
 

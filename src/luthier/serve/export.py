@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from luthier.errors import RecipeError, Refused
 from luthier.kernels.tolerance import magnitude
 from luthier.methods.tuners._base import Untuned
 from luthier.model import quantized as codes
+from luthier.model.load import device, pick_dtype
 from luthier.model.loaded import Loaded, load
-from luthier.recipe import model_names
+from luthier.model.saved import plain_configs
+from luthier.recipe.recipe import Recipe
 from luthier.registry import build, did_you_mean, spec
 from luthier.storage import files
+from luthier.storage.layout import REPORT
 from luthier.text.templates import with_defaults
 from luthier.train import checks
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE = (  # fixed texts: their token log-probabilities must be the same before and after export
     "The quick brown fox jumps over the lazy dog.",
     "Question: What is 12 + 30?\nAnswer: 42",
@@ -27,40 +32,46 @@ PROBE = (  # fixed texts: their token log-probabilities must be the same before 
     "Once upon a time there was a small house at the edge of a wood, and nobody lived there.",
 )
 EXACT = 1e-3  # nats, on average over the probe's tokens: what the order of sums may change in fp32
+FLOOR = 1e-4  # of a model that tuning hardly changed
+LARGE = 0.5  # a share of what tuning changed: where rounding changes more, the export is refused
 ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.1}  # and what rounding the merged weights may change
 
 
-def export(folder: str | Path, kind: str, to: str | Path) -> str:
+def export(folder: str | Path, kind: str, to: str | Path, dtype: str | None = None) -> str:
     """Write a run's result for other tools, load it back, and compare its answers with the tuned model's.
 
     Both forms are first compared in fp32, so that rounding cannot hide an adapter that was lost.
 
     Args:
         folder: of a finished run.
-        kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model in the base's
-            precision.
+        kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model.
         to: a folder that does not exist or is empty.
+        dtype: of a merged model: float32, bfloat16 or float16; by default what the run computed in.
 
     Returns:
-        a sentence for people that says what was written and how far its log-probabilities differ.
+        a sentence for people that says what was written, how far its log-probabilities differ, and how far
+        tuning had changed them.
 
     Raises:
-        RecipeError: it has no such form, or what was written differs from the tuned model by more than
-            rounding; then nothing is left at `to`.
+        RecipeError: it has no such form, what was written differs from the tuned model by more than
+            rounding, or rounding undoes most of what tuning changed; then nothing is left at `to`.
     """
     if kind not in WRITERS:
         raise RecipeError(f"there is no export format '{kind}'{did_you_mean(kind, WRITERS)}")
     to = Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RecipeError(f"{to} already exists and is not empty; use another folder")
+    if dtype is not None and (kind != "merged" or dtype not in DTYPES):
+        raise RecipeError(f"dtype: {dtype} must be {', '.join(DTYPES)}, and of a merged model")
     loaded = load(folder, dtype="float32")
     if isinstance(loaded.roles.tuner, Untuned):
         raise RecipeError(f"{folder} is not the folder of a run: it has no tuned weights")
-    dtype = dtype_of_files(loaded.recipe.model)
+    precision = DTYPES[dtype or dtype_of_run(Path(folder))]
     quantizer = loaded.recipe.methods()["quantization"]
     rows = _probe(loaded)
     choose_layout(loaded, rows)
     want = loaded.logprobs(rows)
+    moved = _moved(loaded, rows, want)
     with files.new_folder(to) as beside:
         WRITERS[kind](loaded, beside)
         save_tokenizer(loaded, beside)
@@ -68,14 +79,24 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
             files.write_json(beside / files.QUANTIZATION, spec(quantizer))
             if quantizer.whole:
                 codes.save(loaded.model, beside / codes.FILE)
-        gap = _compare(beside, rows, want, kind, torch.float32)
-        if kind == "merged" and dtype in ROUNDING:  # merged and compared in fp32, then rounded once
-            rounded: Any = loaded.roles.policy.architecture.load(str(beside), dtype=dtype)
+        gap = _compare(beside, rows, want, kind, torch.float32, moved)
+        if kind == "merged" and precision in ROUNDING:  # merged and compared in fp32, then rounded once
+            rounded: Any = loaded.roles.policy.architecture.load(str(beside), dtype=precision)
             rounded.save_pretrained(beside)
-            gap = _compare(beside, rows, want, kind, dtype)
+            gap = _compare(beside, rows, want, kind, precision, moved)
+            if dtype is None and moved is not None and gap > LARGE * moved:
+                raise Refused(
+                    f"in {str(precision).removeprefix('torch.')} the export would lose most of what tuning"
+                    f" changed: rounding changes log-probabilities by {gap:.1e} on average, tuning by"
+                    f" {moved:.1e}; add --dtype float32. Nothing was written"
+                )
+        _end_at_turns(loaded, kind, beside)
         cost = _requantized(loaded, beside, rows) if quantizer is not None and kind == "merged" else ""
     close = f"log-probabilities differ by {gap:.1e} on average"
-    return f"exported to {to}; loaded again, its outputs match the tuned model's ({close}){cost}"
+    if moved:
+        close += f"; tuning changed them by {moved:.1e}"
+    sentence = f"exported to {to}; loaded again, its outputs match the tuned model's ({close}){cost}"
+    return "; ".join([sentence, *loaded.notes])
 
 
 def save_tokenizer(loaded: Loaded, to: Path) -> None:
@@ -122,12 +143,61 @@ def _divergence(one: Loaded, other: Loaded, rows: list[dict]) -> float:
     return float(outputs[0].apply(kl, beside=outputs[1:]).mean())
 
 
-def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtype: torch.dtype) -> float:
+def dtype_of_run(folder: Path) -> str:
+    """What a run computed in; of one with dtype auto by its report, or else as on this machine."""
+    recipe = Recipe.load(folder / "recipe.yaml")
+    if recipe.dtype != "auto":
+        return recipe.dtype
+    if (folder / REPORT).is_file():
+        dtype = files.read_object(folder / REPORT, stats=dict)["stats"].get("dtype")
+        if dtype in DTYPES:
+            return dtype
+    return str(pick_dtype("auto", device())).removeprefix("torch.")
+
+
+def _moved(loaded: Loaded, rows: list[dict], tuned: torch.Tensor) -> float | None:
+    """How far tuning changed the log-probabilities, on average; None where the base cannot be asked."""
+    if "disable_adapter" in build("tuner", loaded.recipe.tuner).provides:
+        with loaded.roles.tuner.off():
+            base = loaded.logprobs(rows)
+    elif "generate" in loaded.roles.policy.architecture.provides and loaded.recipe.quantization is None:
+        plain = load(loaded.recipe.model, dtype="float32", architecture=loaded.recipe.architecture)
+        choose_layout(plain, rows)
+        base = plain.logprobs(rows)
+    else:
+        return None
+    return float((tuned - base).abs().mean()) if base.shape == tuned.shape else None
+
+
+def stop_ids(loaded: Loaded) -> list[int]:
+    """Where the answers of a model that was tuned on turns end; none of another."""
+    if not loaded.turns or "generate" not in loaded.roles.policy.architecture.provides:
+        return []
+    return loaded.roles.renderer.stop_ids
+
+
+def _end_at_turns(loaded: Loaded, kind: str, folder: Path) -> None:
+    """Let other tools stop where `luthier chat` does: by the generation config, and beside an adapter, whose
+    base brings its own, by the tokenizer's end of sequence too.
+    """
+    tokenizer, ends = loaded.tokenizer, stop_ids(loaded)
+    if kind == "lora" and ends and tokenizer.eos_token_id != ends[-1]:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[-1])
+        tokenizer.save_pretrained(folder)
+    plain_configs(loaded.recipe.model, folder, ends)
+
+
+def _compare(
+    folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtype: torch.dtype, moved: float | None
+) -> float:
     """How far the exported thing's log-probabilities are from the tuned model's; refuses what rounding cannot
     explain.
     """
     gap = _gap(load(folder, dtype="float32"), rows, want)
     limit = ROUNDING.get(dtype, EXACT) * magnitude(want)
+    if dtype not in ROUNDING and moved is not None:  # or an adapter that changes little could be lost
+        limit = max(FLOOR * magnitude(want), min(limit, moved / 4))
     if not gap <= limit:
         raise Refused(
             f"the model exported as {kind} does not match the tuned model: log-probabilities of"
@@ -135,14 +205,6 @@ def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtyp
             f" {limit:.2g}). Nothing was written"
         )
     return gap
-
-
-def dtype_of_files(model: str) -> torch.dtype:
-    """The precision of the base model's files, in which a merged model is written too."""
-    dtype = getattr(model_names.model_config(model).get_text_config(), "dtype", None)
-    if isinstance(dtype, str):
-        return getattr(torch, dtype)
-    return dtype or torch.float32
 
 
 def choose_layout(loaded: Loaded, rows: list[dict]) -> None:
