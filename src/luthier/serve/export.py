@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,9 +181,10 @@ def _end_at_turns(loaded: Loaded, kind: str, folder: Path) -> None:
     """
     tokenizer, ends = loaded.tokenizer, stop_ids(loaded)
     if kind == "lora" and ends and tokenizer.eos_token_id != ends[-1]:
-        tokenizer = copy.deepcopy(tokenizer)
+        own = tokenizer.eos_token
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[-1])
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(loaded, folder)
+        tokenizer.eos_token = own
     plain_configs(loaded.recipe.model, folder, ends)
 
 

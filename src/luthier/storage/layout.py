@@ -28,7 +28,7 @@ def constant_files(folder: Path) -> list[Path]:
     """Files of a run that do not change between its first step and its last, and that it reads again where it
     is resumed.
     """
-    paths = [folder / BEFORE, folder / ROWS, folder / CODES]
+    paths = [folder / BEFORE, folder / ROWS, folder / CODES, folder / RENDERING]
     for pattern in INLINE:
         paths += sorted(folder.glob(pattern))
     return [path for path in paths if path.is_file()]
@@ -92,7 +92,7 @@ def saved_rendering(folder: Path | None) -> dict[str, Any]:
     """
     if folder is None or not (folder / RENDERING).is_file():
         return {}
-    return files.read_json(folder / RENDERING)
+    return files.read_object(folder / RENDERING)
 
 
 def saved_network(folder: Path) -> dict[str, Any]:
