@@ -225,14 +225,25 @@ def read_linear(draft: Draft) -> None:
     draft.note("lora_target_linear", "mapped", "tuner.target_modules")
 
 
+def read_reward_model(draft: Draft) -> None:
+    """A reward of whole answers from pairs, or of the steps of a solution."""
+    if not is_on(draft.get("reward_model")):
+        draft.put("objective", "process_reward", "process_reward_model")
+        draft.put("architecture", "reward_model")
+        draft.put("stages", ["mark_steps"])
+        return
+    draft.put("objective.name", "reward", "reward_model")
+    draft.put("architecture", "reward_model")
+    if draft.get("center_rewards_coefficient") is not None:
+        factor = number(draft.get("center_rewards_coefficient"))
+        draft.put("objective.center_rewards_coefficient", factor, "center_rewards_coefficient")
+
+
 def read_objective(draft: Draft) -> None:
     """What is trained for."""
     rl = draft.get("rl")
     if rl is None and (is_on(draft.get("reward_model")) or is_on(draft.get("process_reward_model"))):
-        name = "reward" if is_on(draft.get("reward_model")) else "process_reward"
-        draft.put("objective", name, "reward_model", "process_reward_model")
-        if name == "reward":
-            draft.put("architecture", "reward_model")
+        read_reward_model(draft)
     elif rl is None:
         draft.put("objective.name", "sft")
         if draft.get("label_smoothing_factor") is not None:
@@ -437,6 +448,12 @@ MERGING = Drop("tuner lora is merged by `luthier export`")
 VLLM = Drop("a rollout samples in the process, or from `roles: {sampler: {name: vllm, ...}}`")
 REFERENCE = Drop("the reference is the model without its adapter; roles.reference sets another")
 
+SWANLAB = (
+    *("use_swanlab", "swanlab_project", "swanlab_experiment_name", "swanlab_description", "swanlab_mode"),
+    *("swanlab_workspace", "swanlab_log_model", "swanlab_log_completions"),
+    *("swanlab_completion_log_interval", "swanlab_completion_max_buffer"),
+)
+
 KEYS: dict[str, Rule] = {
     "base_model": "model",
     "base_model_config": Drop("the model brings its config"),
@@ -550,6 +567,22 @@ KEYS: dict[str, Rule] = {
     "label_smoothing_factor": read_objective,
     "reward_model": read_objective,
     "process_reward_model": read_objective,
+    "center_rewards_coefficient": read_objective,
+    "quantize_moe_experts": Drop("every linear layer of a quantized base is quantized"),
+    "qat": Drop("`quantization:` quantizes the base before it is tuned"),
+    "lora_target_parameters": Drop("adapters sit on linear layers, not on fused experts"),
+    "model_quantization_config": Drop("`quantization:` says how the base is kept"),
+    "model_quantization_config_kwargs": Drop("`quantization:` says how the base is kept"),
+    "bnb_config_kwargs": Drop("`quantization:` says how the base is kept"),
+    "model_config": Drop("set it in the model's config.json"),
+    "cls_model_config": Drop("the architecture follows the model's config"),
+    "experimental_skip_move_to_device": LOADING,
+    "low_cpu_mem_usage": LOADING,
+    "expert_parallel_size": MANY_DEVICES,
+    "accelerator_config": MANY_DEVICES,
+    "use_otel_metrics": WATCHING,
+    "otel_metrics_host": WATCHING,
+    "otel_metrics_port": WATCHING,
     "precompute_ref_log_probs": "cache_reference",
     "num_generations": read_objective,
     "max_completion_length": read_objective,
@@ -652,6 +685,13 @@ KEYS: dict[str, Rule] = {
     "s2_attention": ATTENTION,
     "plugins": FAST,
     "liger_rope": FAST,
+    "liger_rms_norm_gated": FAST,
+    "use_scattermoe": FAST,
+    "use_sonicmoe": FAST,
+    "experts_implementation": FAST,
+    "fused_attn_kernel": FAST,
+    "gemma4_hybrid_attn_impl": FAST,
+    "tiled_mlp": FAST,
     "liger_rms_norm": FAST,
     "liger_glu_activation": FAST,
     "liger_swiglu": FAST,
@@ -687,6 +727,7 @@ KEYS: dict[str, Rule] = {
     "use_tensorboard": read_trackers,
     "report_to": read_trackers,
     "wandb_mode": WATCHING,
+    **dict.fromkeys(SWANLAB, WATCHING),
     "wandb_entity": WATCHING,
     "wandb_watch": WATCHING,
     "wandb_name": WATCHING,

@@ -25,8 +25,16 @@ TOOLS: dict[str, ModuleType] = {
     "axolotl": axolotl,
     "ms_swift": ms_swift,
 }
-# a row that every objective of these tools can read: pairs, scores, an answer to check
-ROW = {"id": "0", "prompt": "1 + 1 =", "completions": ["2", "3"], "scores": [1.0, 0.0], "answer": "2"}
+# a row that every objective of these tools can read: pairs, scores, an answer to check, steps
+ROW = {
+    "id": "0",
+    "prompt": "1 + 1 =",
+    "completions": ["2", "3"],
+    "scores": [1.0, 0.0],
+    "answer": "2",
+    "steps": ["1 + 1", "2"],
+    "step_labels": [1, 1],
+}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from luthier.errors import RecipeError
+
 Outcome = Literal["mapped", "changed", "dropped", "unknown"]
 
 
@@ -120,13 +122,18 @@ def as_list(value: Any) -> list[Any]:
 
 
 def number(value: Any) -> Any:
-    """YAML reads 1e-4 as text; a number is meant."""
-    return float(value) if isinstance(value, str) else value
+    """YAML reads 1e-4 as text; a number is meant. Raises RecipeError where it is none."""
+    if isinstance(value, bool | int | float):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise RecipeError(f"{value!r} stands where a number is expected") from None
 
 
 def whole(value: Any) -> int:
-    """A count, written as a number or as text."""
-    return int(float(value))
+    """A count, written as a number or as text. Raises RecipeError where it is none."""
+    return int(number(value))
 
 
 def is_on(value: Any) -> bool:

@@ -14,6 +14,8 @@ from luthier.tools.foreign.training_arguments import (
     HUB,
     INSTEAD,
     LOADING,
+    MANY_DEVICES,
+    MEGATRON,
     TRAINING_ARGUMENTS,
     WATCHING,
     check_text_only,
@@ -22,7 +24,7 @@ from luthier.tools.foreign.training_arguments import (
 )
 
 NAME = "LLaMA-Factory"
-SIGNS = ("finetuning_type", "stage", "template", "dataset_dir", "cutoff_len")
+SIGNS = ("finetuning_type", "stage", "template", "dataset_dir", "cutoff_len", "peft_config", "dist_config")
 DEFAULTS = {
     "learning_rate": 5e-5,
     "num_train_epochs": 3.0,
@@ -49,6 +51,28 @@ LORA = {
     "use_dora": "use_dora",
     "modules_to_save": "additional_target",
 }
+
+
+def prepare(draft: Draft, command: str) -> None:
+    """The configuration of its version 1 in the words of version 0: groups by `name:`, other keys."""
+    values = dict(draft.values)
+    for former, now in (
+        ("model", "model_name_or_path"),
+        ("train_dataset", "dataset"),
+        ("micro_batch_size", "per_device_train_batch_size"),
+    ):
+        if former in values and now not in values:
+            values[now] = values.pop(former)
+    if isinstance(values.get("peft_config"), dict):
+        settings = dict(values.pop("peft_config"))
+        values["finetuning_type"] = settings.pop("name", "lora")
+        for setting, value in settings.items():
+            values[LORA.get(setting, setting)] = value
+    elif "train_dataset" in draft.values:
+        values.setdefault("finetuning_type", "full")
+    if isinstance(values.get("optim_config"), dict):
+        values["optim"] = values.pop("optim_config").get("name")
+    draft.values = values
 
 
 def refuse(draft: Draft) -> None:
@@ -132,11 +156,10 @@ def read_tuner(draft: Draft) -> None:
         draft.put("tuner", "full", "finetuning_type")
     elif kind == "freeze":
         read_freeze(draft)
-    elif kind in ("lora", "oft"):
+    elif kind == "oft":
+        read_oft(draft)
+    elif kind == "lora":
         read_lora(draft, LORA)
-        if kind == "oft":
-            why = "oft as lora; `tuner: {name: peft, type: oft}` is PEFT's own"
-            draft.change("finetuning_type", "tuner", why)
         draft.note("finetuning_type", "mapped", "tuner")
         if goals.flag(draft, "pissa_init"):
             iterations = whole(draft.get("pissa_iter", 16))
@@ -144,6 +167,22 @@ def read_tuner(draft: Draft) -> None:
             draft.put("tuner.init_lora_weights", name, "pissa_init", "pissa_iter")
     else:
         raise RecipeError(f"{NAME}: finetuning_type: {kind!r} must be lora, oft, freeze or full")
+
+
+def read_oft(draft: Draft) -> None:
+    """PEFT's orthogonal rotations."""
+    draft.put("tuner", {"name": "peft", "type": "oft"}, "finetuning_type")
+    if draft.get("oft_block_size") is not None:
+        draft.put("tuner.config.oft_block_size", whole(draft.get("oft_block_size")), "oft_block_size")
+    elif draft.get("oft_rank") is not None:
+        draft.put("tuner.config.r", whole(draft.get("oft_rank")), "oft_rank")
+        draft.put("tuner.config.oft_block_size", 0)
+    if draft.get("module_dropout") is not None:
+        draft.put("tuner.config.module_dropout", number(draft.get("module_dropout")), "module_dropout")
+    targets = as_list(draft.get("oft_target", "all"))
+    if targets != ["all"]:
+        draft.put("tuner.config.target_modules", targets)
+    draft.note("oft_target", "mapped", "tuner.config.target_modules")
 
 
 def read_freeze(draft: Draft) -> None:
@@ -267,6 +306,16 @@ def entry_of(path: Path, name: str) -> dict[str, Any]:
 
 TEMPLATE = Drop("the tokenizer's own chat template is used; `chat_template:` sets another")
 INFERENCE = Drop("it is of inference, not of training")
+OPTIMIZER = Drop("the optimizer it belongs to is not here")
+OPTIMIZER_KEYS = (
+    *("apollo_target", "apollo_rank", "apollo_update_interval", "apollo_scale", "apollo_proj"),
+    *("apollo_proj_type", "apollo_scale_type", "apollo_layerwise", "apollo_scale_front"),
+    *("badam_mode", "badam_start_block", "badam_switch_mode", "badam_switch_interval"),
+    *("badam_update_ratio", "badam_mask_mode", "badam_verbose"),
+)
+FP8 = Drop("products are in the run's dtype")
+KTRANSFORMERS = Drop("luthier trains without KTransformers")
+VERSION_1 = Drop("luthier has its own")
 UNUSED_GALORE = Drop("galore projects every matrix on both sides of its smaller dimension")
 
 KEYS: dict[str, Rule] = {
@@ -311,6 +360,10 @@ KEYS: dict[str, Rule] = {
     "default_system": Drop("write the system prompt into the rows"),
     "finetuning_type": read_tuner,
     **dict.fromkeys(LORA.values(), read_tuner),
+    "oft_block_size": read_tuner,
+    "oft_rank": read_tuner,
+    "oft_target": read_tuner,
+    "module_dropout": read_tuner,
     "pissa_init": read_tuner,
     "pissa_iter": read_tuner,
     "pissa_convert": Drop("`luthier export --as lora` writes an adapter for the untouched base"),
@@ -340,6 +393,22 @@ KEYS: dict[str, Rule] = {
     "galore_rank": read_optimizers,
     "galore_update_interval": read_optimizers,
     "galore_scale": read_optimizers,
+    **MEGATRON,
+    "use_packed_sequences": Drop("rows are always packed, and kept apart"),
+    "export_hf_on_finish": Drop("`luthier export` merges"),
+    "cp_size": MANY_DEVICES,
+    "cp_mode": MANY_DEVICES,
+    **dict.fromkeys(OPTIMIZER_KEYS, OPTIMIZER),
+    **dict.fromkeys(("fp8", "fp8_backend", "fp8_enable_fsdp_float8_all_gather"), FP8),
+    **dict.fromkeys(("use_kt", "kt_config", "kt_weight_path", "kt_cpu_activation"), KTRANSFORMERS),
+    "kt_non_expert_weight_path": KTRANSFORMERS,
+    "use_eaft_loss": Drop("no objective weights tokens by their entropy as EAFT does"),
+    "eaft_alpha": Drop("no objective weights tokens by their entropy as EAFT does"),
+    "use_asft_loss": Drop("objective dft with a term of kl to the reference is near it"),
+    "asft_alpha": Drop("objective dft with a term of kl to the reference is near it"),
+    "use_v1_kernels": VERSION_1,
+    **dict.fromkeys(("model_class", "kernel_config", "dist_config", "batching_strategy"), VERSION_1),
+    **dict.fromkeys(("init_config", "quant_config", "sample_backend", "batching_workers"), VERSION_1),
     "galore_target": UNUSED_GALORE,
     "galore_proj_type": UNUSED_GALORE,
     "galore_layerwise": UNUSED_GALORE,

@@ -15,6 +15,7 @@ from luthier.tools.foreign.training_arguments import (
     HUB,
     LOADING,
     MANY_DEVICES,
+    MEGATRON,
     TRAINING_ARGUMENTS,
     WATCHING,
     check_text_only,
@@ -80,9 +81,18 @@ def prepare(draft: Draft, command: str) -> None:
         ("learning_rate_scheduler", "lr_scheduler_type"),
         ("max_new_tokens", "max_completion_length"),
         ("batch_size", "per_device_train_batch_size"),
+        # those of Megatron
+        ("micro_batch_size", "per_device_train_batch_size"),
+        ("lr", "learning_rate"),
+        ("lr_decay_style", "lr_scheduler_type"),
+        ("lr_warmup_fraction", "warmup_ratio"),
+        ("train_iters", "max_steps"),
     ):
         if former in values and now not in values:
             values[now] = values.pop(former)
+    if "global_batch_size" in values and "gradient_accumulation_steps" not in values:
+        size = whole(values.get("per_device_train_batch_size", 1)) * draft.devices
+        values["gradient_accumulation_steps"] = max(1, whole(values.pop("global_batch_size")) // size)
     if command in ("sft", "pt", "rlhf"):
         values["command"] = command
     draft.values = values
@@ -316,8 +326,34 @@ IDENTITY = Drop("write the name into the rows of swift/self-cognition")
 ROWS_ARE_TEXT = Drop("rows are text")
 FREEZING = Drop("adapters leave the base frozen")
 
+FP8 = Drop("products are in the run's dtype")
+
 KEYS: dict[str, Rule] = {
     **TRAINING_ARGUMENTS,
+    **MEGATRON,
+    "finetune": Drop("a run starts anew; `luthier resume` goes on with one"),
+    "no_save_optim": Drop("a checkpoint has all that a resumed run needs"),
+    "no_save_rng": Drop("a checkpoint has all that a resumed run needs"),
+    "min_lr": Drop("the schedule ends at 0"),
+    "eval_iters": Drop("all held-out rows are evaluated"),
+    "moe_aux_loss_coeff": Drop("the model's own loss of its router is not added"),
+    "mtp_num_layers": Drop("the model's own heads are trained as they are"),
+    "fp8_recipe": FP8,
+    "fp8_format": FP8,
+    "fp8_param_gather": FP8,
+    "enable_thinking": Drop("chat_template_kwargs: {enable_thinking: ...} hands it to the chat template"),
+    "use_logits_to_keep": Drop("the loss is computed without all logits"),
+    "gkd_logits_topk": Drop("the teacher's whole distribution is compared"),
+    "teacher_deepspeed": MANY_DEVICES,
+    "offload_teacher_model": MANY_DEVICES,
+    "vllm_enable_lora": VLLM,
+    "vllm_server_pass_dataset": VLLM,
+    "use_gym_env": Drop("a rollout has one turn"),
+    "gym_env": Drop("a rollout has one turn"),
+    "log_rollout_offpolicy_metrics": Drop("a rollout is the model's own, in the same step"),
+    "advantage_estimator": Drop("grpo compares the answers to each prompt"),
+    "teacher_model_server": Drop("write a model under roles.teacher.model"),
+    "to_cached_dataset": LOADING,
     "model": "model",
     "adapters": To("init_from", lambda value: as_list(value)[0]),
     "model_type": Drop("the architecture follows the model's config"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 import shlex
 from dataclasses import dataclass
@@ -20,6 +21,14 @@ COMMANDS = {
     "llamafactory-cli": "llama_factory",
     "axolotl": "axolotl",
 }
+# keys of accelerate's own files, which say how processes are started
+OF_ACCELERATE = ("compute_environment", "distributed_type")
+ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(\"[^\"$]*\"|'[^']*'|[^\s\"'$()]+)")
+VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+ARITHMETIC = re.compile(r"\$\(expr\s([-+*/\d\s\\]+)\)|\$\(\(([-+*/\d\s]+)\)\)")
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+# words after a tool's name that do not train
+INFERENCE = ("export", "infer", "eval", "sample", "deploy", "rollout", "app", "chat", "api", "webui")
 # TRL's own scripts
 SCRIPTS = ("sft.py", "dpo.py", "kto.py", "orpo.py", "grpo.py", "reward_modeling.py", "cpo.py", "rloo.py")
 
@@ -49,12 +58,17 @@ def read_configuration(path: Path) -> Written:
         raise RecipeError(f"{path} is neither valid YAML nor JSON: {reason}") from None
     if not isinstance(values, dict) or not values:
         raise RecipeError(f"{path} holds no `key: value` of a configuration")
+    if any(key in values for key in OF_ACCELERATE):
+        raise RecipeError(
+            f"{path} is a configuration of accelerate, which says how processes are started: import the file"
+            " that says what is trained"
+        )
     return Written({str(key): value for key, value in values.items()})
 
 
 def read_shell(text: str, path: Path) -> Written:
     """The command line of a script that starts one of the tools."""
-    text = re.sub(r"\\\s*\n", " ", text)
+    text = expand(re.sub(r"\\\s*\n", " ", text))
     for line in text.splitlines():
         try:
             words = shlex.split(line, comments=True)
@@ -63,7 +77,11 @@ def read_shell(text: str, path: Path) -> Written:
         for i, word in enumerate(words):
             name = Path(word).name
             following = words[i + 1 : i + 2]
+            if "swift/cli/" in word:
+                return command_line(words[i + 1 :], "ms_swift", Path(word).stem, text, path)
             if name in COMMANDS and following and not following[0].startswith("-"):
+                if following[0] in INFERENCE:
+                    raise RecipeError(f"{path} runs `{name} {following[0]}`, which trains nothing")
                 return command_line(words[i + 2 :], COMMANDS[name], following[0], text, path)
             if name == "trl" and following:
                 return command_line(words[i + 2 :], "trl", following[0], text, path)
@@ -105,6 +123,42 @@ def plain_value(word: str) -> Any:
         return yaml.safe_load(word)
     except yaml.YAMLError:
         return word
+
+
+def expand(text: str) -> str:
+    """A script with the variables that it sets itself, and with the arithmetic of whole numbers done."""
+    variables: dict[str, str] = {}
+    lines = []
+    for line in text.splitlines():
+        if line.lstrip().startswith("#"):
+            continue
+        line = VARIABLE.sub(lambda match: variables.get(match[1] or match[2], match[0]), line)
+        names = re.sub(r"(?<=\$\(\()[^()]*", lambda match: replace_names(match[0], variables), line)
+        line = ARITHMETIC.sub(compute, names)
+        for name, value in ASSIGNMENT.findall(line.split(" --")[0]):
+            variables[name] = value.strip("\"'")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def replace_names(expression: str, variables: dict[str, str]) -> str:
+    """An arithmetic expression with the values of its variables."""
+    return re.sub(r"[A-Za-z_]\w*", lambda match: variables.get(match[0], match[0]), expression)
+
+
+def compute(match: re.Match[str]) -> str:
+    """The value of `$(expr 16 / 8)` or `$((16 / 8))`, from left to right, rounded down; as it stands where it
+    has none.
+    """
+    first, *rest = re.findall(r"\d+|[-+*/]", match[1] or match[2]) or ["-"]
+    if not first.isdigit() or len(rest) % 2:
+        return match[0]
+    value = int(first)
+    for sign, word in zip(rest[::2], rest[1::2], strict=True):
+        if not word.isdigit() or sign + word == "/0":
+            return match[0]
+        value = OPERATORS[sign](value, int(word))
+    return str(value)
 
 
 def devices_of(text: str) -> int:

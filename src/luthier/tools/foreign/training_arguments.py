@@ -278,6 +278,45 @@ BEST = Drop("the final weights are the result; the report shows how the held-out
 GROUPING = Drop("rows are packed without padding, so they need no grouping by length")
 TRUST = Drop("code that comes with a model is never run")
 WATCHING = Drop("the tracker takes the recipe and the folder's name")
+OF_MEGATRON = Drop("it says how Megatron divides or fuses its work")
+MEGATRON: dict[str, Rule] = {
+    "tensor_model_parallel_size": OF_MEGATRON,
+    "pipeline_model_parallel_size": OF_MEGATRON,
+    "context_parallel_size": OF_MEGATRON,
+    "expert_model_parallel_size": OF_MEGATRON,
+    "expert_tensor_parallel_size": OF_MEGATRON,
+    "sequence_parallel": OF_MEGATRON,
+    "decoder_first_pipeline_num_layers": OF_MEGATRON,
+    "decoder_last_pipeline_num_layers": OF_MEGATRON,
+    "recompute_granularity": OF_MEGATRON,
+    "recompute_method": OF_MEGATRON,
+    "recompute_num_layers": OF_MEGATRON,
+    "recompute_modules": OF_MEGATRON,
+    "attention_backend": OF_MEGATRON,
+    "apply_rope_fusion": OF_MEGATRON,
+    "cross_entropy_loss_fusion": OF_MEGATRON,
+    "cross_entropy_fusion_impl": OF_MEGATRON,
+    "masked_softmax_fusion": OF_MEGATRON,
+    "gradient_accumulation_fusion": OF_MEGATRON,
+    "bias_activation_fusion": OF_MEGATRON,
+    "moe_permute_fusion": OF_MEGATRON,
+    "moe_grouped_gemm": OF_MEGATRON,
+    "moe_shared_expert_overlap": OF_MEGATRON,
+    "moe_token_dispatcher_type": OF_MEGATRON,
+    "moe_router_dtype": OF_MEGATRON,
+    "moe_expert_capacity_factor": OF_MEGATRON,
+    "experts_impl": OF_MEGATRON,
+    "optimizer_cpu_offload": OF_MEGATRON,
+    "optimizer_offload_fraction": OF_MEGATRON,
+    "use_precision_aware_optimizer": OF_MEGATRON,
+    "exp_avg_dtype": OF_MEGATRON,
+    "exp_avg_sq_dtype": OF_MEGATRON,
+    "offload_bridge": OF_MEGATRON,
+    "overlap_param_gather": OF_MEGATRON,
+    "overlap_grad_reduce": OF_MEGATRON,
+    "use_distributed_optimizer": OF_MEGATRON,
+    "distributed_backend": OF_MEGATRON,
+}
 RESUME = Drop("a run goes on from its last checkpoint when the same command is run again")
 PRECISION = Drop("the number format follows `dtype`")
 ATTENTION = Drop("luthier packs rows with its own block-wise attention; `attn_implementation:` sets another")
