@@ -243,12 +243,19 @@ def methods(
 
 @app.command()
 def papers(
-    word: Annotated[str | None, typer.Argument(help="Text in the title, kind, family or method.")] = None,
+    word: Annotated[
+        str | None, typer.Argument(help="A paper's short name, or text in the title, kind, family or method.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the papers of the catalogue, and which method implements each."""
+    """List the papers of the catalogue, and which method implements each. With a paper's short name: what of
+    it is there, what is not, and the tests that show it.
+    """
     from luthier.recipe import catalogue
 
+    if word and not as_json and (lines := catalogue.paper_page(word)):
+        typer.echo("\n".join(lines))
+        return
     show(catalogue.papers(word), as_json, ("row", "title", "kind", "family", "by"))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import yaml
 from luthier.errors import RecipeError
 from luthier.recipe.aliases import METHOD_KEYS, NAMES
 from luthier.recipe.recipe import Recipe
-from luthier.registry import cards, did_you_mean, find, format_value, names, page
+from luthier.registry import Coverage, cards, coverage_of, did_you_mean, find, format_value, names, page
 
 PAPERS = Path(__file__).with_name("papers.json")
 COLUMNS = ("name", "title", "kind", "family")
@@ -75,17 +75,49 @@ def pages(name: str, kind: str | None = None, write: Callable[[type], str] = pag
 
 def papers(word: str | None = None, own: bool = False) -> list[dict[str, Any]]:
     """The papers of the catalogue whose name, title, kind, family or method contains `word`; `by`: the
-    methods that implement each. own: luthier's methods alone.
+    methods that implement each; `coverage`: what each of these has of it. own: luthier's methods alone.
     """
     implementers = implemented(own)
     matches = []
     for paper in all_papers():
         name, title, kind, family = (paper[column] for column in COLUMNS)
-        by = implementers.get(name, [])
+        by = implementers.get(name, {})
         text = " ".join([name, title, kind, family, *by])
-        if not word or word.lower() in text.lower():
-            matches.append({"row": name, "title": title, "kind": kind, "family": family, "by": by})
+        if word and word.lower() not in text.lower():
+            continue
+        coverage = [{"by": source, **asdict(c)} for source, c in by.items() if c != Coverage()]
+        matches.append(
+            {
+                "row": name,
+                "title": title,
+                "kind": kind,
+                "family": family,
+                "by": list(by),
+                "coverage": coverage,
+            }
+        )
     return matches
+
+
+def paper_page(row: str) -> list[str]:
+    """The lines about one paper: what of it is there, what is not, and the tests that show it. Empty where
+    the catalogue has no paper of this short name.
+    """
+    for paper in papers():
+        if paper["row"] == row:
+            break
+    else:
+        return []
+    lines = [f"{row} ({paper['kind']}, {paper['family']})", paper["title"], ""]
+    if not paper["by"]:
+        return [*lines, "No method implements it."]
+    lines.append(f"Implemented by: {', '.join(paper['by'])}")
+    for part in paper["coverage"]:
+        lines += ["", part["by"]]
+        lines.append(f"    there: {part['covers'] or '-'}")
+        lines.append(f"    not there: {part['omits'] or 'nothing that is known'}")
+        lines += [f"    test: tests/{test}" for test in part["tests"]]
+    return lines
 
 
 @cache
@@ -94,20 +126,23 @@ def all_papers() -> tuple[dict[str, str], ...]:
     return tuple(json.loads(PAPERS.read_text(encoding="utf-8")))
 
 
-def implemented(own: bool = False) -> dict[str, list[str]]:
+def implemented(own: bool = False) -> dict[str, dict[str, Coverage]]:
     """Short name of a paper -> 'kind/method' of whatever declares it, and 'claim/name' of the claims that try
-    it.
+    it -> what that has of the paper.
     """
-    by = defaultdict(list)
+    by: dict[str, dict[str, Coverage]] = defaultdict(dict)
     for c in cards(own=own):
         for row in c.rows:
-            by[row].append(f"{c.kind}/{c.name}")
+            by[row][f"{c.kind}/{c.name}"] = c.coverage.get(row, Coverage())
     for path in sorted(claims_folder().glob("*.yaml")):
         claim = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(claim, dict):
             continue
-        for row in str(claim.get("row") or "").split():
-            by[row].append(f"claim/{path.stem}")
+        rows = str(claim.get("row") or "").split()
+        words = {key: claim.get(key) or "" for key in ("covers", "omits", "tests")}
+        coverage = coverage_of(rows, **words)
+        for row in rows:
+            by[row][f"claim/{path.stem}"] = coverage.get(row, Coverage())
     return dict(by)
 
 

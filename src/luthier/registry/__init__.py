@@ -14,10 +14,12 @@ from luthier.registry.build import (
 from luthier.registry.declare import (
     INTERNAL,
     Choices,
+    Coverage,
     Internal,
     Range,
     architecture,
     compiler,
+    coverage_of,
     declare,
     decoder,
     estimator,

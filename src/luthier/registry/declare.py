@@ -47,6 +47,34 @@ def family(cls: T) -> T:
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """What a method has of a paper."""
+
+    covers: str = ""  # what of the paper is there
+    omits: str = ""  # what is not, and why
+    tests: tuple[str, ...] = ()  # tests that show it, as pytest names them below tests/
+
+
+def coverage_of(
+    rows: Iterable[str],
+    covers: str | Mapping[str, str] = "",
+    omits: str | Mapping[str, str] = "",
+    tests: str | Iterable[str] | Mapping[str, str | Iterable[str]] = (),
+) -> dict[str, Coverage]:
+    """Row -> what a declaration says of it: one value for all of its rows, or a mapping by row."""
+    out = {}
+    for row in rows:
+        there, absent, evidence = (
+            value.get(row, "") if isinstance(value, Mapping) else value for value in (covers, omits, tests)
+        )
+        evidence = evidence.split() if isinstance(evidence, str) else evidence
+        coverage = Coverage(there, absent, tuple(evidence))
+        if coverage != Coverage():
+            out[row] = coverage
+    return out
+
+
 def words(value: str | Iterable[str]) -> frozenset[str]:
     """Capabilities and columns: objects, or names in one string with spaces between them."""
     return frozenset(value.split() if type(value) is str else value)
@@ -75,6 +103,9 @@ def declare(kind: str):
         former: str = "",
         former_settings: Mapping[str, str] | None = None,
         contract: dict[str, str] | None = None,
+        covers: str | Mapping[str, str] = "",
+        omits: str | Mapping[str, str] = "",
+        tests: str | Iterable[str] | Mapping[str, str | Iterable[str]] = (),
     ) -> Callable[[T], T]:
         """Make a class a method.
 
@@ -86,6 +117,8 @@ def declare(kind: str):
         which files it leaves. example: small settings with which tests build it, where the defaults do not
         suit a tiny model. former, former_settings: what it and its settings were once called; these names go
         on working, with a warning. contract: contract tests that do not hold for it, each with the reason.
+        covers, omits, tests: what of the papers in `row` is there, what is not, and the tests that show it
+        ("methods/tuners/adapters/test_ssf.py::test_name", below tests/); a mapping where its rows differ.
         """
 
         def wrap(cls: T) -> T:
@@ -94,6 +127,7 @@ def declare(kind: str):
             cls.name = cls.__module__.rsplit(".", 1)[-1]
             cls.paper = paper
             cls.rows = tuple(row.split())
+            cls.coverage = coverage_of(cls.rows, covers, omits, tests)
             cls.use_when = use_when
             cls.costs = costs or getattr(cls, "costs", "")
             cls.starting_rate = starting_rate or getattr(cls, "starting_rate", "")

@@ -102,6 +102,10 @@ def facts(cls: type) -> list[str]:
             lines.append(f"- {label}: {', '.join(items)}.")
     if cls.paper:
         lines.append(f"- Paper: {paper_link(cls.paper)}")
+    for row, coverage in cls.coverage.items():
+        lines.append(f"- Of the paper (`{row}`): {coverage.covers}")
+        if coverage.omits:
+            lines.append(f"- Not there (`{row}`): {coverage.omits}")
     return [*lines, ""]
 
 

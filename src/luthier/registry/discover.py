@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from luthier.errors import PluginWarning, RecipeError, shortened
-from luthier.registry.declare import declare
+from luthier.registry.declare import Coverage, coverage_of, declare
 from luthier.registry.kinds import KINDS
 from luthier.registry.words import Artifact, Capability, Column, Metric
 
@@ -49,6 +49,7 @@ class Card:
     removes: frozenset[str] = frozenset()
     metrics: tuple[Metric, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
+    coverage: dict[str, Coverage] = field(default_factory=dict, hash=False)  # row -> what is there of it
 
 
 # ------------------------------------------------------------------------------------ where they are
@@ -274,13 +275,15 @@ def read_card(kind: str, name: str, module: str, attribute: str = "") -> Card:
     lists = {}
     for key in ("requires", "provides", "removes", "metrics", "artifacts"):
         lists[key] = listed(keywords.get(key), module)
+    rows = tuple((literal(keywords.get("row")) or "").split())
+    coverage = {key: literal(keywords.get(key)) or "" for key in ("covers", "omits", "tests")}
     return Card(
         kind,
         name,
         module,
         " ".join(about.split("\n\n", 1)[0].split()),
         paper=literal(keywords.get("paper")),
-        rows=tuple((literal(keywords.get("row")) or "").split()),
+        rows=rows,
         use_when=literal(keywords.get("use_when")) or "",
         former=tuple((literal(keywords.get("former")) or "").split()),
         requires=frozenset(lists["requires"]),
@@ -288,6 +291,7 @@ def read_card(kind: str, name: str, module: str, attribute: str = "") -> Card:
         removes=frozenset(lists["removes"]),
         metrics=tuple(lists["metrics"]),
         artifacts=tuple(lists["artifacts"]),
+        coverage=coverage_of(rows, **coverage),
     )
 
 

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from luthier import compat, registry
 from luthier.recipe.catalogue import all_papers, papers
 from luthier.study.reproduce.page import page as claims_page
-from luthier.tools.method_page import site_page
+from luthier.tools.method_page import escape, site_page
 
 BEGIN, END = "<!-- keys: written by luthier.tools.docs -->", "<!-- /keys -->"
 TASKS_BEGIN, TASKS_END = "<!-- tasks: written by luthier.tools.docs -->", "<!-- /tasks -->"
@@ -136,14 +137,30 @@ def papers_page() -> str:
         "# Papers",
         "",
         f"{len(done)} of the {total} papers of the catalogue are implemented or tried;"
-        " `luthier papers` lists them all.",
+        " `luthier papers` lists them all, `luthier papers NAME` prints what is said here of one.",
         "",
     ]
     lines += ["| paper | family | method |", "| - | - | - |"]
     for p in sorted(done, key=lambda p: (p["family"], p["title"])):
         by = ", ".join(paper_link(b) for b in p["by"])
         lines += [f"| {cell(p['title'])} | {p['family']} | {by} |"]
+    lines += ["", "## What is there, and what is not", ""]
+    for p in sorted(done, key=lambda p: p["row"]):
+        lines += [f'<a id="{p["row"]}"></a>**{p["row"]}** {p["title"]}', ""]
+        for part in p["coverage"]:
+            lines += coverage_lines(part)
+        lines.append("")
     return "\n".join(lines)
+
+
+def coverage_lines(part: dict[str, Any]) -> list[str]:
+    """What a method has of a paper, as entries of a list."""
+    lines = [f"- {paper_link(part['by'])} There: {escape(part['covers'] or '-')}"]
+    if part["omits"]:
+        lines.append(f"  Not there: {escape(part['omits'])}")
+    if part["tests"]:
+        lines.append(f"  Tests: {', '.join(f'`{test}`' for test in part['tests'])}")
+    return lines
 
 
 def paper_link(source: str) -> str:

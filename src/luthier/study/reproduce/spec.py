@@ -75,6 +75,10 @@ class Claim(BaseModel):
     claim: str  # what the paper reports, in a sentence
     paper: str | None = None  # arXiv:...
     row: str = ""  # the paper's short name in the catalogue, if it has one
+    # what of the paper is there, what is not, and the tests that show it, where no method's file says it
+    covers: str = ""
+    omits: str = ""
+    tests: list[str] = []
     shared: dict[str, Any] = {}  # recipe keys of all arms
     # name -> recipe keys; a list under what is swept is this arm's sweep
     arms: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,69 @@
+"""What `luthier papers` says of each implemented paper: what is there, what is not, which tests show it."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+
+import pytest
+
+from helpers.paths import ROOT
+from luthier.recipe import catalogue
+
+IMPLEMENTED = [paper for paper in catalogue.papers(own=True) if paper["by"]]
+# rows whose declarations do not say it yet
+PENDING = set(
+    """
+    adam-v2-anatomy apet architecture-objective-study asft-align autopeft autorl-hpo bayesopt-tutorial
+    bib-bioseq cofitune compacter corda core-tuning csr cxr-preference d3po distilling-step-by-step
+    dr-tune dsee dspy-compile eva fait first-trustworthy-distillation glad hft hpo-morl ift
+    implicit-instruction-tuning instatune intrinsic-dimension intruder-dimensions lion lipo-lambda lisa
+    llm-compression-survey loldu look-supervised-pretraining lora-ggpo lora-sb lq-lora lt-sft
+    masked-thought meet meta-tuning mezo mf-bayesopt-survey model-soups modpo monocoder morepair ogen
+    onpolicy-negative-gradient owlore pareto-da peft-fm-survey peft-survey pela penalty-bilevel
+    per-step-dpo-negatives personalized-unit-test-models pv-tuning qlora r-amt raft rpo-sft-reg s-vco
+    s2ft sara-sparse self-distill-further-pretrain self-tuning-networks sft-dpo-bridge spiel spin sppo
+    spt-sensitivity squarehead ssf stable-ft-biomedical telly-k tint-noise tl-training trace-optoprime
+    ul2
+    """.split()
+)
+
+
+@cache
+def functions(path):
+    """Names of the tests of a file, with their classes."""
+    names = set()
+    for node in ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8")).body:
+        names.add(getattr(node, "name", ""))
+        for inner in getattr(node, "body", ()):
+            if isinstance(node, ast.ClassDef):
+                names.add(f"{node.name}::{getattr(inner, 'name', '')}")
+    return names
+
+
+@pytest.mark.parametrize("paper", IMPLEMENTED, ids=lambda paper: paper["row"])
+def test_a_paper_says_what_is_there_and_names_a_test_that_exists(paper):
+    tests = [test for part in paper["coverage"] for test in part["tests"]]
+    for test in tests:
+        path, _, name = test.partition("::")
+        assert name in functions(path), test
+    if paper["row"] in PENDING:
+        assert not tests
+        return
+    assert tests and any(part["covers"] for part in paper["coverage"])
+
+
+def test_a_page_of_a_paper():
+    page = "\n".join(catalogue.paper_page("ssf"))
+    assert "Implemented by: tuner/ssf" in page
+    assert catalogue.paper_page("no-such-paper") == []
+    assert catalogue.paper_page("zecoler")[-1] == "No method implements it."
+
+
+def test_a_declaration_of_several_papers_says_it_of_each():
+    from luthier.registry import Coverage, coverage_of
+
+    one = coverage_of(["a", "b"], covers="all", tests="x.py::test_1 x.py::test_2")
+    assert one["a"] == one["b"] == Coverage("all", "", ("x.py::test_1", "x.py::test_2"))
+    two = coverage_of(["a", "b"], covers={"a": "half"}, omits={"a": "the rest"}, tests={"a": "x.py::test_1"})
+    assert two == {"a": Coverage("half", "the rest", ("x.py::test_1",))}
