@@ -27,6 +27,7 @@ NEEDED = {
     "sequence": {"acts": [{"objective": "sft"}, {"learning_rate": 1e-4}]},
     "front": {"goals": GOALS},
     "greedy_soup": {"of": [{"learning_rate": 1e-4}, {"learning_rate": 1e-3}]},
+    "learned_soup": {"of": [{"learning_rate": 1e-4}, {"learning_rate": 1e-3}]},
 }
 
 

@@ -57,13 +57,14 @@ def generate(
     stop: Sequence[int] = (),
     limit: int | None = None,
     hear: Callable[[list[list[int]]], object] | None = None,
+    decoder: Callable[..., Tensor] | None = None,
 ) -> list[list[list[int]]]:
     """n completions of each prompt as token ids, the stop token included where one was written.
 
     temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together. limit: tokens
     that the network can hold; a sequence ends there. hear: called after each token with what prompts written
-    together have so far; where it returns true, they end there. Raises RecipeError for a prompt that leaves
-    no room.
+    together have so far; where it returns true, they end there. decoder: changes the logits before each
+    token (methods/decoders/_base.py). Raises RecipeError for a prompt that leaves no room.
     """
     room = [max_new_tokens] * len(prompts)
     if limit is not None:
@@ -85,7 +86,8 @@ def generate(
             ends += [room[i]] * n
         pick = Picker(names, max_new_tokens, temperature, top_p, top_k)
         with prepacked(writer.model):
-            written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop), hear)
+            texts = [list(prompts[i]) for i in chosen]
+            written = _write(writer, texts, n, ends, pick, set(stop), hear, decoder)
         for k, i in enumerate(chosen):
             out[i] = written[k * n : (k + 1) * n]
     return out
@@ -100,6 +102,7 @@ def _write(
     pick: Picker,
     stop: set[int],
     hear: Callable[..., object] | None = None,
+    decoder: Callable[..., Tensor] | None = None,
 ) -> list[list[int]]:
     logits = writer.begin(prompts, n)
     written: list[list[int]] = [[] for _ in ends]
@@ -107,6 +110,9 @@ def _write(
     which = list(range(len(ends)))
     going = set(which)
     while True:
+        if decoder is not None:
+            before = [prompts[i // n] for i in which], [written[i] for i in which]
+            logits = decoder(logits.float().clone(), *before)
         tokens = pick(logits, which, len(written[next(iter(going))]))
         for i, t in zip(which, tokens.tolist(), strict=True):
             if i in going:

@@ -22,6 +22,7 @@ from luthier.model.policy import Roles
 from luthier.model.quantized_linear import open_up
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
+from luthier.registry import build
 from luthier.storage import files
 from luthier.storage.layout import (
     REPORT,
@@ -68,6 +69,7 @@ class Loaded:
         temperature: float = 0.0,
         seed: int = 0,
         hear: Callable[[str], object] | None = None,
+        decoder: Any = None,
         **how: Any,
     ) -> Any:
         """The answer to a prompt.
@@ -80,6 +82,7 @@ class Loaded:
             seed: of the random draws.
             hear: for one prompt, called with the answer so far after each token; where it returns true, the
                 answer ends there.
+            decoder: a method that changes the logits, by name or with settings ({name: instruction_rules}).
             how: `top_p` and `top_k`.
 
         Raises:
@@ -110,6 +113,8 @@ class Loaded:
             "stop": renderer.stop_ids,
             **how,
         }
+        if decoder is not None:
+            options["decoder"] = build("decoder", decoder).begin(renderer)
         if hear:
             options["hear"] = lambda written: hear(renderer.answer(written[0]))
         answers = [renderer.answer(ids) for (ids,) in self.roles.policy.generate(prompts, **options)]

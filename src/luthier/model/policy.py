@@ -102,7 +102,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[list[int]]]:
         """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k,
-        stop).
+        stop, decoder).
         """
         context = self.context or nullcontext
         tokens = [list(prompt) for prompt in prompts]

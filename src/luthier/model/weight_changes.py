@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,26 @@ def likeness(before: Tensor, after: Tensor, k: int = 10) -> list[float]:
     new = torch.linalg.svd(after.float(), full_matrices=False).U[:, :k]
     cosines = old.T @ new
     return cosines.abs().amax(0).tolist()
+
+
+def intruding(before: Tensor, after: Tensor, k: int = 10, epsilon: float = ALIKE) -> list[int]:
+    """Which of the first k singular directions of `after` resemble none of `before`'s: their largest cosine
+    is below `epsilon`.
+    """
+    return [j for j, cosine in enumerate(likeness(before, after, k)) if cosine < epsilon]
+
+
+@torch.no_grad()
+def scaled(weight: Tensor, directions: Sequence[int], factor: float) -> Tensor:
+    """The matrix with the singular values at these places times `factor`: 1 leaves it bit for bit, 0 takes
+    the directions out.
+    """
+    if factor == 1 or not directions:
+        return weight.clone()
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    some = list(directions)
+    change = (u[:, some] * s[some] * (factor - 1)) @ v[some]
+    return (weight.double() + change).to(weight.dtype)
 
 
 @torch.no_grad()

@@ -58,7 +58,12 @@ KINDS = {
             "Mergers: combining several models into one",
             "init_from: {{merge: {}, of: [runs/a, runs/b]}}",
         ),
-        Kind("decoder", "decoders", "Decoders: how text is generated", "decoder: {}"),
+        Kind(
+            "decoder",
+            "decoders",
+            "Decoders: how text is generated",
+            "evaluate: [{{name: generate, decoder: {}}}]",
+        ),
         Kind("evaluator", "evaluators", "Evaluators: what is measured", "evaluate: [{}]"),
         Kind(
             "architecture",

@@ -60,3 +60,35 @@ def test_glad_on_a_quadratic_is_its_closed_form():
     g = (H @ p).detach()
     build("estimator", {"name": "glad", "alpha": 0.4, "rho": 1e-2}).step(closure, chain, clock)
     assert torch.allclose(seen["weight"], g + 0.4 * 1e-2 * H @ g / g.norm(), atol=1e-5)
+
+
+@pytest.mark.long
+def test_it_ends_where_the_loss_is_flatter_than_that_of_lora():
+    """LoRA on a few rows: how much the loss rises at the worst point nearby is lower with glad."""
+    from helpers.tuners import logprobs, put
+    from luthier.train.optimizer import Chain
+
+    def loss_of(attached) -> torch.Tensor:
+        return -logprobs(attached).mean()
+
+    def sharpness(estimator, rho: float = 0.3) -> float:
+        attached = put("lora")
+        clock = Clock(seed=3, total=40)
+        chain = Chain([build("transform", "adam")], attached, clock, 0.02)
+
+        def closure(grad: bool = True) -> float:
+            for p in attached.parameters().values():
+                p.grad = None
+            loss = loss_of(attached)
+            loss.backward()
+            return float(loss.detach())
+
+        for clock.step in range(40):
+            build("estimator", estimator).step(closure, chain, clock)
+        here = closure()
+        own = attached.parameters()
+        norm = sum(p.grad.square().sum() for p in own.values()).sqrt()
+        with torch.no_grad(), attached.using({k: p + rho * p.grad / norm for k, p in own.items()}):
+            return float(loss_of(attached)) - here
+
+    assert sharpness({"name": "glad", "rho": 0.3}) < 0.8 * sharpness("backprop")

@@ -33,3 +33,20 @@ def test_response_ranking(roles, tmp_path):
     with torch.no_grad():
         assert ResponseRanking().run(tuned, rows, tmp_path, "after")["response_ranking"] == 1.0 >= before
     assert ResponseRanking().run(tuned, rows[:1], tmp_path, "after") == {}
+
+
+def test_sums_and_several_others(roles, tmp_path):
+    """Answers of unlike length: by their sums the shorter one is likelier, by their means it need not be."""
+    from luthier.registry import build
+
+    rows = [{"id": str(i), "prompt": "say ", "completions": ["ab" * (i + 1)]} for i in range(4)]
+
+    def ranking(**settings):
+        with torch.no_grad():
+            made = build("evaluator", {"name": "response_ranking", **settings})
+            return made.run(roles, rows, tmp_path, "before")["response_ranking"]
+
+    # all ordered pairs of four: the shorter one wins each, so half of the rows' own do
+    assert ranking(others=3, likelihood="sum") == 0.5
+    # the next one is longer, but for the last row
+    assert ranking(likelihood="sum") == 0.75

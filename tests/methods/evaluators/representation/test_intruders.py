@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.methods.evaluators.representation.intruders import scaled
-from luthier.model.weight_changes import effective_rank, likeness
+from luthier.model.weight_changes import effective_rank, likeness, scaled
 
 
 def spectrum(rows: int, columns: int, values: torch.Tensor, seed: int) -> torch.Tensor:
@@ -39,8 +38,8 @@ def test_a_planted_direction_is_the_first(weight):
 
 def test_a_direction_is_scaled_away(weight):
     values = torch.linalg.svdvals(weight)
-    assert torch.equal(scaled(weight, 2, 1.0), weight)
-    left = torch.linalg.svdvals(scaled(weight, 2, 0.0))
+    assert torch.equal(scaled(weight, [2], 1.0), weight)
+    left = torch.linalg.svdvals(scaled(weight, [2], 0.0))
     assert torch.allclose(left[:19], torch.cat([values[:2], values[3:20]]), atol=1e-5) and left[19] < 1e-5
 
 

@@ -47,3 +47,16 @@ def test_impossible_weights_are_refused(weights):
 def test_as_many_weights_as_runs():
     with pytest.raises(RecipeError, match="2 weights for 1 runs"):
         build("merger", {"name": "average", "weights": [1, 2]}).merge([tensors(0)])
+
+
+def test_layers_have_weights_of_their_own():
+    """One-hot by layer: each layer is that of a run; what is in no layer follows `weights`."""
+    names_of = ["embed", *(f"model.layers.{i}.q.weight" for i in range(2))]
+    several = [{name: tensors(k)["a"] + i for i, name in enumerate(names_of)} for k in range(2)]
+    merger = build("merger", {"name": "average", "weights": [0, 1], "by_layer": [[1, 0], [1, 3]]})
+    made = merger.merge(several)
+    assert torch.equal(made["embed"], several[1]["embed"])
+    assert torch.equal(made[names_of[1]], several[0][names_of[1]])
+    torch.testing.assert_close(made[names_of[2]], (several[0][names_of[2]] + 3 * several[1][names_of[2]]) / 4)
+    with pytest.raises(RecipeError, match="by_layer has 1 lists, but 2 layers"):
+        build("merger", {"name": "average", "by_layer": [[1, 0]]}).merge(several)

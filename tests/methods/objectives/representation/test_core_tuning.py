@@ -126,3 +126,43 @@ def test_a_mixture_of_two_rows_of_one_class_is_no_negative(monkeypatch):
     (positive,) = seen
     assert positive[:, -2].all() and torch.equal(positive[:, -1], kinds == kinds[other])
     assert 0 < int(positive[:, -1].sum()) < 16
+
+
+def test_all_mixtures_are_compared_by_their_labels():
+    """`pool: all` is the mean over each row's three features of SupCon over 3N features, equal mixed labels
+    being alike.
+    """
+    from luthier.methods.objectives.representation.core_tuning import mixed_labels
+
+    kinds, pure = torch.tensor([7, 9, 7, 9]), torch.tensor([True, False, False, True])
+    labels = mixed_labels(kinds, pure)
+    assert labels[:4].tolist() == [0, 1, 0, 1] and labels[8] == 0 and labels[11] == 1
+    mixed = [4, 5, 6, 7, 9, 10]
+    assert len({int(labels[i]) for i in mixed}) == 6 and all(labels[i] > 1 for i in mixed)
+    z = F.normalize(torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    made = build("objective", {"name": "core_tuning", "pool": "all", "temperature": 0.3, "focal": False})
+    values = torch.zeros(3, 4).double()
+    for i in range(12):
+        others = [j for j in range(12) if j != i]
+        total = (z[others] @ z[i] / 0.3).logsumexp(0)
+        alike = [float(total - z[j] @ z[i] / 0.3) for j in others if labels[j] == labels[i]]
+        values[i // 4, i % 4] = sum(alike) / max(len(alike), 1)
+    expected = values.sum(0) / torch.tensor([2, 1, 1, 2])
+    torch.testing.assert_close(made.all_pairs(z, labels), expected)
+    rows = [{**r, "completions": [[5 + i % 2]]} for i, r in enumerate(make_rows(6, k=1))]
+    loss = build("objective", {"name": "core_tuning", "pool": "all"}).loss(cast(), batch_of(rows))
+    assert loss.shape == (6,) and bool((loss > 0).all())
+
+
+def test_a_projection_head_trains_along():
+    from luthier.methods.roles.networks.projection import PROJECTION, ProjectionHead
+
+    rows = [{**r, "completions": [[5 + i % 2]]} for i, r in enumerate(make_rows(6, k=1))]
+    torch.manual_seed(0)
+    head = ProjectionHead(16, 8)
+    made = build("objective", {"name": "core_tuning", "projected": True, "temperature": 0.07})
+    assert PROJECTION in made.active_requires
+    roles = cast(projection=head)
+    made.loss(roles, batch_of(rows)).sum().backward()
+    assert all(bool(p.grad.any()) for p in head.parameters())
+    assert any(bool(g.any()) for g in gradients(roles.policy.model).values())

@@ -53,13 +53,14 @@ def test_what_is_masked_and_how_much():
 
 
 @pytest.mark.long
-def test_masked_thought_reads_past_what_is_wrong():
+@pytest.mark.parametrize("replace", ["mask", "random"])
+def test_masked_thought_reads_past_what_is_wrong(replace):
     """Every step of a chain says the question's digit again: it can be copied from the step before, or from
     the question.
     """
     rows = [{"id": str(a), "prompt": [20 + a], "completions": [[20 + a] * 5]} for a in range(16)]
     losses = {}
-    for name in ("sft", {"name": "masked_thought", "warmup": 0.3, "replace": "random"}):
+    for name in ("sft", {"name": "masked_thought", "warmup": 0.3, "replace": replace}):
         roles = small_llama()
         fit(roles, build("objective", name), rows, steps=60, size=16)
         batch = batch_of(rows)

@@ -7,12 +7,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import luthier
 from helpers.plans import ROWS, played, report
 from helpers.rows import SUMS
 from luthier.recipe.validate import validate
+from luthier.registry import build
 from luthier.storage import files
+from luthier.toy import bandit
 
 
 def raft(**settings):
@@ -145,3 +148,36 @@ def test_in_the_second_round_of_full_tuning_the_price_is_not_zero(base, tmp_path
     luthier.tune(base | change | {"plan": plan, "evaluate": [], "eval_data": 0}, folder=tmp_path)
     policy, reference = gaps[2:4]
     assert gaps[0] == pytest.approx(gaps[1], abs=1e-3) and abs(policy - reference) > 0.1
+
+
+def round_of_raft(policy, prompts: int, rng: torch.Generator, steps: int = 12) -> None:
+    """Four samples for each prompt, the best of them by the stage `best`, and supervised steps on those."""
+    reward = torch.arange(8.0)  # how often an answer has the letter a
+    drawn = torch.multinomial(policy.log_policy().detach().exp(), 4 * prompts, True, generator=rng)
+    rows = bandit.pulled(drawn.view(prompts, 4).tolist(), reward)
+    kept = build("stage", "best")(rows, None)
+    adam = torch.optim.Adam(policy.parameters(), lr=0.1)
+    for _ in range(steps):
+        adam.zero_grad()
+        bandit.average(build("objective", "sft"), bandit.roles_of(policy), kept).backward()
+        adam.step()
+
+
+def test_five_rounds_rise_and_beat_one_of_as_many_samples():
+    """The expected reward rises round by round, over seeds, and ends above that of one round with all
+    samples at once.
+    """
+    reward, several, single = torch.arange(8.0), torch.zeros(6), 0.0
+    base = -0.5 * torch.arange(8.0)
+    for seed in range(4):
+        policy, rng = bandit.Arms(base), torch.Generator().manual_seed(seed)
+        rewards = [policy.log_policy().exp() @ reward]
+        for _ in range(5):
+            round_of_raft(policy, 48, rng)
+            rewards.append(policy.log_policy().exp() @ reward)
+        several += torch.stack(rewards).detach() / 4
+        once = bandit.Arms(base)
+        round_of_raft(once, 240, torch.Generator().manual_seed(seed), steps=60)
+        single += float(once.log_policy().detach().exp() @ reward) / 4
+    assert (several.diff() > 0.1).all(), several
+    assert several[-1] > single + 1, (several, single)

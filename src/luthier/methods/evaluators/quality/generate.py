@@ -42,6 +42,7 @@ class Generate(Evaluator):
     n: int = 32  # prompts that are answered
     max_new_tokens: int = 64  # tokens per answer
     reward: Any = None  # a reward that scores the answers, e.g. exact_match
+    decoder: Any = None  # a method that changes the logits while answers are written, e.g. instruction_rules
 
     @property
     def active_requires(self):
@@ -58,13 +59,10 @@ class Generate(Evaluator):
             begun[0] if begun else roles.renderer.prompt(r) for r, begun in zip(rows, opened, strict=True)
         ]
         seeds = [roles.clock.derive_seed("generate", r["id"], at=0) for r in rows]
-        written = roles.policy.generate(
-            prompts,
-            seeds=seeds,
-            max_new_tokens=self.max_new_tokens,
-            temperature=0.0,
-            stop=roles.renderer.stop_ids,
-        )
+        how: dict[str, Any] = {"seeds": seeds, "max_new_tokens": self.max_new_tokens, "temperature": 0.0}
+        if self.decoder is not None:
+            how["decoder"] = build("decoder", self.decoder).begin(roles.renderer)
+        written = roles.policy.generate(prompts, stop=roles.renderer.stop_ids, **how)
         samples = []
         for row, prompt, begun, (ids,) in zip(rows, prompts, opened, written, strict=True):
             answer = roles.renderer.answer(ids)

@@ -2,7 +2,10 @@
 instructions before it is tuned to.
 """
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, batches, liked
@@ -16,28 +19,38 @@ from luthier.registry import Metric, evaluator
     row="implicit-instruction-tuning",
     requires=[COMPLETIONS, LOGPROBS],
     use_when="you ask what a model already knows of following instructions before it is tuned to.",
-    costs="two forward passes over each answer.",
+    costs="one forward pass over each answer after its own prompt, and one after each of `others`.",
+    covers="the response-ranking test, for any model before and after tuning.",
+    omits="pairwise win rates with length control by a judge model (no such judge is shipped).",
+    tests=[
+        "methods/evaluators/quality/test_response_ranking.py::test_response_ranking",
+        "methods/evaluators/quality/test_response_ranking.py::test_sums_and_several_others",
+    ],
 )
 class ResponseRanking(Evaluator):
-    """`response_ranking`: share of rows whose best completion is more likely, by the mean of its tokens, than
-    that of another row (the next one) after the same prompt; one half is chance. Rows of plain text or of
-    turns, all of one kind.
+    """`response_ranking`: share of pairs in which a row's best completion is more likely than that of another
+    row after the same prompt; one half is chance. Rows of plain text or of turns, all of one kind.
     """
 
+    others: Annotated[int, Field(ge=1)] = 1  # the rows after it whose completions each row is compared with
+    # likelihood of a completion: the mean of its tokens' log-probabilities, or their sum
+    likelihood: Literal["mean", "sum"] = "mean"
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
         rows = [r for r in liked(rows) if r["prompt"]]
-        others = [r["completions"][0] for r in (*rows[1:], *rows[:1])]
-        pairs = [
-            {**r, "completions": [r["completions"][0], o]}
-            for r, o in zip(rows, others, strict=True)
-            if r["completions"][0] != o
-        ]
+        pairs = []
+        for distance in range(1, min(self.others, len(rows) - 1) + 1):
+            for r, o in zip(rows, [*rows[distance:], *rows[:distance]], strict=True):
+                completions = [r["completions"][0], o["completions"][0]]
+                if completions[0] != completions[1]:
+                    pairs.append({**r, "completions": completions})
         if len(pairs) < 2:
             return {}
         won = []
         for batch in batches(roles, pairs, self.batch_size):
-            own, other = batch.means(roles.policy.logprobs(batch)).view(-1, 2).unbind(1)
+            logprobs = roles.policy.logprobs(batch)
+            values = batch.means(logprobs) if self.likelihood == "mean" else batch.sums(logprobs)
+            own, other = values.view(-1, 2).unbind(1)
             won.append((own > other).float() + 0.5 * (own == other).float())
         return {"response_ranking": float(torch.cat(won).mean())}

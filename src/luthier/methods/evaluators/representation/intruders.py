@@ -3,7 +3,7 @@
 For each matrix inside the layers, the first k left singular vectors after training are compared with all of
 those before: one whose largest cosine is below `epsilon` is an intruder. Low-rank tuning is reported to
 produce them where full fine-tuning to the same loss does not. Weights that are trained themselves are stored
-in the run folder until the end.
+in the run folder until the end. Merger `scale_intruders` scales them, to see what they do.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from luthier.methods.evaluators._base import Evaluator
 from luthier.methods.tuners._base import MERGE
-from luthier.model.weight_changes import effective_rank, likeness, plain_matrices
+from luthier.model.weight_changes import effective_rank, intruding, plain_matrices
 from luthier.registry import Artifact, Metric, evaluator
 
 
@@ -63,7 +62,7 @@ class Intruders(Evaluator):
             counts = []
             for n, p in changed.items():
                 w0, w1 = (before[n].T, p.T) if n.rpartition(".")[0] in turned else (before[n], p)
-                counts.append(sum(m < self.epsilon for m in likeness(w0, w1, self.k)))
+                counts.append(len(intruding(w0, w1, self.k, self.epsilon)))
             ranks = [effective_rank(p.float() - before[n].float()) for n, p in changed.items()]
         path.unlink()
         return (
@@ -71,10 +70,3 @@ class Intruders(Evaluator):
             if counts
             else {"intruders": 0.0}
         )
-
-
-@torch.no_grad()
-def scaled(weight: Tensor, j: int, factor: float) -> Tensor:
-    """The matrix with its j-th singular value times `factor`: 1 leaves it, 0 takes this direction out."""
-    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
-    return weight + ((factor - 1) * s[j] * torch.outer(u[:, j], v[j])).to(weight.dtype)

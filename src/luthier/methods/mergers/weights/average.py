@@ -8,11 +8,14 @@ have no such gap.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from luthier.errors import RecipeError
 from luthier.methods.mergers._base import Merger
+from luthier.model.anatomy import layer_of
 from luthier.registry import merger
 
 
@@ -22,25 +25,50 @@ from luthier.registry import merger
     use_when="several runs started from one model and should become one model; plan `greedy_soup`"
     " chooses which.",
     costs="one pass over the tensors in float64; inference costs one model.",
+    covers="the uniform soup, and one with a weight for each run, for all layers or layer by layer.",
+    tests=[
+        "methods/plans/merging/test_greedy_soup.py::test_a_soup_is_the_mean",
+        "methods/plans/merging/test_greedy_soup.py::test_a_soup_of_heads_is_the_mean_of_logits",
+        "methods/mergers/weights/test_average.py::test_merging_one_run_or_equal_runs_changes_nothing",
+        "methods/mergers/weights/test_average.py::test_layers_have_weights_of_their_own",
+    ],
 )
 class Average(Merger):
     """(sum of weight * tensor) / (sum of weights)."""
 
     weights: list[float] | None = None  # weight of each run, 0 or more; equal if not given
+    # weights of the runs for each layer, counted from the input; `weights` are then for what is in no layer
+    by_layer: list[list[float]] | None = None
 
     def __post_init__(self):
-        if self.weights is not None and not (
-            self.weights and min(self.weights) >= 0 and 0 < math.fsum(self.weights) < math.inf
-        ):
-            raise ValueError("weights must not be negative, and not all 0")
+        for weights in [self.weights, *(self.by_layer or ())]:
+            if weights is not None and not (
+                weights and min(weights) >= 0 and 0 < math.fsum(weights) < math.inf
+            ):
+                raise ValueError("weights must not be negative, and not all 0")
 
     @torch.no_grad()
     def merge(self, several, base=None):
-        names, weights = self.alike(several), self.weights or [1.0] * len(several)
-        if len(weights) != len(several):
-            raise RecipeError(f"merger 'average' has {len(weights)} weights for {len(several)} runs")
+        names = self.alike(several)
+        rest = self.weights or [1.0] * len(several)
+        of_layer = self.layers(names)
         out = {}
         for name in names:
+            weights = of_layer.get(layer_of(name), rest)
+            if len(weights) != len(several):
+                raise RecipeError(f"merger 'average' has {len(weights)} weights for {len(several)} runs")
             total = sum(t[name].double() * w for t, w in zip(several, weights, strict=True) if w)
             out[name] = (total / math.fsum(weights)).to(several[0][name].dtype)
         return out
+
+    def layers(self, names: Sequence[str]) -> dict[Any, list[float]]:
+        """Layer -> weights of the runs. Raises RecipeError where there are more or fewer layers."""
+        if self.by_layer is None:
+            return {}
+        layers = sorted({place for name in names if (place := layer_of(name))})
+        if len(layers) != len(self.by_layer):
+            raise RecipeError(
+                f"merger 'average': by_layer has {len(self.by_layer)} lists, but {len(layers)} layers were"
+                " trained"
+            )
+        return dict(zip(layers, self.by_layer, strict=True))

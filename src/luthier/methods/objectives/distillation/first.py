@@ -29,6 +29,14 @@ NOTHING = -1e4  # log of no probability; finite, so that nothing times it is not
     " stage `teacher_top`, calibrated.",
     costs="as `sft`; k token ids and log-probabilities for each supervised token are stored with the rows.",
     starting_rate="that of `sft`.",
+    covers="the loss on the teacher's calibrated top tokens and all others as one outcome.",
+    tests=[
+        "methods/objectives/distillation/test_first.py::test_first_with_the_whole_vocabulary_is_the_forward_kl",
+        "methods/objectives/distillation/test_first.py"
+        "::test_a_policy_elsewhere_than_the_teacher_pays_and_is_drawn_back",
+        "methods/objectives/distillation/test_first.py"
+        "::test_a_student_of_the_calibrated_teacher_is_better_calibrated_than_sft",
+    ],
 )
 class FIRST(Objective):
     """KL(teacher || policy) over the teacher's k most likely tokens and all others as one outcome."""

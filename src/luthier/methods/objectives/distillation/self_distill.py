@@ -22,6 +22,14 @@ from luthier.registry import objective
     use_when="you pretrain further on few domain texts and want to keep hidden states near those of a"
     " first round.",
     starting_rate="that of `sft`.",
+    covers="the regulariser beside a masked-LM or next-token loss, with the model of a first round as teacher.",
+    omits="images; several rounds are a plan `sequence` written by hand.",
+    tests=[
+        "methods/objectives/distillation/test_self_distill.py"
+        "::test_self_distillation_is_nothing_at_the_teacher_and_keeps_the_student_near",
+        "methods/objectives/distillation/test_self_distill.py"
+        "::test_the_students_fine_tuning_is_no_less_accurate",
+    ],
 )
 class SelfDistill(Objective):
     """|hidden of the policy - hidden of the teacher|^2 / width, both reading the unmasked text."""

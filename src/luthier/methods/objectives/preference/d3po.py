@@ -1,8 +1,9 @@
-"""D3PO for text: a pair's preference holds for each of its steps, and DPO is applied to each step separately.
+"""D3PO: a pair's preference holds for each of its steps, and DPO is applied to each step separately.
 
-A step is `step` tokens of the completion; the k-th steps of both sides are compared, up to the shorter side.
-The log-ratio of a step is clipped, so that a step that has moved far enough has no gradient. (In the paper, a
-step is one denoising step of a diffusion model.)
+In text a step is `step` tokens of the completion; the k-th steps of both sides are compared, up to the
+shorter side. The log-ratio of a step is clipped, so that a step that has moved far enough has no gradient. In
+the paper a step is one denoising step of a diffusion model, with a Gaussian log-density: the same loss on a
+policy that says these, as `luthier.toy.diffusion` does for two numbers. No architecture for images is there.
 """
 
 from typing import Annotated
@@ -24,6 +25,14 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="pairs differ in many steps and you want each step of the completion to count as a"
     " comparison of its own, with clipped ratios.",
+    covers="the loss on steps of text, and on Gaussian denoising steps of any policy that says their"
+    " log-densities; shown on a diffusion of two numbers with DDIM sampling.",
+    omits="an architecture for image diffusion (U-Net, scheduler, guidance), so no images are tuned.",
+    tests=[
+        "methods/objectives/preference/test_d3po.py::test_d3po_is_dpo_step_by_step",
+        "methods/objectives/preference/test_d3po.py::test_on_gaussian_steps_it_is_dpo_of_their_densities",
+        "methods/objectives/preference/test_d3po.py::test_a_preference_moves_the_samples_of_a_diffusion",
+    ],
 )
 class D3PO(Objective):
     """-log sigmoid(beta * (clipped log-ratio of the best's step - clipped log-ratio of the worst's step)),

@@ -24,6 +24,13 @@ from luthier.registry import objective
     " should attend to the context.",
     costs="six readings for each row with its two contexts.",
     starting_rate="that of `dpo`.",
+    covers="the loss, on contexts of text.",
+    omits="images, and the construction of image pairs that differ in one detail.",
+    tests=[
+        "methods/objectives/preference/test_s_vco.py::test_it_is_four_log_two_at_the_reference_and_symmetric",
+        "methods/objectives/preference/test_s_vco.py"
+        "::test_a_text_prior_is_unlearned_by_images_and_not_by_preferred_text",
+    ],
 )
 class SVCO(Objective):
     """For both answers, -log s(beta_attend * (r(own context) - r(none))) - log s(beta_reject * (r(none) -

@@ -15,6 +15,13 @@ from luthier.registry import stage
     use_when="you test or want response tuning: the model learns the form of answers alone, without"
     " instructions.",
     costs="nothing; rows become shorter.",
+    covers="response-only tuning: batches hold no token of an instruction. Single-task tuning is `sft` on"
+    " rows of one task.",
+    omits="the paper's single-task data sets (poetry, recipes, chess) are not shipped.",
+    tests=[
+        "methods/stages/curate/test_drop_prompt.py::test_response_only_shows_no_question",
+        "methods/stages/curate/test_drop_prompt.py::test_responses_alone_teach_the_form_of_answers",
+    ],
 )
 class DropPrompt(Stage):
     """User and system turns become empty; the chat template stays. A prompt of plain text becomes an empty

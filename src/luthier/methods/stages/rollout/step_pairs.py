@@ -3,8 +3,8 @@ answer, after it less often.
 
 The value of each prefix of a wrong solution is how often the policy reaches the right answer from there; the
 step of lowest advantage is selected. The rejected completion is the solution from this step on, the chosen
-one a right continuation from just before it. Trained on with `dpo`, this weights steps by their advantage,
-which right solutions alone cannot do.
+one a right continuation from just before it. Every wrong completion of a row makes a pair of its own. Trained
+on with `dpo`, this weights steps by their advantage, which right solutions alone cannot do.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ from luthier.registry import Range, nested, stage
     use_when="the policy often solves a problem wrongly from some step on and answers can be checked:"
     " it finds that step and makes a pair there.",
     costs="`n` samples from each prefix of each wrong solution: the most costly stage.",
+    covers="pairs at the step of lowest Monte-Carlo advantage, for every wrong completion of a row; trained"
+    " on with `dpo`.",
+    omits="rejection fine-tuning and outcome-level pairs are `best` and `pairs`; the comparison of how many"
+    " rows each needs is not repeated here.",
+    tests=[
+        "methods/stages/rollout/test_step_pairs.py::test_every_wrong_completion_makes_a_pair",
+        "methods/objectives/reward/test_process_reward.py"
+        "::test_advantages_by_sampling_and_the_policy_that_weighs_by_them",
+        "methods/objectives/reward/test_process_reward.py::test_pairs_come_from_where_it_goes_wrong",
+    ],
 )
 class StepPairs(Stage):
     """Columns `prefix` (shared, not trained on), `completions` [chosen, rejected], `advantages` of the wrong
@@ -46,36 +56,43 @@ class StepPairs(Stage):
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # maximum tokens of a continuation
     temperature: Annotated[float, Field(gt=0)] = 1.0  # sampling temperature
     separator: str = "\n"  # text that ends a step
+    # wrong completions of a row that are used; all if not given
+    most: Annotated[int, Field(ge=1)] | None = None
     draw: int = 0  # number of the draw; another number gives other samples
 
     def __call__(self, rows, roles):
-        rows, requests, plans = list(rows), [], []
+        rows, requests, plans, right = list(rows), [], [], 0
         for row in rows:
-            texts = [text_of(roles, c) for c in row["completions"]]
-            wrong = next(
-                (t for t, s in zip(texts, self.reward.scores(row, texts), strict=True) if s < 0.5), None
-            )
-            if wrong is None:
-                continue
-            steps = split(wrong, self.separator)
-            begun = row.get("prefix", "")
-            starts = ["".join(steps[:i]) for i in range(len(steps))]
-            plans.append((row, steps, len(starts)))
-            requests += [
-                {**row, "id": f"{row['id']}/{i}", "prefix": begun + start} for i, start in enumerate(starts)
-            ]
+            begun, several = row.get("prefix", ""), self.wrong(row, roles)
+            right += not several
+            for k, wrong in enumerate(several):
+                # the first keeps the row's id, so that its samples do not depend on further ones
+                one = row if k == 0 else {**row, "id": f"{row['id']}/wrong-{k}"}
+                steps = split(wrong, self.separator)
+                plans.append((one, steps, len(steps)))
+                for i in range(len(steps)):
+                    prefix = begun + "".join(steps[:i])
+                    requests.append({**one, "id": f"{one['id']}/{i}", "prefix": prefix})
         rollout = Rollout(
             n=self.n, max_new_tokens=self.max_new_tokens, temperature=self.temperature, draw=self.draw
         )
         answered = {r["id"]: [text_of(roles, c) for c in r["completions"]] for r in rollout(requests, roles)}
         out = [pair for plan in plans if (pair := self.pair(answered, *plan)) is not None]
+        total = right + len(plans)
         self.left(
             roles,
-            len(rows) - len(out),
-            len(rows),
+            total - len(out),
+            total,
             "they have no wrong step, or no right continuation was sampled before it",
         )
         return out
+
+    def wrong(self, row: dict, roles: Any) -> list[str]:
+        """The wrong completions of a row, each once; at most `most` of them."""
+        texts = [text_of(roles, c) for c in row["completions"]]
+        scores = self.reward.scores(row, texts)
+        wrong = [text for text, score in zip(texts, scores, strict=True) if score < 0.5]
+        return list(dict.fromkeys(wrong))[: self.most]
 
     def pair(self, answered: dict[str, list[str]], row: dict, steps: list[str], n: int) -> dict | None:
         """A row's pair from its pit; None where no beginning before it ends right."""

@@ -47,6 +47,10 @@ GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
     use_when="the teacher does not fit beside the student, for objective `first`.",
     costs="one forward pass of the teacher over all rows, and k ids and log-probabilities a token;"
     " then its memory is free.",
+    covers="the top k tokens with a temperature of least calibration error, from a grid.",
+    omits="label smoothing, the paper's weaker alternative; the temperature is found on the rows themselves,"
+    " not on further ones.",
+    tests=["methods/objectives/distillation/test_first.py::test_calibration_keeps_the_rest"],
 )
 class TeacherTop(Stage):
     """Columns teacher_ids and teacher_logprobs: [tokens][k] for each completion."""
