@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from helpers.objectives import batch_of, cast, fit, network, role, small_llama
@@ -29,6 +30,7 @@ def contrasts(common: int, rare: int, question: int) -> dict:
     return {"id": name, "prompt": [], "completions": [*completions], "supervised": [*supervised]}
 
 
+@pytest.mark.long
 def test_a_text_prior_is_unlearned_by_images_and_not_by_preferred_text():
     """A model that says the common answer nine times in ten, whatever it sees: with s_vco it tells the rare
     image in more than four of five cases (before in none of five), with DPO on the texts in less than half.
@@ -42,7 +44,7 @@ def test_a_text_prior_is_unlearned_by_images_and_not_by_preferred_text():
                 name = f"{k}-{question}-{image}"
                 row = {"id": name, "prompt": [], "completions": [tokens], "supervised": [marks]}
                 prior.append(row)
-    fit(roles, build("objective", "sft"), prior, steps=40)
+    fit(roles, build("objective", "sft"), prior, steps=25)
     net = roles.policy.model
     start = copy.deepcopy(net.state_dict())
     roles.players["reference"] = role(copy.deepcopy(net), "reference")
@@ -59,11 +61,13 @@ def test_a_text_prior_is_unlearned_by_images_and_not_by_preferred_text():
     for row in visual:
         completions, marks = row["completions"], row["supervised"]
         better, worse = completions[0], [*completions[0][:-1], NO]
-        text.append({**row, "completions": [better, worse], "supervised": [marks[0]] * 2, "scores": [1.0, 0.0]})
+        text.append(
+            {**row, "completions": [better, worse], "supervised": [marks[0]] * 2, "scores": [1.0, 0.0]}
+        )
     after = {}
     for name, rows in (("s_vco", visual), ("dpo", text)):
         net.load_state_dict(start)
-        fit(roles, build("objective", name), rows, steps=40, size=16)
+        fit(roles, build("objective", name), rows, steps=25, size=8)
         after[name] = on_rare()
     assert before < 0.2 and after["s_vco"] > 0.8 and after["dpo"] < 0.5, (before, after)
 

@@ -53,23 +53,28 @@ def test_what_is_masked_and_how_much():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("replace", ["mask", "random"])
-def test_masked_thought_reads_past_what_is_wrong(replace):
+def test_masked_thought_reads_past_what_is_hidden_or_wrong():
     """Every step of a chain says the question's digit again: it can be copied from the step before, or from
-    the question.
+    the question. By default later steps are said where earlier ones are hidden, with random tokens where they
+    are wrong.
     """
     rows = [{"id": str(a), "prompt": [20 + a], "completions": [[20 + a] * 5]} for a in range(16)]
+    batch = batch_of(rows)
+    # the steps before are the mask token, or say another digit
+    corrupted = {
+        "hidden": torch.where(batch.supervised, 0, batch.ids),
+        "wrong": torch.where(batch.supervised, 20 + (batch.ids - 20 + 7) % 16, batch.ids),
+    }
+    masked = {"name": "masked_thought", "warmup": 0.3}
     losses = {}
-    for name in ("sft", {"name": "masked_thought", "warmup": 0.3, "replace": replace}):
+    for name, objective in (("sft", "sft"), ("mask", masked), ("random", masked | {"replace": "random"})):
         roles = small_llama()
-        fit(roles, build("objective", name), rows, steps=60, size=16)
-        batch = batch_of(rows)
-        # the steps before say another digit
-        wrong = torch.where(batch.supervised, 20 + (batch.ids - 20 + 7) % 16, batch.ids)
-        logprobs = roles.policy.logprobs(batch.view(ids=wrong)).detach()
-        losses[str(name)] = -float(logprobs[batch.place > 0].mean())
-    sft, masked = losses.values()
-    assert masked < sft - 0.1, losses
+        fit(roles, build("objective", objective), rows, steps=60, size=16)
+        for how, ids in corrupted.items():
+            logprobs = roles.policy.logprobs(batch.view(ids=ids)).detach()
+            losses[name, how] = -float(logprobs[batch.place > 0].mean())
+    assert losses["mask", "hidden"] < losses["sft", "hidden"] - 0.1, losses
+    assert losses["random", "wrong"] < losses["sft", "wrong"] - 0.1, losses
 
 
 CODE = [  # right, wrong, what of the right one differs

@@ -68,7 +68,7 @@ class InstructionRules(Decoder):
                 logits[:, token] += bias
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
                 before = sorted({*prompt, *response} - {*stop})
-                logits[row, torch.tensor(before, device=logits.device)] -= self.repetition
+                logits[row, torch.tensor(before, dtype=torch.long, device=logits.device)] -= self.repetition
                 logits[row, stop] += self.end(len(response))
             return logits
 

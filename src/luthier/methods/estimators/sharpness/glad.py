@@ -26,14 +26,13 @@ from luthier.registry import Range, estimator
     costs="two forward and backward passes a step, and a copy of the trainable parameters.",
     starting_rate="that of the tuner.",
     covers="gradients mixed with those of a point uphill, on whatever a tuner trains.",
-    omits="the paper's own perturbation rule, which could not be verified; CLIP and its scores on base and new"
-    " classes.",
+    omits="the paper's own perturbation rule, which could not be verified; CLIP and its scores on base and"
+    " new classes.",
     tests=[
         "methods/estimators/sharpness/test_glad.py"
         "::test_glad_without_its_share_is_backprop_and_with_all_of_it_sam",
         "methods/estimators/sharpness/test_glad.py::test_glad_on_a_quadratic_is_its_closed_form",
-        "methods/estimators/sharpness/test_glad.py"
-        "::test_it_ends_where_the_loss_is_flatter_than_that_of_lora",
+        "methods/estimators/sharpness/test_glad.py::test_it_ends_where_the_loss_is_flatter_than_that_of_lora",
     ],
 )
 class GLAD(Estimator):

@@ -22,7 +22,7 @@ from luthier.registry import objective
     use_when="you pretrain further on few domain texts and want to keep hidden states near those of a"
     " first round.",
     starting_rate="that of `sft`.",
-    covers="the regulariser beside a masked-LM or next-token loss, with the model of a first round as teacher.",
+    covers="the regulariser beside a masked-LM or next-token loss, the model of a first round as teacher.",
     omits="images; several rounds are a plan `sequence` written by hand.",
     tests=[
         "methods/objectives/distillation/test_self_distill.py"

@@ -146,8 +146,8 @@ class CoreTuning(Objective):
 
 
 def mixed_labels(kinds: Tensor, pure: Tensor) -> Tensor:
-    """[N] classes, and which semi-hard mixtures are of one class -> [3N] a number for the label of each row, of
-    each hard and of each semi-hard mixture; labels mixed of two classes are like no other.
+    """[N] classes, and which semi-hard mixtures are of one class -> [3N] a number for the label of each row,
+    of each hard and of each semi-hard mixture; labels mixed of two classes are like no other.
     """
     classes, kind = kinds.unique(return_inverse=True)
     alone = len(classes) + torch.arange(2 * len(kinds), device=kinds.device)

@@ -28,12 +28,13 @@ from luthier.registry import Range, objective
     starting_rate="that of `sft`.",
     covers="masking with a probability that rises, by a mask token or by random tokens.",
     omits="a mask token of its own in the vocabulary; the gain on arithmetic in words, which the small models"
-    " here do not show (claim `masked_thought`).",
+    " here do not show (claim `masked_thought`). With the mask token, later steps get robust to hidden steps,"
+    " not to wrong ones; with random tokens to both.",
     tests=[
         "methods/objectives/supervised/test_masked_thought.py::test_masked_thought_without_masks_is_sft",
         "methods/objectives/supervised/test_masked_thought.py::test_what_is_masked_and_how_much",
         "methods/objectives/supervised/test_masked_thought.py::test_the_mask_never_ends_a_turn",
-        "methods/objectives/supervised/test_masked_thought.py::test_masked_thought_reads_past_what_is_wrong",
+        "methods/objectives/supervised/test_masked_thought.py::test_masked_thought_reads_past_what_is_hidden_or_wrong",
     ],
 )
 class MaskedThought(Tokens):
