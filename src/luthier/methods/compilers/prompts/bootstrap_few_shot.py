@@ -22,6 +22,14 @@ from luthier.registry import compiler
     row="dspy-compile",
     use_when="a program of prompts has a metric and some rows: it finds demonstrations for every predictor.",
     costs="one to `max_rounds` runs of the program for each row until enough traces are accepted.",
+    covers="signatures, modules, and compilers: demonstrations from traces, random search, ensembles,"
+    " fine-tuning.",
+    tests=[
+        "programs/test_programs.py"
+        "::test_only_accepted_traces_become_demonstrations_and_each_predictor_gets_its_own_step",
+        "programs/test_programs.py::test_random_search_returns_the_best_of_all_candidates",
+        "programs/test_programs.py::test_a_second_compilation_asks_nobody",
+    ],
 )
 class BootstrapFewShot(Compiler):
     """Demonstrations from the program's own accepted traces."""

@@ -48,6 +48,14 @@ TASK = "\n".join(
     use_when="instructions or other values of a workflow are to be improved from feedback in words,"
     " where no gradient exists.",
     costs="`steps` proposals of a model, and `batch_size` runs of the program for each.",
+    covers="the trace of a program as a graph, feedback of any kind, and an optimizer that rewrites"
+    " trainable nodes, also after an error.",
+    omits="the paper's applications (robots, traffic).",
+    tests=[
+        "programs/test_programs.py::test_bisection_through_the_prompt_finds_the_minimum",
+        "programs/test_programs.py::test_the_graph_of_an_outcome_is_its_ancestors",
+        "programs/test_programs.py::test_an_error_is_feedback_and_the_next_step_runs",
+    ],
 )
 class OptoPrime(Compiler):
     """Optimization with trace oracles: workflow, feedback, proposal."""

@@ -46,6 +46,13 @@ Tree = dict[str, Params]  # site -> slot -> tensor
     costs="two gradients a step and one more copy of the trainable parameters with its optimizer"
     " state; with `momentum` twice that.",
     starting_rate="that of the tuner.",
+    covers="the penalty method for mixtures of sources and weight decay.",
+    omits="problems other than these two.",
+    tests=[
+        "methods/estimators/bilevel/test_penalty_bilevel.py"
+        "::test_the_gradient_of_weights_and_decay_is_the_implicit_one_up_to_the_penalty",
+        "methods/estimators/bilevel/test_penalty_bilevel.py::test_the_clean_source_is_found",
+    ],
 )
 class PenaltyBilevel(Estimator):
     """Learned source weights and weight decay; use it with objective `by_source`."""

@@ -37,6 +37,13 @@ from luthier.registry import build, estimator
     costs="one forward and backward pass; `valid_steps` of every `train_steps + valid_steps` steps go"
     " to the hyperparameters.",
     starting_rate="that of `lora`.",
+    covers="dropout and weight decay of an adapter from validation rows, within one run.",
+    omits="whole networks whose layers are gated.",
+    tests=[
+        "methods/estimators/bilevel/test_self_tuning.py::test_the_response_is_the_ridge_path",
+        "methods/estimators/bilevel/test_self_tuning.py"
+        "::test_dropout_rises_where_labels_are_noisy_and_validation_gets_better",
+    ],
 )
 class SelfTuning(Estimator):
     """Online hyperparameters through a learned best response."""

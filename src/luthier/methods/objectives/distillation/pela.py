@@ -30,6 +30,11 @@ NotNegative = Annotated[float, Field(ge=0)]
     use_when="tuner `pela` has replaced matrices by narrow products and the model must be recovered"
     " before it learns a task.",
     starting_rate="that of `sft`.",
+    covers="the regularised distillation of a low-rank model (tuner `pela` makes it).",
+    tests=[
+        "methods/objectives/distillation/test_pela.py::test_products_are_the_best_of_their_rank",
+        "methods/objectives/distillation/test_pela.py::test_healing_brings_a_model_of_low_rank_back",
+    ],
 )
 class PELA(Objective):
     """feature * mean over layers of the states' mean squared error + distillation * KL + perturbation * (||BA

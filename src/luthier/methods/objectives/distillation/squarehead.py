@@ -25,6 +25,14 @@ from luthier.registry import objective
     contract={"head": "it compares hidden states below the head; train the head with a loss beside it"},
     use_when="a pruned model is to recover by following its dense parent layer by layer: add it to `sft`.",
     starting_rate="that of `sft`.",
+    covers="the loss on hidden states by the teacher's size; zeros of a pruned network stay (tuner"
+    " `pruned`).",
+    omits="sparse inference.",
+    tests=[
+        "methods/objectives/distillation/test_squarehead.py::test_squarehead_measures_by_the_teachers_size",
+        "methods/objectives/distillation/test_squarehead.py::test_zeros_stay_while_all_else_moves",
+        "methods/objectives/distillation/test_squarehead.py::test_squarehead_heals_what_pruning_broke",
+    ],
 )
 class SquareHead(Objective):
     """Sum over layers of |teacher - policy|^2 / |teacher|^2."""

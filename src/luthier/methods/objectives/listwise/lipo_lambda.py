@@ -17,6 +17,13 @@ from luthier.registry import objective
     row="lipo-lambda",
     requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     use_when="a row ranks several completions with scores in [0, 1] and the order at the top matters most.",
+    covers="the lambda-weighted loss over ranked lists; `lipo_softmax`, `dpo_bt` and `dpo_pl` beside it.",
+    omits="a comparison with another library's lambda loss.",
+    tests=[
+        "methods/objectives/listwise/test_lists.py::test_lambda_weights_by_hand",
+        "methods/objectives/listwise/test_lists.py::test_a_list_of_two_is_dpo_times_its_weight",
+        "methods/objectives/listwise/test_lists.py::test_ranking_lists_beats_random_pairs_of_them",
+    ],
 )
 class LiPO(Lists):
     """Sum over pairs of |2^score_i - 2^score_j| * |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| * -log

@@ -18,6 +18,12 @@ from luthier.registry import objective
     use_when="completions have scores and you want a stable method without negative gradients.",
     costs="a forward and backward pass over every completion.",
     starting_rate="that of `sft`.",
+    covers="reward-weighted regression, and on a bandit the comparison of objectives with samples on and"
+    " off policy.",
+    tests=[
+        "methods/objectives/listwise/test_rwr.py::test_rwr_between_sft_and_the_best",
+        "methods/objectives/listwise/test_rwr.py::test_rows_without_a_ranking_are_told",
+    ],
 )
 class RWR(Objective):
     """n * softmax(score / beta) * -log p of a completion, n completions in the row."""

@@ -18,6 +18,12 @@ from luthier.registry import objective
     requires=[PAIRS, LOGPROBS],
     use_when="you want likelihood and preference in one loss without a reference model, with each"
     " side's probability bounded apart.",
+    covers="the loss in closed form.",
+    tests=[
+        "methods/objectives/preference/test_asft_align.py::test_asft_in_closed_form",
+        "methods/objectives/preference/test_asft_align.py"
+        "::test_asft_and_orpo_without_their_second_term_are_sft_on_the_chosen",
+    ],
 )
 class ASFT(Pairs):
     """-log p of each token of the best + beta * (-log p(best) - log(1 - p(worst)))."""

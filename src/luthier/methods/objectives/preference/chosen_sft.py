@@ -22,6 +22,11 @@ from luthier.registry import objective
     use_when="a preference loss lowers the likelihood of chosen completions too: add `+"
     " 1.0*chosen_sft`. By itself it is SFT on the chosen side.",
     costs="beside a preference loss next to nothing: it uses the same forward pass.",
+    covers="the SFT term beside any preference loss, `dpo + 0.5*chosen_sft`.",
+    omits="the curve of a gold reward against the divergence.",
+    tests=[
+        "methods/objectives/preference/test_losses.py::test_the_sft_term_keeps_the_chosen_likely",
+    ],
 )
 class ChosenSFT(Objective):
     """-log p of each token of a row's best completion."""

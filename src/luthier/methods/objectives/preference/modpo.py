@@ -24,6 +24,11 @@ from luthier.registry import objective
     requires=[PAIRS, REWARDS, REFERENCE, LOGPROBS],
     use_when="there are several goals and pairs for one of them: one run for each weighting gives a"
     " set of trade-offs (plan `front`).",
+    covers="margins of further goals in the loss, and a front of models.",
+    tests=[
+        "methods/objectives/preference/test_modpo.py::test_modpo_finds_the_policy_of_the_weighted_reward",
+        "methods/plans/studies/test_front.py::test_goals_enter_by_margins_or_by_sums",
+    ],
 )
 class MODPO(Pairs):
     """-log sigmoid((beta * margin - sum of weights_j * (r_j of the best - r_j of the worst)) / w), w = 1 -

@@ -23,6 +23,13 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="you have a judge that gives win rates and play rounds against the last policy; plan"
     " `sppo` runs them.",
+    covers="the squared loss to win rates, and rounds of it.",
+    omits="a third of the prompts for each round: every round uses all.",
+    tests=[
+        "methods/objectives/preference/test_sppo.py::test_sppo_multiplies_by_how_often_an_answer_wins",
+        "methods/objectives/preference/test_sppo.py"
+        "::test_sppo_stays_near_the_equilibrium_of_rock_paper_scissors",
+    ],
 )
 class SPPO(Pairs):
     """The mean over both sides of (log-ratio - (win rate - 1/2) / beta)^2."""

@@ -42,6 +42,12 @@ from luthier.registry import Range, objective
     " labels. It was made for medical images, so try it on a small run first.",
     costs="the parts and wholes of each text are read apart by student and teacher: several forward"
     " passes a row.",
+    covers="localizability, composability and decomposability of stretches of text.",
+    omits="images and anatomy.",
+    tests=[
+        "methods/objectives/representation/test_adam_v2.py::test_parts_of_a_linear_reader_compose_exactly",
+        "methods/objectives/representation/test_adam_v2.py::test_wholes_find_their_parts",
+    ],
 )
 class AdamV2(Objective):
     """Contrast of parts + (1 - cos) of the composed whole + mean (1 - cos) of the decomposed parts."""

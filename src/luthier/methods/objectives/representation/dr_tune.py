@@ -37,6 +37,13 @@ from luthier.registry import objective
     " pretrained features, against overfitting on few rows.",
     costs="a memory of feature pairs, and a rotation fitted at each step.",
     starting_rate="that of `sft`.",
+    covers="the regularisation of the head by pretrained features, calibrated by a rotation.",
+    omits="images.",
+    tests=[
+        "methods/objectives/representation/test_dr_tune.py::test_a_known_rotation_is_found_and_undone",
+        "methods/objectives/representation/test_dr_tune.py"
+        "::test_the_pretrained_features_teach_the_output_layer_alone",
+    ],
 )
 class DRTune(Objective):
     """-log p of each token; for the first token of an answer, plus `weight` * -log p from the aligned

@@ -33,6 +33,13 @@ from luthier.registry import Range, objective
     " hurt; it needs labelled rows.",
     costs="a memory of features.",
     starting_rate="that of `sft`.",
+    covers="the soft vote of nearest neighbours as a loss.",
+    omits="images.",
+    tests=[
+        "methods/objectives/representation/test_look.py"
+        "::test_look_is_the_soft_vote_of_nearest_neighbours_without_oneself",
+        "methods/objectives/representation/test_look.py::test_look_keeps_what_a_class_is_made_of",
+    ],
 )
 class Look(Objective):
     """-log of the share of votes that a row's own class has among its k nearest neighbours."""

@@ -47,6 +47,12 @@ NOTED = {"base_classes": "known", "new_classes": "unknown"}  # terms -> names of
     costs="a small generator that is trained along; its teacher keeps several snapshots of the"
     " trainable parameters.",
     starting_rate="that of `sft`.",
+    covers="features of unknown classes from known ones, and the adaptive self-distillation beside them.",
+    omits="images.",
+    tests=[
+        "methods/objectives/representation/test_ogen.py::test_ogen_keeps_classes_that_are_not_tuned_on",
+        "methods/objectives/representation/test_ogen.py::test_ogen_without_weights_is_nothing_and_warms_up",
+    ],
 )
 class OGEN(Objective):
     """Reconstruction + cross-entropy of generated features of known and unknown classes + distillation on

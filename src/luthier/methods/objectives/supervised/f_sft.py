@@ -27,6 +27,13 @@ CURVES = {  # divergence -> phi(r)
     requires=[COMPLETIONS, REFERENCE, LOGPROBS],
     use_when="plain SFT drifts too far from the reference: a concave curve of the log-ratio keeps it close.",
     starting_rate="that of `sft`.",
+    covers="SFT by any f-divergence with the slope of its curve as weights; evaluator `implicit_value`.",
+    omits="the form is reconstructed from the paper's text.",
+    tests=[
+        "methods/objectives/supervised/test_f_sft.py::test_f_sft_is_sft_where_the_curve_is_straight",
+        "methods/objectives/supervised/test_f_sft.py::test_f_sft_weighs_by_the_slope_of_its_curve",
+        "methods/objectives/supervised/test_f_sft.py::test_chi2_stays_nearer_to_the_reference",
+    ],
 )
 class FSFT(Objective):
     """-phi(r), r = beta * log-ratio of a token or of a completion; phi(r) = r is SFT times beta."""

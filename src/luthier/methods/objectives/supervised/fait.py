@@ -24,6 +24,13 @@ from luthier.registry import objective
     " they differ deserve more weight. Mark them by stage `diff_masks` first.",
     costs="as `sft`, with the wrong program read as well.",
     starting_rate="that of `sft`.",
+    covers="weights on the lines and tokens in which right and wrong programs differ.",
+    omits="the authors' exact weighting could not be verified.",
+    tests=[
+        "methods/objectives/supervised/test_fait.py"
+        "::test_faits_weights_are_constants_and_grow_with_confusion",
+        "methods/objectives/supervised/test_fait.py::test_fait_learns_where_programs_differ",
+    ],
 )
 class FAIT(ChosenSFT):
     """w * -log p of each token of a row's best completion; gap: mean log p where it differs, best minus

@@ -24,6 +24,12 @@ from luthier.registry import objective
     " learns to continue from its own predictions.",
     costs="two forward passes and one backward pass a row.",
     starting_rate="that of `sft`.",
+    covers="the loss of the authors' code in two passes: shifted guess, discounted sums, gradient through"
+    " the weights.",
+    tests=[
+        "methods/objectives/supervised/test_ift.py::test_ift_without_its_two_parts_is_sft",
+        "methods/objectives/supervised/test_ift.py::test_ift_by_hand_in_two_passes",
+    ],
 )
 class IFT(Objective):
     """w_i * -log p(token i | mixed beginning), w_i the discounted sum of the losses from i on, of mean 1 in a

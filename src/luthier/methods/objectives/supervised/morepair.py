@@ -21,6 +21,13 @@ from luthier.registry import objective
     " generated later.",
     costs="as `sft` on answer and rationale; the prompt is read once.",
     starting_rate="that of `sft`.",
+    covers="the weighted mean of two likelihoods, with NEFTune as a setting of the recipe.",
+    omits="the paper's repair data and its judge of repairs.",
+    tests=[
+        "methods/objectives/supervised/test_morepair.py"
+        "::test_morepair_is_the_weighted_mean_of_two_likelihoods",
+        "methods/objectives/supervised/test_morepair.py::test_morepair_learns_both",
+    ],
 )
 class MOREPAIR(TaskSFT):
     """(likelihood of the answers + beta * likelihood of the rationales) / (1 + beta)."""

@@ -24,6 +24,13 @@ METRIC = "generated_reward"
     row="raft",
     use_when="answers can be scored and you want reinforcement learning's gain by plain supervised steps.",
     costs="at most `rounds` times sampling, scoring and a run.",
+    covers="rounds of sampling, ranking and supervised steps, with a price on leaving the untuned model.",
+    omits="the ranking over all prompts together; diversity is an evaluator of its own.",
+    tests=[
+        "methods/plans/rounds/test_raft.py::test_five_rounds_rise_and_beat_one_of_as_many_samples",
+        "methods/plans/rounds/test_raft.py::test_raft_of_one_sample_is_sft_on_own_samples",
+        "methods/plans/rounds/test_raft.py::test_raft_returns_a_model_that_is_not_worse",
+    ],
 )
 class RAFT(Plan):
     """`rounds` times rollout, score, best, and then the recipe's objective (sft), each continuing from the

@@ -23,6 +23,14 @@ from luthier.registry import Range, plan
     use_when="you have only SFT rows and SFT has ended: self-play against the model's own answers may"
     " gain more.",
     costs="`rounds` times sampling one answer for each row and a DPO run.",
+    covers="rounds of self-play with the round's start as reference, and pairs of the round before.",
+    omits="RMSProp and the rates by round of the paper.",
+    tests=[
+        "methods/plans/rounds/test_spin.py::test_spin_begins_each_round_at_log_two",
+        "methods/plans/rounds/test_spin.py::test_rounds_approach_the_data_and_stay_there",
+        "methods/plans/rounds/test_spin.py::test_at_the_data_the_gradient_is_zero_as_that_of_more_sft",
+        "methods/plans/rounds/test_spin.py::test_learning_to_prefer_what_is_said_anyway_changes_nothing",
+    ],
 )
 class SPIN(Plan):
     """`rounds` times against_self and dpo, each continuing from the last."""

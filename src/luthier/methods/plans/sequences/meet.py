@@ -22,6 +22,12 @@ from luthier.registry import plan, spec
     row="meet",
     use_when="rows have ratings or good and bad answers and you use tuner `control`.",
     costs="two runs.",
+    covers="control prefixes by quality, trained together with the policy and then alone.",
+    omits="the paper's data.",
+    tests=[
+        "methods/plans/sequences/test_meet.py::test_meet",
+        "methods/plans/sequences/test_meet.py::test_each_row_is_read_under_its_own_vectors_in_every_layout",
+    ],
 )
 class MEET(Plan):
     """Tuner `control`, alone and then with the recipe's tuner, on rows sorted by stage `buckets`."""

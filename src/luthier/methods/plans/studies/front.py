@@ -37,6 +37,19 @@ EXAMPLE = (
     row="modpo hpo-morl",
     use_when="several goals conflict and you want to see and choose the trade-off.",
     costs="`points` runs; fewer where `between` takes averages.",
+    covers={
+        "modpo": "a front of models, one for each weighting of goals.",
+        "hpo-morl": "a search for the configuration with the best front, as a mean over seeds.",
+    },
+    tests={
+        "modpo": [
+            "methods/plans/studies/test_front.py::test_a_front_is_measured_drawn_and_goes_on",
+        ],
+        "hpo-morl": [
+            "study/test_search.py::test_a_plan_is_searched_by_its_front",
+            "study/test_search.py::test_a_search_over_fronts_finds_more_than_the_default",
+        ],
+    },
 )
 class Front(Plan):
     """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. The plan's result

@@ -24,6 +24,16 @@ from luthier.registry import searcher
     row="autorl-hpo",
     use_when="the space has many settings and choices and you can afford many short runs.",
     costs="nothing between runs; paused runs keep their checkpoints.",
+    covers="tuning seeds apart from test seeds, the gap between both in the report, DEHB, successive"
+    " halving and random search.",
+    omits="PB2, BGT and other population-based training, which change settings within a run;"
+    " reinforcement-learning environments.",
+    tests=[
+        "study/test_search.py::test_seeds_that_overlap_are_refused",
+        "study/test_search.py::test_one_tuning_seed_flatters_and_five_flatter_less",
+        "contracts/test_searchers.py::test_dehb_of_one_share_and_no_crossover_is_the_mutation_alone",
+        "contracts/test_searchers.py::test_halving_pays_what_the_formula_says",
+    ],
 )
 class DEHB(Hyperband):
     """With min_share 1 it is differential evolution."""

@@ -32,6 +32,13 @@ from luthier.registry import searcher
     row="bayesopt-tutorial",
     use_when="runs are few and costly, settings up to about twenty, and nothing should be installed for it.",
     costs="2 (d + 1) configurations are spread evenly first; then a model is fitted between runs.",
+    covers="Gaussian processes with expected improvement, also of noisy values, and knowledge gradient.",
+    tests=[
+        "methods/searchers/model_based/test_bayes.py::test_a_posterior_is_the_formula",
+        "methods/searchers/model_based/test_bayes.py"
+        "::test_the_improvement_in_closed_form_is_what_sampling_says",
+        "methods/searchers/model_based/test_bayes.py::test_it_finds_a_minimum_that_chance_does_not",
+    ],
 )
 class Bayes(Searcher):
     """For few and costly runs, up to about twenty settings; needs no further package."""

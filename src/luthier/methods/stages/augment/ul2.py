@@ -31,6 +31,25 @@ DENOISERS = {"R": ((3, 0.15), (8, 0.15)), "X": ((3, 0.5), (8, 0.5), (64, 0.15), 
     requires=[COMPLETIONS],
     use_when="you pretrain further on plain text and want infilling as well as continuation.",
     costs="no model is read.",
+    covers={
+        "ul2": "mixtures of denoisers with modes, on any model that reads a prefix.",
+        "architecture-objective-study": "causal and prefix language models, masked and next-token objectives,"
+        " and the adaptation of one into the other.",
+    },
+    omits={
+        "architecture-objective-study": "the comparison at scale.",
+    },
+    tests={
+        "ul2": [
+            "methods/stages/augment/test_ul2.py"
+            "::test_a_denoiser_hides_its_share_in_spans_of_its_length_and_can_be_undone",
+            "methods/stages/augment/test_ul2.py::test_ul2_draws_modes_by_their_shares_from_seed_and_row",
+        ],
+        "architecture-objective-study": [
+            "methods/tuners/prompts/test_prefix.py::test_what_may_change_changes_and_nothing_else",
+            "methods/tuners/prompts/test_prefix.py::test_a_causal_model_adapts_sooner_than_a_new_one_learns",
+        ],
+    },
 )
 class UL2(Stage):
     """Texts become prompt and completion, by one of seven denoisers."""

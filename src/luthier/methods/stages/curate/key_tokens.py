@@ -28,6 +28,13 @@ TOKEN_WEIGHTS = Column("token_weights", per="token", says="a weight for each sup
     use_when="you train tool calling and the tokens that decide a call (its name, the start of each"
     " argument) should weigh more.",
     costs="no model is read.",
+    covers="weights on the key tokens of tool calls; failed calls are read and not learned; a reward for"
+    " calls.",
+    tests=[
+        "methods/stages/curate/test_key_tokens.py::test_key_tokens_of_a_call",
+        "methods/stages/curate/test_key_tokens.py::test_failed_calls_are_read_and_not_learned",
+        "methods/stages/curate/test_key_tokens.py::test_a_tool_call_is_judged_by_its_first_fault",
+    ],
 )
 class KeyTokens(Stage):
     """Column `token_weights`: min(others / keys, most) at key tokens, 1 elsewhere, for each

@@ -23,6 +23,15 @@ from luthier.registry import stage
     use_when="you have classification sets with label names and want a model that answers questions"
     " about labels it has not seen.",
     costs="one row for each label and each of its questions.",
+    covers="questions about every label, groups of tasks held out whole, and the area under the curve for"
+    " each.",
+    omits="the paper's 43 data sets.",
+    tests=[
+        "methods/stages/curate/test_yes_no.py::test_yes_no_asks_about_every_label",
+        "methods/evaluators/quality/test_yes_no_auc.py::test_auc_is_the_share_of_pairs_in_order",
+        "methods/evaluators/quality/test_yes_no_auc.py"
+        "::test_meta_tuning_answers_questions_it_was_not_tuned_on",
+    ],
 )
 class YesNo(Stage):
     """One row for each label and each of its descriptions: the question, a line break, the text; yes or no.

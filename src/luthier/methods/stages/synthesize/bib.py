@@ -55,6 +55,15 @@ RATES = (1e-3, 5.0)  # times learning_rate: where a learned rate may lie
     use_when="completions are costly to score (designs, sequences), a scored set exists, and you want"
     " better candidates without new scores. Each letter should be a token of its own.",
     costs="`steps` gradient steps through the frozen network for each of `n` completions.",
+    covers="bidirectional losses in closed form, learned gamma and rates, designs decoded as sequences.",
+    omits="a pretrained model of DNA or proteins: any masked or causal model takes its place.",
+    tests=[
+        "methods/stages/synthesize/test_bib.py::test_losses_are_those_of_kernel_ridge",
+        "methods/stages/synthesize/test_bib.py"
+        "::test_gradients_through_a_step_are_those_of_finite_differences",
+        "methods/stages/synthesize/test_bib.py"
+        "::test_designs_hold_more_of_a_motif_than_anything_that_was_shown",
+    ],
 )
 class BIB(Stage):
     """New rows instead of the given ones: the best completions, improved. Column `proxy`: the

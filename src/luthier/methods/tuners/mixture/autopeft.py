@@ -52,6 +52,14 @@ POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wi
     " are, rather than choosing a single adapter type.",
     costs="as the adapters and the prefix that are switched on; not mergeable, so inference stays"
     " slower by them.",
+    covers="the configuration space of serial and parallel adapters and prefixes, its search, and the"
+    " transfer of what is found.",
+    omits="SAAS priors by sampling: they are fitted by maximum a posteriori.",
+    tests=[
+        "methods/tuners/mixture/test_autopeft.py::test_what_moves_is_what_the_vector_says",
+        "methods/tuners/mixture/test_autopeft.py::test_a_search_of_vectors_covers_more_than_chance",
+        "methods/tuners/mixture/test_autopeft.py::test_a_configuration_that_was_found_moves_to_another_task",
+    ],
 )
 class AutoPEFT(Delta):
     """Three kinds of modules, and which layers have them."""

@@ -41,6 +41,12 @@ Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_le
     costs="as full fine-tuning, plus one more forward and backward pass for each sub-network that"
     " estimator `elastic` draws.",
     starting_rate="start with that of `full`.",
+    covers="sub-networks of one tuned network, sorted by importance, and the search of their front.",
+    tests=[
+        "methods/tuners/pruned/test_elastic.py::test_masked_is_sliced",
+        "methods/tuners/pruned/test_elastic.py"
+        "::test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_kept",
+    ],
 )
 class Elastic(Tuner):
     """Full fine-tuning of a network with sub-networks."""

@@ -33,6 +33,12 @@ from luthier.registry import searcher
     row="mf-bayesopt-survey",
     use_when="the first part of a run already tells much about its end, and runs are costly.",
     costs="a model is fitted between runs; paused runs keep their checkpoints.",
+    covers="co-kriging of brief and whole runs, and where to measure next.",
+    omits="the survey's other surrogates (polynomial chaos, physics).",
+    tests=[
+        "methods/searchers/model_based/test_cokriging.py::test_the_joint_covariance_is_that_of_the_recursion",
+        "methods/searchers/model_based/test_cokriging.py::test_it_pays_less_for_the_optimum",
+    ],
 )
 class CoKriging(Shares):
     """For few and costly runs whose first part is informative."""

@@ -32,6 +32,14 @@ LEARN = "learn"
     use_when="you train a translation model between two languages and want a stage before it that"
     " brings their words together.",
     costs="no model is read; `dictionary: learn` fits word vectors first.",
+    covers="code-switching restoration with dictionaries induced from the rows themselves.",
+    omits="multilingual pretrained models and their benchmarks.",
+    tests=[
+        "methods/stages/augment/test_code_switch.py"
+        "::test_code_switching_learns_its_dictionary_and_writes_both_languages",
+        "methods/stages/augment/test_code_switch.py"
+        "::test_restoring_before_translating_helps_and_brings_languages_together",
+    ],
 )
 class CodeSwitch(Stage):
     """Texts, or the completions of rows, become rows (text with replaced words -> text)."""
