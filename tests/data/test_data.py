@@ -9,12 +9,14 @@ import os
 import pytest
 
 from helpers.paths import DATA
+from luthier.data.load import load_data
 from luthier.data.load import load_rows as load
 from luthier.data.quarantine import TooManyBadRows, write_quarantine
 from luthier.data.sources import resolve_source
 from luthier.data.split import content_key, split
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow
+from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
@@ -479,6 +481,19 @@ def test_names_on_the_hub(monkeypatch):
         match="'someone/stories' is neither a file.* nor a data set that can be loaded: no network$",
     ):
         load("someone/stories")
+
+
+def test_a_data_set_of_the_hub_brings_its_own_held_out_rows(monkeypatch):
+    import datasets
+
+    parts = {}
+    for name in ("train", "validation", "test"):
+        parts[name] = datasets.Dataset.from_list([{"text": f"{name} {i}"} for i in range(3)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, split=None, **k: parts.get(split, parts))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *a, **k: [*parts])
+    data = load_data(Recipe.load({"data": "someone/stories"}))
+    assert len(data.rows) == 3
+    assert [row["completions"] for row in data.held_out] == [[f"validation {i}"] for i in range(3)]
 
 
 def test_toy_tasks():

@@ -196,9 +196,11 @@ def held_out_source(source: Source) -> Source | None:
         splits = list(source.path)
     elif isinstance(source.path, str) and not is_toy(source.path):
         path = existing_path(source.path)
-        if path is None or not path.is_dir():
+        if path is None:
+            splits = hub_splits(source)
+        elif not path.is_dir():
             return None
-        if is_saved_dataset(path):
+        elif is_saved_dataset(path):
             splits = saved_splits(path)
         elif split := folders.own_held_out(path, source.name):
             splits = ["train", split]
@@ -206,6 +208,19 @@ def held_out_source(source: Source) -> Source | None:
         if split in splits and "train" in splits:
             return source.model_copy(update={"split": split})
     return None
+
+
+def hub_splits(source: Source) -> list[str]:
+    """The splits of a data set of the hub; none where they cannot be read: reading its rows then says why."""
+    path = str(source.path)
+    if file_kind(Path(path)) in READERS or path.startswith((".", "/", "~")) or len(path) > 200:
+        return []
+    import datasets
+
+    try:
+        return datasets.get_dataset_split_names(path, source.name)
+    except Exception:  # no network, no such data set, several configurations: whatever the library raises
+        return []
 
 
 def existing_path(text: str) -> Path | None:

@@ -87,7 +87,11 @@ class Recipe:
     optim: Any = "adamw"
     # learning rate of the optimizer
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(1e-5, 1e-2, log=True)] = 2e-4
-    lr_scheduler_type: str = "linear"  # learning-rate schedule: constant, linear, cosine, warmup_stable_decay
+    # learning-rate schedule: constant, linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial,
+    # warmup_stable_decay
+    lr_scheduler_type: str = "linear"
+    # settings of the schedule: min_lr or min_lr_rate, num_cycles, power, decay_ratio, decay_type
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     # steps of linear warm-up; below 1, a share of the run
     warmup_steps: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(0, 0.3)] = 0.03
 
@@ -131,6 +135,13 @@ class Recipe:
     evaluate: list[Any] | None = None
     # steps between evaluations during training (below 1: a share of the run); default: none
     eval_steps: Amount | None = None
+    # end with the weights of the evaluation that was best, not with the last ones
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "loss"  # which of the metrics tells the best weights
+    # stop after so many evaluations in turn without a better one; default: never
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    # a better evaluation is one that is better by more than this
+    early_stopping_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     save_steps: Amount = 0.1  # steps between checkpoints (below 1: a share of the run)
     save_total_limit: Count = 2  # number of checkpoints to keep
     logging_steps: Count = 1  # steps between lines in metrics.jsonl

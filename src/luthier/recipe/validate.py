@@ -190,6 +190,7 @@ def dry_run(recipe: Recipe, rows: Sequence[dict] = ()) -> Methods:
     check_players(methods, recipe)
     available = columns_of(rows) | methods.provide()
     choose_evaluators(recipe, methods, frozenset(available))
+    check_best(recipe, methods)
     available = run_stages(recipe, methods, available, rows)
     users = [methods.tuner, *methods.roles.values(), methods.estimator, *methods.chain]
     if methods.objective is not None:
@@ -208,7 +209,13 @@ def check_settings(recipe: Recipe, methods: Methods) -> None:
     """Refuse settings of the recipe itself that cannot work."""
     if methods.quantizer is not None:
         check_quantized(methods.tuner, methods.quantizer)
-    schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
+    schedule(
+        recipe.lr_scheduler_type,
+        recipe.warmup_steps,
+        1,
+        recipe.lr_scheduler_kwargs,
+        recipe.learning_rate,
+    )
     if recipe.torch_compile:
         check_compiler()
     if isinstance(recipe.init_from, dict):
@@ -226,6 +233,26 @@ def choose_evaluators(recipe: Recipe, methods: Methods, available: frozenset[str
                 methods.evaluate.append(evaluator)
     for evaluator in methods.evaluate:
         require(evaluator, available, label(evaluator, recipe), methods.parts())
+
+
+def check_best(recipe: Recipe, methods: Methods) -> None:
+    """Refuse a metric for the best weights that no evaluator measures, or of which neither way is better."""
+    if not recipe.load_best_model_at_end and recipe.early_stopping_patience is None:
+        return
+    name = recipe.metric_for_best_model.removeprefix("eval_")
+    declared = {}
+    names = {evaluator.name for evaluator in methods.evaluate}
+    for card in cards("evaluator"):
+        if card.name in names:
+            declared |= {metric.name: metric for metric in card.metrics}
+    metric = declared.get(name.partition("/")[0])
+    if metric is None:
+        raise RecipeError(
+            f"metric_for_best_model: '{name}' is measured by none of the evaluators of this run"
+            f"{did_you_mean(name, declared)} (measured: {', '.join(declared) or 'nothing'})"
+        )
+    if metric.higher_is_better is None:
+        raise RecipeError(f"metric_for_best_model: neither more nor less of '{name}' is better")
 
 
 def run_stages(recipe: Recipe, methods: Methods, available: set[str], rows: Sequence[dict]) -> set[str]:

@@ -40,6 +40,7 @@ OWN = (
     "seed",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "tuner",
     "output_dir",
@@ -53,6 +54,8 @@ def shared_key(recipe: Recipe) -> str | None:
     settings = recipe.public()
     tuner = settings["tuner"] if isinstance(settings["tuner"], dict) else {"name": settings["tuner"]}
     if tuner.get("name") != "lora" or recipe.quantization is not None or recipe.objective is None:
+        return None
+    if recipe.load_best_model_at_end or recipe.early_stopping_patience:
         return None
     if recipe.plan is not None or recipe.online_stages or recipe.stages or recipe.init_from is not None:
         return None

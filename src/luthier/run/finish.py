@@ -14,6 +14,7 @@ from luthier.model.saved import plain_configs
 from luthier.registry import spec
 from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
 from luthier.run import resume
+from luthier.run.best import forget_best
 from luthier.run.caches import close_caches
 from luthier.run.folder import update_state
 from luthier.run.prepare import Prepared
@@ -62,6 +63,7 @@ def finish(trained: Trained) -> Finished:
         write_report(session.recipe, report, log, session.folder)
         report.write(session.folder)
         update_state(session.folder, finished=True)
+        forget_best(session.folder)
     session.accelerator.wait_for_everyone()
     return Finished(report, paused=False)
 

@@ -34,6 +34,7 @@ from luthier.run.upgrade import (
 from luthier.storage import checkpoints, files
 from luthier.storage.layout import (
     BEFORE,
+    BEST,
     FAILED,
     LOG,
     PAUSED,
@@ -174,8 +175,8 @@ def clear(folder: Path) -> None:
     """Leave nothing of a run. run.json goes last: while it stands, a folder that is half cleared is still the
     old run's.
     """
-    for path in checkpoints.paths(folder):
-        shutil.rmtree(path)
+    for path in (*checkpoints.paths(folder), folder / BEST):
+        shutil.rmtree(path, ignore_errors=True)
     patterns = [*PATTERNS]
     for kind in KINDS:
         for card in cards(kind):

@@ -199,7 +199,13 @@ def _build_trainer(session: Session, roles: Roles, rows: list[dict]) -> Trainer:
     clock.total = length.steps
     if session.main:
         update_state(session.folder, steps=clock.total)
-    factor = schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total)
+    factor = schedule(
+        recipe.lr_scheduler_type,
+        recipe.warmup_steps,
+        clock.total,
+        recipe.lr_scheduler_kwargs,
+        recipe.learning_rate,
+    )
     return Trainer(
         roles,
         rows,

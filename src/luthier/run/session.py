@@ -78,7 +78,7 @@ class Session:
         """
         roles.policy.eval()
         metrics = run_all(self.methods.evaluate, roles, rows, self.folder, when)
-        metrics = _broadcast(metrics, self.accelerator)
+        metrics = broadcast(metrics, self.accelerator)
         self.accelerator.log({f"eval_{k}": v for k, v in metrics.items()}, step=roles.clock.step)
         return metrics
 
@@ -132,7 +132,7 @@ def open_session(
     with open_folder(folder, recipe, data, main, overwrite) as state:
         for sentence in state.warnings:
             callback.warn(sentence)
-        if _broadcast(state.finished, accelerator):
+        if broadcast(state.finished, accelerator):
             callback.warn(
                 f"{folder} already holds this run, finished; nothing to do (overwrite=true starts over)"
             )
@@ -234,7 +234,7 @@ def _start_trackers(session: Session) -> None:
     session.accelerator.init_trackers("luthier", settings)
 
 
-def _broadcast(value: Any, accelerator: Any) -> Any:
+def broadcast(value: Any, accelerator: Any) -> Any:
     """The main process's value, in every process: they must not part ways over it."""
     if accelerator.num_processes == 1:
         return value

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from luthier.errors import Diverged
 from luthier.run import resume
+from luthier.run.best import Best, eval_interval, load_best, open_best
 from luthier.run.prepare import Prepared
 from luthier.run.session import save_interval, step_count
 from luthier.storage import files
@@ -32,17 +33,21 @@ def train(prepared: Prepared) -> Trained:
         last = step_count(session.stop_at, clock.total) or None
         with recorded(prepared), session.callback.training(clock.total, clock.step):
             prepared.trainer.run(last)
-    return Trained(prepared, clock.step >= clock.total)
+    complete = clock.step >= clock.total
+    if complete:
+        load_best(prepared)
+    return Trained(prepared, complete)
 
 
 @contextmanager
 def recorded(prepared: Prepared) -> Iterator[None]:
     """While the trainer steps: logs, evaluations and checkpoints after each step."""
     losses = [line["loss"] for line in read_log(prepared.session.folder) if "loss" in line]
+    best = open_best(prepared)
 
     def after_step(trainer: Trainer, log: dict) -> None:
         prepared.session.check_folder()
-        _evaluate(prepared, log)
+        _evaluate(prepared, log, best)
         _write_log(prepared, log)
         prepared.session.callback.step(log)
         _save(prepared)
@@ -71,19 +76,29 @@ def _at_end(prepared: Prepared) -> bool:
     return clock.step == clock.total
 
 
-def _evaluate(prepared: Prepared, log: dict) -> None:
-    """Metrics during training into the log, every eval_steps; those of the last step are the report's."""
+def _evaluate(prepared: Prepared, log: dict, best: Best | None) -> None:
+    """Metrics during training into the log, every eval_steps; those of the last step are the report's, and
+    are measured here only where they may be the best.
+    """
     session, roles = prepared.session, prepared.trainer.roles
-    every = step_count(session.recipe.eval_steps, roles.clock.total)
-    if every and roles.clock.step % every == 0 and not _at_end(prepared):
-        metrics = session.evaluate(roles, prepared.eval_rows, "during")
-        log |= {f"eval_{k}": v for k, v in metrics.items()}
+    every = step_count(eval_interval(session.recipe), roles.clock.total)
+    now = bool(every) and roles.clock.step % every == 0
+    if _at_end(prepared):
+        now = best is not None
+    if not now:
+        return
+    metrics = session.evaluate(roles, prepared.eval_rows, "during")
+    log |= {f"eval_{k}": v for k, v in metrics.items()}
+    if best is not None:
+        best.add(roles.clock.step, metrics)
 
 
 def _write_log(prepared: Prepared, log: dict) -> None:
     """A line of metrics.jsonl and the trackers' numbers, every logging_steps and at the end."""
     session, step = prepared.session, prepared.trainer.roles.clock.step
-    if not session.main or (step % session.recipe.logging_steps and not _at_end(prepared)):
+    evaluated = any(key.startswith("eval_") for key in log)
+    due = step % session.recipe.logging_steps == 0 or _at_end(prepared) or evaluated
+    if not session.main or not due:
         return
     numbers = {k: v for k, v in log.items() if k != "step" and not k.startswith("eval_")}
     session.accelerator.log(numbers, step=step)

@@ -18,6 +18,7 @@ LOG = "metrics.jsonl"  # a line for each logged step
 PAUSED = "paused.json"  # of a run that pauses: what it measured there
 REPORT = "report.json"
 FAILED = "failed.json"  # of a run that failed: which outcome it was, and the sentence
+BEST = "best"  # the weights of the best evaluation
 CODES = "quantized.safetensors"  # a quantized base's weights
 INLINE = ("data-*.jsonl", "eval_data-*.jsonl")  # rows given from Python
 RENDERING = "rendering.json"  # what else rows were rendered with: the date, template variables, system prompt

@@ -377,7 +377,13 @@ def step_memory(
     from luthier.train import memory
     from luthier.train.optimizer import Chain
 
-    factor = schedule(recipe.lr_scheduler_type, recipe.warmup_steps, max(1, steps))
+    factor = schedule(
+        recipe.lr_scheduler_type,
+        recipe.warmup_steps,
+        max(1, steps),
+        recipe.lr_scheduler_kwargs,
+        recipe.learning_rate,
+    )
     chain = Chain(methods.chain, roles.tuner, roles.clock, recipe.learning_rate, factor)
     samples, tokens = short_batches(roles, answered), training.micro_batch_tokens(micro)
     longest, checkpointing = int(training.stats["longest"]), recipe.gradient_checkpointing

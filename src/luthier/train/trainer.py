@@ -86,7 +86,7 @@ class Trainer:
         """Step until the clock's total, or stop before at `until`."""
         clock = self.roles.clock
         last = clock.total if until is None else min(clock.total, until)
-        while clock.step < last:
+        while clock.step < min(last, clock.total):  # a hook may end the run sooner
             log = self.step()
             clock.step += 1
             for hook in self.hooks:

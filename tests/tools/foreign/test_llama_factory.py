@@ -57,10 +57,11 @@ def test_full_fine_tuning():
     assert recipe.methods()["tuner"].name == "full"
     assert recipe.methods()["architecture"].neftune_noise_alpha == 5
     assert recipe.methods()["optim"].weight_decay == 0.1
-    assert (recipe.lr_scheduler_type, recipe.save_steps) == ("cosine", 0.5)
+    assert (recipe.lr_scheduler_type, recipe.save_steps) == ("cosine_with_min_lr", 0.5)
     notes = {note.key: note for note in import_file(FOLDER / "full_sft_deepspeed.yaml").notes}
     assert notes["deepspeed"].outcome == "dropped"
-    assert notes["lr_scheduler_type"].outcome == "changed"
+    assert recipe.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert notes["lr_scheduler_kwargs"].outcome == "mapped"
 
 
 def test_preferences():

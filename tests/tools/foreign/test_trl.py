@@ -109,7 +109,7 @@ def test_arguments_alone():
     assert (recipe.learning_rate, recipe.warmup_steps, recipe.seed) == (3e-5, 0.06, 3)
     assert recipe.aim().label_smoothing_factor == 0.1
     assert recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps == 8
-    assert notes("training_args.json")["lr_scheduler_type"].outcome == "changed"
+    assert recipe.lr_scheduler_type == "polynomial"
 
 
 def test_text_of_a_column():

@@ -225,6 +225,14 @@ def read_linear(draft: Draft) -> None:
     draft.note("lora_target_linear", "mapped", "tuner.target_modules")
 
 
+def read_least_rate(draft: Draft) -> None:
+    """The share of the learning rate at which a cosine ends."""
+    ratio = draft.get("cosine_min_lr_ratio")
+    if ratio is None or draft.recipe.get("lr_scheduler_type") != "cosine":
+        return
+    draft.put("lr_scheduler_kwargs.min_lr_rate", number(ratio), "cosine_min_lr_ratio")
+
+
 def read_reward_model(draft: Draft) -> None:
     """A reward of whole answers from pairs, or of the steps of a solution."""
     if not is_on(draft.get("reward_model")):
@@ -485,8 +493,8 @@ KEYS: dict[str, Rule] = {
     "lr_scheduler": read_schedule,
     "warmup_steps": read_schedule,
     "warmup_ratio": read_schedule,
-    "lr_scheduler_kwargs": Drop("schedules have no settings"),
-    "cosine_min_lr_ratio": Drop("schedules end at zero"),
+    "lr_scheduler_kwargs": TRAINING_ARGUMENTS["lr_scheduler_kwargs"],
+    "cosine_min_lr_ratio": read_least_rate,
     "cosine_constant_lr_ratio": Drop("schedules have no settings"),
     "optimizer": read_optimizer,
     "optim_args": Drop("further settings stand under `optim:`"),
@@ -514,7 +522,7 @@ KEYS: dict[str, Rule] = {
     "load_best_model_at_end": TRAINING_ARGUMENTS["load_best_model_at_end"],
     "metric_for_best_model": TRAINING_ARGUMENTS["metric_for_best_model"],
     "greater_is_better": TRAINING_ARGUMENTS["greater_is_better"],
-    "early_stopping_patience": Drop("a run goes to its end; the report shows how the held-out loss went"),
+    "early_stopping_patience": TRAINING_ARGUMENTS["early_stopping_patience"],
     "bf16": read_dtype,
     "fp16": read_dtype,
     "bfloat16": read_dtype,

@@ -67,11 +67,11 @@ def prepare(draft: Draft, command: str) -> None:
         settings = dict(values.pop("peft_config"))
         values["finetuning_type"] = settings.pop("name", "lora")
         for setting, value in settings.items():
-            values[LORA.get(setting, setting)] = value
+            values[LORA.get(str(setting), str(setting))] = value
     elif "train_dataset" in draft.values:
         values.setdefault("finetuning_type", "full")
     if isinstance(values.get("optim_config"), dict):
-        values["optim"] = values.pop("optim_config").get("name")
+        values["optim"] = values.pop("optim_config").get("name", "adamw_torch")
     draft.values = values
 
 

@@ -543,7 +543,7 @@ KEYS: dict[str, Rule] = {
     "eval_limit": Drop("`evaluate:` names what is measured"),
     "eval_use_evalscope": Drop("`evaluate:` names what is measured"),
     "eval_datasets": Drop("`evaluate:` names what is measured"),
-    "early_stop_interval": Drop("a run goes to its end; the report shows how the held-out loss went"),
+    "early_stop_interval": To("early_stopping_patience", whole),
     "router_aux_loss_coef": Drop("the model's own loss of its router is not added"),
     "use_ray": MANY_DEVICES,
     "tuner_backend": Drop("adapters are luthier's own, and written as PEFT reads them"),

@@ -4,6 +4,7 @@ what several keys say together.
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,16 +15,18 @@ SCHEDULES = {  # transformers' schedule -> ours
     "cosine": "cosine",
     "constant": "constant",
     "constant_with_warmup": "constant",
+    "cosine_with_restarts": "cosine_with_restarts",
+    "cosine_with_min_lr": "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr": "cosine_with_min_lr",
+    "polynomial": "polynomial",
     "warmup_stable_decay": "warmup_stable_decay",
 }
 NEAREST_SCHEDULES = {
-    "cosine_with_restarts": "cosine",
     "cosine_with_min_lr": "cosine",
     "cosine_warmup_with_min_lr": "cosine",
     "rex": "cosine",
     "quadratic": "cosine",
     "one_cycle": "cosine",
-    "polynomial": "linear",
     "inverse_sqrt": "linear",
     "log_sweep": "linear",
     "reduce_lr_on_plateau": "constant",
@@ -71,12 +74,42 @@ def read_schedule(draft: Draft) -> None:
 
 def put_schedule(draft: Draft, name: str, key: str) -> None:
     """The schedule of that name, or the nearest one."""
-    if name in SCHEDULES:
+    settings = str(draft.get("lr_scheduler_kwargs", ""))
+    needs_least = SCHEDULES.get(name) == "cosine_with_min_lr" and "min_lr" not in settings
+    if name in SCHEDULES and not needs_least:
         draft.put("lr_scheduler_type", SCHEDULES[name], key)
         return
     nearest = NEAREST_SCHEDULES.get(name, "linear")
     draft.put("lr_scheduler_type", nearest)
-    draft.change(key, "lr_scheduler_type", f"there is no schedule '{name}'; '{nearest}' is nearest")
+    why = f"there is no schedule '{name}'; '{nearest}' is nearest"
+    if needs_least:
+        why = f"'{name}' sets no min_lr; '{nearest}' ends at 0"
+    draft.change(key, "lr_scheduler_type", why)
+
+
+def read_schedule_settings(draft: Draft) -> None:
+    """Those settings of transformers' schedules that a recipe has."""
+    settings = draft.get("lr_scheduler_kwargs")
+    if isinstance(settings, str):
+        settings = json.loads(settings)
+    settings = dict(settings or {})
+    for key in ("num_decay_steps", "num_stable_steps", "warmup_type"):
+        if settings.pop(key, None) is not None:
+            why = f"`{key}`: decay_ratio is the share of the steps in which the rate falls"
+            draft.change("lr_scheduler_kwargs", "lr_scheduler_kwargs", why)
+    if settings:
+        draft.put("lr_scheduler_kwargs", settings, "lr_scheduler_kwargs")
+
+
+def read_best_metric(draft: Draft) -> None:
+    """The metric of the best weights; that of transformers may be one that is not measured here."""
+    name = draft.get("metric_for_best_model")
+    if name is None or str(name).removeprefix("eval_") in ("loss", "accuracy"):
+        if name is not None:
+            draft.put("metric_for_best_model", str(name), "metric_for_best_model")
+        return
+    why = f"'{name}' may be measured by no evaluator here; the held-out loss is used"
+    draft.change("metric_for_best_model", "metric_for_best_model", why)
 
 
 def put_warmup(draft: Draft) -> None:
@@ -274,7 +307,6 @@ MANY_DEVICES = Drop(
 )
 LOADING = Drop("how rows are loaded does not change a run; luthier chooses")
 HUB = Drop("luthier uploads nothing; `luthier export` writes the result for other tools")
-BEST = Drop("the final weights are the result; the report shows how the held-out loss went")
 GROUPING = Drop("rows are packed without padding, so they need no grouping by length")
 TRUST = Drop("code that comes with a model is never run")
 WATCHING = Drop("the tracker takes the recipe and the folder's name")
@@ -331,7 +363,7 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "lr_scheduler_type": read_schedule,
     "warmup_ratio": read_schedule,
     "warmup_steps": read_schedule,
-    "lr_scheduler_kwargs": Drop("schedules have no settings"),
+    "lr_scheduler_kwargs": read_schedule_settings,
     "optim": read_optimizer,
     "optim_args": Drop("further settings stand under `optim:`"),
     "optim_target_modules": Drop("further settings stand under `optim:`"),
@@ -375,9 +407,11 @@ TRAINING_ARGUMENTS: dict[str, Rule] = {
     "save_only_model": Drop("a checkpoint always has all that a run needs to go on"),
     "save_safetensors": Drop("weights are always written as safetensors"),
     "save_on_each_node": MANY_DEVICES,
-    "load_best_model_at_end": BEST,
-    "metric_for_best_model": BEST,
-    "greater_is_better": BEST,
+    "load_best_model_at_end": To("load_best_model_at_end", is_on),
+    "metric_for_best_model": read_best_metric,
+    "greater_is_better": Drop("the metric says which way is better"),
+    "early_stopping_patience": To("early_stopping_patience", whole),
+    "early_stopping_threshold": To("early_stopping_threshold", number),
     "eval_on_start": Drop("the model is always evaluated before training"),
     "eval_delay": Drop("evaluations follow `eval_steps:`"),
     "per_device_eval_batch_size": Drop("evaluation chooses its batches"),
