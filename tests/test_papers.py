@@ -15,7 +15,7 @@ IMPLEMENTED = [paper for paper in catalogue.papers(own=True) if paper["by"]]
 PENDING = set(
     """
     apet cofitune compacter corda distilling-step-by-step dsee eva hft intrinsic-dimension lion lisa
-    llm-compression-survey loldu lora-ggpo lora-sb lq-lora lt-sft mezo monocoder owlore pareto-da
+    llm-compression-survey loldu lora-ggpo lora-sb lq-lora lt-sft mezo owlore pareto-da
     peft-fm-survey peft-survey personalized-unit-test-models pv-tuning qlora r-amt s2ft sara-sparse
     spiel spt-sensitivity ssf stable-ft-biomedical telly-k tint-noise
     """.split()

@@ -26,7 +26,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.steps, self.spread = steps, spread
         betas = torch.linspace(1e-3, 0.35, steps + 1)
-        self.register_buffer("kept", (1 - betas).cumprod(0))  # [steps + 1] share of the signal's variance
+        self.register_buffer("signal", (1 - betas).cumprod(0))  # [steps + 1] share of the signal's variance
         self.learned = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
         nn.init.zeros_(self.learned[2].weight)
         nn.init.zeros_(self.learned[2].bias)
@@ -36,14 +36,14 @@ class Denoiser(nn.Module):
 
     def noise(self, x: Tensor, time: Tensor) -> Tensor:
         """[N, 2] points and [N] times -> [N, 2] the noise that is in them."""
-        kept = self.kept[time][:, None]
-        exact = (1 - kept).sqrt() * x / (kept * self.spread**2 + 1 - kept)
+        signal = self.signal[time][:, None]
+        exact = (1 - signal).sqrt() * x / (signal * self.spread**2 + 1 - signal)
         place = torch.cat([x, time[:, None] / self.steps], 1)
         return exact + self.learned(place)
 
     def step(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 2] points at times from 1 on -> mean [N, 2] and standard deviation [N, 1] of the next."""
-        now, then = self.kept[time][:, None], self.kept[time - 1][:, None]
+        now, then = self.signal[time][:, None], self.signal[time - 1][:, None]
         noise = self.noise(x, time)
         clean = (x - (1 - now).sqrt() * noise) / now.sqrt()
         deviation = ((1 - then) / (1 - now) * (1 - now / then)).sqrt()

@@ -16,6 +16,13 @@ from luthier.registry import Metric, evaluator
     requires=[COMPLETIONS, LOGPROBS, GENERATE],
     use_when="you compare losses of models with different tokenizers.",
     costs="one forward pass over the held-out rows.",
+    covers="a loss that does not depend on the tokenizer.",
+    omits="the corpus of HPC code and pretraining from scratch.",
+    tests=[
+        "methods/evaluators/quality/test_bits_per_byte.py::test_merged_tokens_have_the_same_bits",
+        "methods/evaluators/quality/test_bits_per_byte.py"
+        "::test_a_model_of_the_domain_needs_fewer_bits_for_it_than_one_of_mixed_texts",
+    ],
 )
 class BitsPerByte(PerExample):
     """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the
