@@ -5,6 +5,7 @@ only then.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from typer.core import TyperGroup
 
 from luthier import compat
 from luthier.compat.lazy_imports import READER, after, rarely, read_once
-from luthier.errors import PluginWarning, RecipeError
+from luthier.errors import PluginWarning, RecipeError, outcome_of
+from luthier.report.streams import steady
 from luthier.storage.failure import report_outcome
 from luthier.storage.toy import is_toy
 
@@ -62,10 +64,6 @@ class Commands(TyperGroup):
                 warnings.simplefilter("ignore", FutureWarning)  # of other libraries to their developers
                 warnings.showwarning = plugins_in_one_line(warnings.showwarning)
                 return super().invoke(ctx)
-        except RecipeError as error:
-            report_outcome(error)
-            typer.echo(f"luthier: {error}", err=True)
-            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             message = "stopped"
             if ctx.invoked_subcommand in ("tune", "search", "compare"):
@@ -74,6 +72,13 @@ class Commands(TyperGroup):
                 message += " from its last checkpoint"
             typer.echo(f"\nluthier: {message}", err=True)
             raise typer.Exit(130) from None
+        except Exception as error:
+            outcome = outcome_of(error)
+            if not isinstance(outcome, RecipeError):
+                raise
+            report_outcome(outcome)
+            typer.echo(f"luthier: {outcome}", err=True)
+            raise typer.Exit(2) from None
 
 
 def plugins_in_one_line(show: Callable[..., None]) -> Callable[..., None]:
@@ -99,10 +104,18 @@ app = typer.Typer(
 
 
 def main() -> None:
+    output = steady()
     compat.keep()
     rarely()
     after(READER, read_once)
-    app()
+    try:
+        app()
+    finally:
+        if output is not None:
+            output.flush()
+            if output.failure is not None and not isinstance(output.failure, BrokenPipeError):
+                typer.echo(f"luthier: standard output could not be written: {output.failure}", err=True)
+                sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)
@@ -184,14 +197,10 @@ def chat(
     ] = None,
 ) -> None:
     """Talk to a model."""
-    import yaml
-
     from luthier.serve.chat import chat
+    from luthier.storage.bounded_yaml import load_yaml
 
-    try:
-        options = yaml.safe_load(chat_template_kwargs or "{}")
-    except yaml.YAMLError:
-        options = None
+    options = load_yaml(chat_template_kwargs or "{}", "--chat-template-kwargs")
     if not isinstance(options, dict):
         raise RecipeError("--chat-template-kwargs: expected a mapping, e.g. '{enable_thinking: false}'")
     chat(
@@ -492,9 +501,8 @@ def search(
     """Search for better configurations, for several goals, within limits. The same command resumes what was
     stopped.
     """
-    import yaml
-
     from luthier.report.console import Console
+    from luthier.storage.bounded_yaml import load_yaml
     from luthier.study.search import run_search, search_spec
 
     source, changes = recipe_words(words)
@@ -505,7 +513,7 @@ def search(
         constraint or (),
         trials=trials,
         budget=budget,
-        sampler=yaml.safe_load(sampler),
+        sampler=load_yaml(sampler, "--sampler"),
         seeds=seeds,
         test_seeds=test_seeds,
         metric=metric,

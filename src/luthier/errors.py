@@ -12,6 +12,13 @@ from typing import Any
 
 MAX_MESSAGE = 3000  # characters
 ENDLESS = re.compile(r"\S{300,}")  # a word that nobody reads
+# as Python, torch, its CUDA and CPU allocators, oneDNN, safetensors and C++ write it
+NO_MEMORY = re.compile(
+    r"out of memory|can(?:'|no)t allocate memory|unable to allocate|bad_alloc|os error 12\b"
+    r"|could not create a (?:memory object|memory|primitive)",
+    re.IGNORECASE,
+)
+NO_THREADS = re.compile(r"can't start new thread|resource temporarily unavailable", re.IGNORECASE)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -103,9 +110,57 @@ class Damaged(RecipeError):
     code = "damaged"
 
 
+class TooManyThreads(Refused):
+    """The system gives no further thread or process."""
+
+    code = "threads"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is this a way to say that memory has run out?"""
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
+
+
+def out_of_threads(error: BaseException) -> bool:
+    """Is this a way to say that there are no more threads or processes?"""
+    return isinstance(error, (RuntimeError, OSError)) and bool(NO_THREADS.search(str(error)))
+
+
+TOO_BIG = (
+    "out of memory; everything saved so far is intact. Lower per_device_train_batch_size"
+    " (raise gradient_accumulation_steps for the same result) or max_length, set"
+    " gradient_checkpointing: true, or use a tuner with fewer trainable parameters"
+)
+THREADS = (
+    "the system gives no further thread or process; everything saved so far is intact. Raise the limit"
+    " (ulimit -u, or that of the container), or set OMP_NUM_THREADS to a smaller number"
+)
+
+
+def outcome_of(error: Exception) -> Exception:
+    """An error as the outcome that it is: memory or threads that ran out are a sentence, and any other is
+    itself.
+    """
+    if isinstance(error, RecipeError):
+        return error
+    if out_of_memory(error):
+        return OutOfMemory(TOO_BIG)
+    return TooManyThreads(THREADS) if out_of_threads(error) else error
+
+
 TYPES: dict[str, type[RecipeError]] = {
     kind.code: kind
-    for kind in (RecipeError, Refused, NotFinite, Diverged, OutOfMemory, NothingMoves, DiskError, Damaged)
+    for kind in (
+        RecipeError,
+        Refused,
+        NotFinite,
+        Diverged,
+        OutOfMemory,
+        TooManyThreads,
+        NothingMoves,
+        DiskError,
+        Damaged,
+    )
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,20 +21,37 @@ class Hang(BaseException):
     """An input took too long."""
 
 
+TIMERS = {signal.ITIMER_VIRTUAL: signal.SIGVTALRM, signal.ITIMER_REAL: signal.SIGALRM}
+
+
 @contextmanager
-def limited(seconds: float = SECONDS):
-    """Raises Hang in what takes longer; the time of other processes does not count."""
+def limited(seconds: float = SECONDS, waiting: float = 600.0):
+    """Raises Hang in what takes longer; the time of other processes does not count, unless it waits for very
+    long.
+    """
 
     def end(*_):
         raise Hang
 
-    before = signal.signal(signal.SIGVTALRM, end)
+    before = {alarm: signal.signal(alarm, end) for alarm in TIMERS.values()}
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, waiting)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        for timer, alarm in TIMERS.items():
+            signal.setitimer(timer, 0)
+            signal.signal(alarm, before[alarm])
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised: 'luthier/storage/files.py:12'."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/luthier/" in frame.filename] or frames
+    return f"{own[-1].filename.rpartition('/src/')[2]}:{own[-1].lineno}"
+
+
+BAD = ("tracebacks", "hangs", "rows lost", "silently different")
 
 
 @dataclass
@@ -52,7 +70,7 @@ class Tally:
     def close(self) -> None:
         """Print the figures; fail where anything but a result or a sentence came out."""
         total = sum(self.counts.values())
-        bad = {name: self.counts[name] for name in ("tracebacks", "hangs", "rows lost")}
+        bad = {name: self.counts[name] for name in BAD}
         others = {name: n for name, n in sorted(self.counts.items()) if name not in bad}
         figures = ", ".join(f"{name} {n}" for name, n in (bad | others).items())
         print(f"\n{self.label}: tried {total}, {figures} (seed {SEED})")

@@ -49,6 +49,12 @@ PATCHES = (
         "one progress display per run",
     ),
     Patch(
+        "chat_templates",
+        "transformers",
+        "`_compile_jinja_template`, while a chat template is rendered",
+        "limits on the time and memory of templates",
+    ),
+    Patch(
         "peft_types",
         "peft",
         "members of `PeftType`, its mappings of types",

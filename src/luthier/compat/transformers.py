@@ -1,13 +1,20 @@
-"""transformers: its logging while a run lasts, and entries of its tables and modules."""
+"""transformers: its logging while a run lasts, entries of its tables and modules, and how chat templates are
+compiled while one is rendered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from luthier import compat
+
+_templates = threading.Lock()
+_renderings = 0
+_original_compile: Any = None
 
 
 def quiet_transformers() -> None:
@@ -51,3 +58,25 @@ def add_entry(table: MutableMapping[str, Any], name: str, value: Any, replace: b
     else:
         return
     table[name] = value
+
+
+@contextmanager
+def compile_templates_with(compile_template: Callable[[Any, str], Any]) -> Iterator[None]:
+    """While within, transformers compiles chat templates by `compile_template(its own way, template)`; always
+    the same one, for several threads may render at once.
+    """
+    global _renderings, _original_compile
+    from transformers.utils import chat_template_utils
+
+    with _templates:
+        if not _renderings:
+            _original_compile = chat_template_utils._compile_jinja_template
+            chat_template_utils._compile_jinja_template = partial(compile_template, _original_compile)
+        _renderings += 1
+    try:
+        yield
+    finally:
+        with _templates:
+            _renderings -= 1
+            if not _renderings:
+                chat_template_utils._compile_jinja_template = _original_compile

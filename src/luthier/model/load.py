@@ -81,10 +81,8 @@ def load_model(
         else:
             model = parts.architecture.load(path, **how)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(
-            f"model: {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
+    except model_names.LOAD_ERRORS as error:
+        raise model_names.load_error(recipe.model, error) from None
     _check_complete(model, recipe)
     model.config.use_cache = False
     if recipe.gradient_checkpointing is True:

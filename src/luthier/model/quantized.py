@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.errors import Damaged
 from luthier.methods.quantizers._base import Codes, Quantizer
 from luthier.model.experts import apart, put
 from luthier.model.linear import oriented
@@ -70,14 +71,18 @@ def save(model: Any, path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, tuple[Quantizer, Codes]]:
-    """module -> its quantizer and its codes."""
-    from safetensors import safe_open
+    """module -> its quantizer and its codes. Raises Damaged where the file holds none."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), framework="pt") as file:
-        saved = {}
-        for name, settings in json.loads(file.metadata()["quantizers"]).items():
-            saved[name] = build("quantizer", settings), {}
-        for key in file.keys():  # noqa: SIM118
-            name, _, slot = key.rpartition("|")
-            saved[name][1][slot] = file.get_tensor(key)
+    saved: dict[str, tuple[Quantizer, Codes]] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for name, settings in json.loads(file.metadata()["quantizers"]).items():
+                saved[name] = build("quantizer", settings), {}
+            for key in file.keys():  # noqa: SIM118
+                name, _, slot = key.rpartition("|")
+                saved[name][1][slot] = file.get_tensor(key)
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise Damaged(f"{path} is damaged and holds no codes of weights ({reason})") from None
     return saved

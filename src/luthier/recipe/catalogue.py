@@ -16,12 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from luthier.errors import RecipeError
 from luthier.recipe.aliases import METHOD_KEYS, NAMES
 from luthier.recipe.recipe import Recipe
 from luthier.registry import Coverage, cards, coverage_of, did_you_mean, find, format_value, names, page
+from luthier.storage.bounded_yaml import load_yaml, read_yaml
 
 PAPERS = Path(__file__).with_name("papers.json")
 COLUMNS = ("name", "title", "kind", "family")
@@ -135,7 +134,7 @@ def implemented(own: bool = False) -> dict[str, dict[str, Coverage]]:
         for row in c.rows:
             by[row][f"{c.kind}/{c.name}"] = c.coverage.get(row, Coverage())
     for path in sorted(claims_folder().glob("*.yaml")):
-        claim = yaml.safe_load(path.read_text(encoding="utf-8"))
+        claim = read_yaml(path)
         if not isinstance(claim, dict):
             continue
         rows = str(claim.get("row") or "").split()
@@ -190,7 +189,7 @@ def explain(source: Any, changes: Sequence[str] = ()) -> tuple[list[Value], tupl
     """
     recipe, alone = Recipe.load(source, changes), _alone(source)
     values = []
-    for key, value in yaml.safe_load(recipe.yaml()).items():
+    for key, value in load_yaml(recipe.yaml()).items():
         now, was = _settings(recipe, key), _settings(alone, key)
         for path, leaf in flat(key, value):
             setting = path.removeprefix(f"{key}.").split(".")[0]

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import RecipeError, quoted, shortened
+from luthier.errors import Damaged, RecipeError, quoted, shortened
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS, FORMER_ROLES, METHOD_KEYS, NAMES, QUANTIZATION
 from luthier.recipe.in_memory import own_splits, rows_in_memory
 from luthier.registry import classes, did_you_mean, find, former_names, names
-from luthier.storage.bounded_yaml import load_yaml
+from luthier.storage import files
+from luthier.storage.bounded_yaml import MAX_CHARACTERS, load_yaml
 from luthier.storage.toy import is_toy, toy_name, toy_package
 
 MAX_DOTS = 20  # in the key of a change
@@ -77,8 +78,8 @@ def read_file(path: Path) -> tuple[str, str]:
         place = shortened(str(path), 200)
         raise RecipeError(f"recipe file {place} does not exist{did_you_mean(path.name, near)}")
     try:
-        return path.read_text(encoding="utf-8"), path.name
-    except (OSError, UnicodeDecodeError) as error:
+        return files.read_text(path, 4 * MAX_CHARACTERS), path.name
+    except Damaged as error:
         raise RecipeError(f"recipe file {path} cannot be read: {error}") from None
 
 

@@ -4,7 +4,6 @@ recipes.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections import defaultdict
@@ -21,6 +20,8 @@ from luthier.report.numbers import (
     metric_of,
 )
 from luthier.report.page import series
+from luthier.storage import files
+from luthier.storage.layout import read_log
 
 PAIRED = ("accuracy", "retention_accuracy", "retention_loss")
 GENERATIONS = 8  # prompts shown
@@ -205,7 +206,7 @@ def _training(result: Mapping[str, Any]) -> dict[str, Any] | None:
     for i, (name, arm) in enumerate(result["arms"].items()):
         by_step = defaultdict(list)
         for run in arm["runs"]:
-            for step, value in series(_log_lines(Path(run) / "metrics.jsonl"), "loss"):
+            for step, value in series(read_log(Path(run)), "loss"):
                 by_step[step].append(value)
         means = [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
         curves.append(Curve(name, colour(i), means))
@@ -213,13 +214,6 @@ def _training(result: Mapping[str, Any]) -> dict[str, Any] | None:
     if figure is None:
         return None
     return {"figure": figure, "table": curves_table(curves)}
-
-
-def _log_lines(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, none where there is no file."""
-    if not path.is_file():
-        return []
-    return list(map(json.loads, filter(str.strip, path.read_text(encoding="utf-8").split("\n"))))
 
 
 def _calibration(result: Mapping[str, Any]) -> list[Figure]:
@@ -235,7 +229,7 @@ def calibration_figure(path: Path, caption: str, colour: str = "wood") -> list[F
     """A reliability diagram from the file of the evaluator `calibration`, none where there is no file."""
     if not path.is_file():
         return []
-    bins = json.loads(path.read_text(encoding="utf-8"))
+    bins = files.read_json(path)
     points = [(100 * confidence, 100 * accuracy) for _, confidence, accuracy in bins]
     curves = [Curve("perfect", "raw", [(0, 0), (100, 100)], width=1), Curve("accuracy %", colour, points)]
     figure = curves_figure(caption, curves, x="confidence %", height=170, zero=True)

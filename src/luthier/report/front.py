@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -17,6 +16,7 @@ from luthier.report.chart import Figure, scatter_figure
 from luthier.report.comparison import axis, cell_of, colour, point_line, run_page
 from luthier.report.html import render
 from luthier.report.numbers import metric_of
+from luthier.storage import files
 
 UNTUNED = "untuned"
 
@@ -64,7 +64,7 @@ def _cell(value: float) -> dict[str, float]:
 def _cells(run: Path, metrics: Sequence[str], values: Sequence[float]) -> list[dict[str, float]]:
     """{mean, low, high} of each metric; the interval over rows, where values by row were saved."""
     path = per_example_file(run, "after")
-    by_row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    by_row = files.read_object(path) if path.is_file() else {}
     cells = []
     for metric, value in zip(metrics, values, strict=True):
         each = list(by_row.get(metric, {}).values())

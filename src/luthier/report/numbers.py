@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from luthier.errors import Damaged
 from luthier.registry import former_metrics, metrics
 from luthier.registry import metric as metric_of
+from luthier.storage import files
 
 HELD_OUT = "held-out rows"
 TRAINING_ROWS = "training rows"  # what metrics are measured on where no rows are held out
@@ -264,11 +267,22 @@ def generations(folder: Any) -> list[dict]:
     for when, path in (("before", before), ("after", after)):
         if not path.is_file():
             continue
-        # splitlines would also cut at marks that a model may have written
-        for i, line in enumerate(filter(None, path.read_text(encoding="utf-8").split("\n"))):
-            row = json.loads(line)
+        for i, row in enumerate(_samples(path)):
             by_row.setdefault(str(row.get("id", i)), {})[when] = row
     return list(map(_before_and_after, by_row.values()))
+
+
+def _samples(path: Path) -> Iterator[dict]:
+    """The rows of a file of generated texts; damaged lines are left out."""
+    try:
+        text = files.read_text(path)
+    except Damaged:
+        return
+    for line in text.split("\n"):  # splitlines would also cut at marks that a model may have written
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
 
 
 def _before_and_after(both: dict[str, dict]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ recipe.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -159,7 +158,8 @@ def _rows(folder: Path) -> list[str]:
     path = folder / "shown.json"
     if not path.is_file():
         return []
-    return json.loads(path.read_text(encoding="utf-8"))
+    rows = files.read_json(path)
+    return list(map(str, rows)) if isinstance(rows, list) else []
 
 
 def _data_note(stats: Mapping[str, Any]) -> str:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from luthier.data.load import Data
 from luthier.data.sources import is_row
 from luthier.errors import Damaged, RecipeError
@@ -32,6 +30,7 @@ from luthier.run.upgrade import (
     upgrade_folder,
 )
 from luthier.storage import checkpoints, files
+from luthier.storage.bounded_yaml import load_yaml
 from luthier.storage.layout import (
     BEFORE,
     BEST,
@@ -159,7 +158,7 @@ def _read_state(folder: Path, recipe: Recipe, data: Data, overwrite: bool) -> di
 def _difference(folder: Path, recipe: Recipe, state: dict, data: Data) -> str:
     """In which keys two recipes differ, for a sentence."""
     there = recipe_in_current_names(folder)
-    here = yaml.safe_load(renamed(recipe).yaml())
+    here = load_yaml(renamed(recipe).yaml())
     differences = []
     for key, value in here.items():
         if there.get(key) != value and key not in NOT_THE_RUN:
@@ -208,12 +207,12 @@ def truncate_log(path: Path, step: int) -> int:
     if not path.is_file():
         return 0
     lines, pending, lost = [], 0, 0
-    for line in path.read_bytes().splitlines():
+    for line in files.read_lines(path):
         entry = log_entry(line)
         if entry is None:  # the last one was being written when the process died
             pending += 1
         elif entry["step"] <= step:
-            lines.append(line.decode() + "\n")
+            lines.append(line.decode().rstrip("\n") + "\n")
             lost += pending
             pending = 0
     files.write_text(path, "".join(lines))

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.errors import out_of_memory
 from luthier.model import base_mark
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Roles
@@ -243,7 +244,7 @@ def _check_memory(session: Session, trainer: Trainer, training: EncodedRows) -> 
             session.recipe.gradient_checkpointing,
         )
     except (RuntimeError, MemoryError) as error:
-        if not checks.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         session.warn(
             "out of memory while measuring two short rows: a training step will probably not"

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from luthier.data.checks import unused_columns
 from luthier.data.load import ENOUGH, Data, load_data
 from luthier.data.quarantine import write_quarantine
-from luthier.errors import OutOfMemory, RecipeError
+from luthier.errors import RecipeError, outcome_of
 from luthier.methods.evaluators._base import run_all
 from luthier.model.base_mark import BaseMark
 from luthier.model.policy import Roles
@@ -28,9 +27,9 @@ from luthier.report.console import Callback
 from luthier.run.folder import open_folder, rows_fingerprint
 from luthier.run.report import Report
 from luthier.storage import files
+from luthier.storage.bounded_yaml import load_yaml
 from luthier.storage.failure import write_failure
 from luthier.storage.layout import QUARANTINE, STATE
-from luthier.train import checks
 from luthier.version import __version__
 
 FEW_HELD_OUT = 4  # with fewer, a run says that its metrics are rough
@@ -150,9 +149,7 @@ def open_session(
         try:
             yield session
         except Exception as error:
-            outcome = error
-            if checks.out_of_memory(error):
-                outcome = OutOfMemory(checks.TOO_BIG)
+            outcome = outcome_of(error)
             if main and session.has_folder():
                 write_failure(folder, outcome)
             if outcome is error:
@@ -226,7 +223,7 @@ def _start_trackers(session: Session) -> None:
     if not session.recipe.report_to:
         return
     settings = {}
-    for key, value in yaml.safe_load(session.recipe.yaml()).items():
+    for key, value in load_yaml(session.recipe.yaml()).items():
         if isinstance(value, (int, float, str)):
             settings[key] = value
         elif not (isinstance(value, list) and key in ("data", "eval_data")):

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from luthier.errors import RecipeError
+from luthier.storage import files
 from luthier.storage.failure import OUTCOME_FILE, read_failure, read_outcome
-from luthier.storage.layout import FAILED, LOG
+from luthier.storage.layout import FAILED, LOG, log_entry
 
 if TYPE_CHECKING:
     from luthier.recipe.recipe import Recipe
@@ -107,9 +108,7 @@ def logged_steps(folder: Path) -> int:
     path = folder / LOG
     if not path.is_file():
         return 0
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()[-2:]):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError):
-            continue  # the line that is being written
-    return 0
+    for line in reversed(list(files.read_lines(path))[-2:]):
+        if entry := log_entry(line):
+            return entry["step"]
+    return 0  # the first line is being written

@@ -11,15 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from luthier.data.load import Data
-from luthier.errors import RecipeError
+from luthier.errors import Damaged, RecipeError
 from luthier.methods.roles._base import PREFIX
 from luthier.recipe.aliases import FORMER_ROLES
 from luthier.recipe.recipe import NOT_THE_RUN, Recipe
 from luthier.registry import former_metrics, provides_of
 from luthier.storage import checkpoints, files
+from luthier.storage.bounded_yaml import load_yaml, read_yaml
 from luthier.storage.layout import BEFORE, ROWS, write_state
 from luthier.storage.toy import OLD_PREFIX, current_row
 from luthier.storage.toy import PREFIX as TASK_PREFIX
@@ -53,8 +52,8 @@ def same_recipe(folder: Path, state: Mapping[str, Any], recipe: Recipe) -> bool:
 def is_first_edition(folder: Path) -> bool:
     """Whether the recipe in a folder has keys that only version 0.1 wrote; a look that costs little."""
     try:
-        text = (folder / RECIPE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = files.read_text(folder / RECIPE)
+    except Damaged:
         return False
     return "\nlive:" in text
 
@@ -82,8 +81,8 @@ def upgrade_folder(folder: Path, state: Mapping[str, Any], recipe: Recipe, data:
 def read_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe that lies in a run's folder, as it was written; None where there is none to be read."""
     try:
-        values = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = read_yaml(folder / RECIPE)
+    except RecipeError:
         return None
     return values if isinstance(values, dict) else None
 
@@ -94,7 +93,7 @@ def recipe_in_current_names(folder: Path) -> dict[str, Any]:
     """
     values = read_recipe(folder) or {}
     recipe = in_current_names(values)
-    return values if recipe is None else yaml.safe_load(recipe.yaml())
+    return values if recipe is None else load_yaml(recipe.yaml())
 
 
 def former_fingerprint(values: Mapping[str, Any]) -> str:

@@ -4,11 +4,13 @@ values than any memory holds.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from luthier.errors import RecipeError
+from luthier.storage import files
 
 MAX_CHARACTERS = 2_000_000  # of a file; parsing a million takes seconds
 MAX_NODES = 200_000  # with each alias counted as what it stands for
@@ -45,6 +47,13 @@ def load_yaml(text: str, name: str = "yaml") -> Any:
         raise RecipeError(f"{name}: nested more than {MAX_DEPTH} levels deep") from None
     except (ValueError, TypeError, OverflowError) as error:  # a date that is none, a number of 5,000 digits
         raise RecipeError(f"{name}: invalid YAML ({str(error)[:100]})") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The value that a YAML file stands for. Raises RecipeError as `load_yaml` does, and Damaged where there
+    is no such text.
+    """
+    return load_yaml(files.read_text(path, 4 * MAX_CHARACTERS), path.name)
 
 
 def check_nodes(root: yaml.Node, name: str) -> None:

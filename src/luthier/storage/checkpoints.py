@@ -136,6 +136,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        files.open_regular(path).close()
         return load_file(str(path))
     except (OSError, SafetensorError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -39,7 +39,7 @@ def read_outcome(path: Path) -> RecipeError | None:
     """What such a file says, as its type; None where there is none."""
     if not path.is_file():
         return None
-    outcome = files.read_json(path)
+    outcome = files.read_object(path, code=str, message=str)
     return from_code(outcome["code"], outcome["message"])
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from luthier.errors import Damaged, DiskError, RecipeError, quoted
 
@@ -28,9 +30,17 @@ LOCK = ".lock"
 # what is being written, what was moved aside, and files of safetensors under their first names
 LEFTOVER = re.compile(r"checkpoint-\d+\.(part|old)|(.+\.)?\d+\.part|\.tmp\w{6}")
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENXIO),
+    *(errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ESTALE),
+)
+# as safetensors, which is written in Rust, reports them
+FULL_AS_TEXT = tuple(f"os error {number}" for number in FULL) + ("No space left",)
 MAX_NAME = 255  # bytes of the name of a folder
+MAX_READ = 1 << 28  # bytes of a file that is read as a whole
+LOCK_ATTEMPTS = 5
+MAX_LINE = 1 << 20  # bytes of a line of a log
 
 
 @contextmanager
@@ -40,6 +50,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise DiskError(f"a file of {path} may not become so large (ulimit -f); {intact}") from None
         if error.errno in FULL:
             place = path if path.exists() else path.parent
             free = shutil.disk_usage(place).free / 2**20
@@ -49,8 +61,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # safetensors reports a full disk as its own error, without a number
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise DiskError(f"the disk of {path} is full; {intact}") from None
+        if any(words in str(error) for words in FULL_AS_TEXT):
+            raise DiskError(f"the disk of {path} is full, or limited (ulimit -f); {intact}") from None
         raise
 
 
@@ -94,10 +106,8 @@ def exclusive(folder: Path) -> Iterator[FolderLock]:
     except (FileNotFoundError, NotADirectoryError) as error:  # below /proc, for one
         raise DiskError(f"{folder} cannot be made ({error.strerror}); give another output_dir") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(f"another process is using {folder}", "busy") from None
+        if not _take(lock):
+            raise RecipeError(f"another process is using {folder}", "busy")
         lease = FolderLock(folder, lock.fileno())
         lease.check()  # it may have been removed between the two
         with disk_errors(folder):
@@ -112,7 +122,41 @@ def exclusive(folder: Path) -> Iterator[FolderLock]:
 
 def _open_lock(folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
-    return open(folder / LOCK, "a", encoding="ascii")
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Damaged(f"{folder / LOCK} is not a file; remove it and run the same command again")
+    return open(descriptor, "r+", encoding="ascii")
+
+
+def _take(lock: Any) -> bool:
+    """Whether the lock could be taken. Who only asks whether it is held holds it for a moment."""
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if attempt + 1 < LOCK_ATTEMPTS:
+                time.sleep(0.02)
+    return False
+
+
+def lock_holder(folder: Path) -> int | None:
+    """The process that has a folder for itself; None where none has. Its number stands in the lock's file,
+    but counts only as long as the lock is held.
+    """
+    try:
+        with open_regular(folder / LOCK) as lock:
+            number = lock.read(20)
+            if not number.isdigit() or not 1 < int(number) < 2**31:
+                return None
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(number)
+            return None
+    except (Damaged, OSError):
+        return None
 
 
 def _is_open_file(path: Path, descriptor: int) -> bool:
@@ -193,6 +237,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def reserve(path: Path, size: int) -> bool:
+    """A new file of so many bytes that the disk has for it; whether it has. A file that is mapped into memory
+    and only seems to be there ends the process where the disk is full.
+    """
+    try:
+        with open(path, "wb") as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that does not tell
+            return True
+        path.unlink(missing_ok=True)
+        return False
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all. Raises DiskError."""
     with disk_errors(path):
@@ -211,19 +272,51 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=float) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises Damaged where the file is missing or is no JSON."""
+def open_regular(path: Path) -> BinaryIO:
+    """A file to be read as bytes. Raises Damaged where there is none: a folder, a pipe or a device in its
+    place is none either, and nobody waits for a pipe.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "it is empty" if _is_empty(path) else str(error).splitlines()[0]
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Damaged(f"{path} is not a file")
+    return open(descriptor, "rb")
+
+
+def read_text(path: Path, limit: int = MAX_READ) -> str:
+    """The text of a file. limit: bytes. Raises Damaged where it is missing, larger, or no text."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise Damaged(f"{path} is larger than {limit >> 20:,} MB")
+        try:
+            return file.read(limit).decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise Damaged(f"{path} is damaged and cannot be read as text ({reason})") from None
+
+
+def read_json(path: Path) -> Any:
+    """Raises Damaged where the file is missing or is no JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if text else "it is empty"
         raise Damaged(f"{path} is damaged and cannot be read as JSON ({reason})") from None
 
 
-def _is_empty(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == 0
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a log, one after the other; what is longer than a line of a log comes in pieces. Raises
+    Damaged where there is no file.
+    """
+    with open_regular(path) as file:
+        while line := file.readline(MAX_LINE):
+            yield line
 
 
 def read_object(path: Path, **types: Any) -> dict[str, Any]:
@@ -249,12 +342,10 @@ def read_rows(path: Path) -> list[dict]:
     """Raises Damaged where the file is missing, or a line is no JSON object."""
     rows = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8") as file:
             for line in file:
                 if line.strip():
                     rows.append(json.loads(line))
-    except FileNotFoundError:
-        raise Damaged(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError):
         raise Damaged(f"{path} is damaged: line {len(rows) + 1} cannot be read") from None
     if not all(isinstance(row, dict) for row in rows):

@@ -73,7 +73,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     path = folder / LOG
     if not path.is_file():
         return []
-    return [entry for entry in map(log_entry, path.read_bytes().splitlines()) if entry is not None]
+    return [entry for entry in map(log_entry, files.read_lines(path)) if entry is not None]
 
 
 def log_entry(line: bytes) -> dict[str, Any] | None:

@@ -33,13 +33,18 @@ def serve(home: Path, port: int | None = None, tell: Callable[[str], object] = p
         raise RecipeError(f"folder {home} does not exist")
     with listening(port) as server_socket:
         token = secrets.token_urlsafe(24)
-        tell(f"luthier studio: http://127.0.0.1:{server_socket.getsockname()[1]}/?token={token}")
-        tell(
-            "Open this address in a browser. Anyone who has it can use this machine as you."
-            " Ctrl-C ends the studio, not its runs."
-        )
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                tell(f"luthier studio: http://127.0.0.1:{server_socket.getsockname()[1]}/?token={token}")
+                tell(
+                    "Open this address in a browser. Anyone who has it can use this machine as you."
+                    " Ctrl-C ends the studio, not its runs."
+                )
+
         config = uvicorn.Config(studio(home, token), log_level="warning", server_header=False, ws="none")
-        uvicorn.Server(config).run(sockets=[server_socket])
+        Server(config).run(sockets=[server_socket])
 
 
 def listening(port: int | None) -> socket.socket:
@@ -54,6 +59,7 @@ def listening(port: int | None) -> socket.socket:
         server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             server_socket.bind(("127.0.0.1", candidate))
+            server_socket.listen(128)  # two sockets may be bound to a port, but only one listens
             return server_socket
         except OSError:
             server_socket.close()

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +27,10 @@ from typing import Any
 import psutil
 import yaml
 
-from luthier.errors import Damaged, RecipeError
+from luthier.errors import Damaged, RecipeError, shortened
 from luthier.report.numbers import HELD_OUT, cost, generations, metric_rows
 from luthier.storage import files
+from luthier.storage.bounded_yaml import read_yaml
 from luthier.storage.failure import read_failure
 from luthier.storage.layout import FAILED, run_folders
 
@@ -40,6 +41,10 @@ CHUNK = 1 << 20  # bytes of metrics.jsonl in one answer
 TAIL = 8000  # characters of a log in an answer
 REPORT_TYPES = {"folder": str, "before": dict, "after": dict, "stats": dict, "notes": list}
 ANSWERS = 40  # generations in an answer
+MAX_RECIPE = 1 << 22  # bytes of a recipe in an answer
+MAX_LOG = 1 << 24  # bytes of a log that are looked through for the latest metrics
+# what reading a damaged or foreign folder may raise
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 PATIENCE = 10.0  # seconds after Ctrl-C until a run is terminated
 
 # A run reacts to interrupts whatever the studio was started by: what a shell puts into the background ignores
@@ -82,8 +87,18 @@ class RunStore:
         if self.folders.is_dir():
             for path in self.folders.iterdir():
                 if is_run(path) and re.fullmatch(NAME, path.name):
-                    summaries.append(self.summary(path.name))
+                    summaries.append(self.summary_of_any(path.name))
         return sorted(summaries, key=lambda summary: -summary["changed"])
+
+    def summary_of_any(self, name: str) -> dict[str, Any]:
+        """As `summary`; of a folder that cannot be summed up, that it cannot: the others are shown all the
+        same.
+        """
+        try:
+            return self.summary(name)
+        except DAMAGE as error:
+            reason = f"this folder cannot be read ({shortened(str(error), 200)})"
+            return {**UNREADABLE, "name": name, "why": reason}
 
     def summary(self, name: str) -> dict[str, Any]:
         """What it is, its step and state, and why it ended if it did not finish."""
@@ -111,7 +126,7 @@ class RunStore:
             "state": status,
             "why": reason,
             "step": last_step(at / "metrics.jsonl"),
-            "steps": read_object(at / "run.json").get("steps"),
+            "steps": number(read_object(at / "run.json").get("steps")),
             "act": at.name if at != folder else "",
             "what": title(folder),
             "doing": output.strip().rsplit("\n", 1)[-1] if pid else "",
@@ -128,33 +143,29 @@ class RunStore:
             if path.is_dir():
                 exports.append(str(path.relative_to(self.home)))
         comparison = read_object(folder / "comparison.json")
-        arms = {}
-        for arm, outcome in (comparison.get("arms") or {}).items():
-            if outcome["runs"]:
-                arms[arm] = Path(outcome["runs"][0]).name
         report = read_object(folder / "report.json", **REPORT_TYPES)
         if report:
-            measured = Measured(report["before"], report["after"], report["stats"])
-            at, notes = self.home / report["folder"], report["notes"]
-            writes = report["stats"].get("writes", False)
+            measured = Measured(numbers_in(report["before"]), numbers_in(report["after"]), report["stats"])
+            at, notes = self.home / report["folder"], list(map(str, report["notes"]))
+            writes = bool(report["stats"].get("writes", False))
         else:
-            before = read_numbers(folder / "before.json")
+            before = numbers_in(read_object(folder / "before.json"))
             measured = Measured(before, last_metrics(folder / "metrics.jsonl"), {})
             at, notes, writes = folder, [], True
         return {
-            **self.summary(name),
-            "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe else "",
+            **self.summary_of_any(name),
+            "recipe": or_else("", files.read_text, recipe, MAX_RECIPE) if recipe else "",
             "command": shlex.join(["luthier", *command]) if command else "",
             "log": log(folder),
             "exports": exports,
-            "measured_on": read_object(at / "run.json").get("measured_on", HELD_OUT),
-            "sentence": comparison.get("sentence", ""),
-            "arms": arms,
-            "numbers": [asdict(row) for row in metric_rows(measured)],
-            "cost": list(cost(measured.stats)),
+            "measured_on": str(read_object(at / "run.json").get("measured_on", HELD_OUT)),
+            "sentence": str(comparison.get("sentence", "")),
+            "arms": or_else({}, first_runs, comparison),
+            "numbers": [asdict(row) for row in or_else([], metric_rows, measured)],
+            "cost": or_else([], lambda: list(cost(measured.stats))),
             "notes": notes,
             "writes": writes,
-            "answers": generations(at)[:ANSWERS],
+            "answers": or_else([], generations, at)[:ANSWERS],
         }
 
     def metrics(self, name: str, since: int, mark: str) -> dict[str, Any]:
@@ -172,6 +183,7 @@ class RunStore:
             current = f"{folder.name}/{os.fstat(file.fileno()).st_ino}"
             if mark != current:
                 since = 0
+            since = min(since, os.fstat(file.fileno()).st_size)
             file.seek(since)
             chunk = file.read(CHUNK)
         chunk = chunk[: chunk.rfind(b"\n") + 1]  # the last line may be being written
@@ -185,24 +197,32 @@ class RunStore:
     # ------------------------------------------------------------------------------------------ processes
 
     def process(self, name: str) -> int | None:
-        """The process that runs in this folder: the one that its lock names, or the one that the studio has
-        just started.
+        """The process that runs in this folder: the one that holds its lock, or the one that a studio has
+        just started. A number in a file is nobody's word: the process must have the lock open, or be the
+        command of this run.
         """
         if child := self.children.get(name):
             if child.poll() is None:
                 return child.pid
             del self.children[name]
         folder = self.place(name)
-        lock = folder / ".lock"
-        if lock.is_file():
-            holder = lock.read_text(encoding="ascii", errors="replace")
-            # a process that is younger than the lock has only the same number
-            if holder.isdigit() and (born := birth(int(holder))) and born <= lock.stat().st_mtime + 1:
-                return int(holder)
+        holder = files.lock_holder(folder)
+        if holder is not None and has_open(holder, folder / files.LOCK):
+            return holder
         started = read_object(folder / "studio.json", pid=int, born=(int, float))
-        if started and birth(started["pid"]) == started["born"]:
+        if started and birth(started["pid"]) == started["born"] and self.is_command(started["pid"], name):
             return started["pid"]
         return None
+
+    def is_command(self, pid: int, name: str) -> bool:
+        """Whether a process is the command of this run, as a studio starts it."""
+        try:
+            process = psutil.Process(pid)
+            return process.cmdline()[1:] == ["-c", COMMAND, *self.command(name)] and Path(
+                process.cwd()
+            ).samefile(self.home)
+        except (psutil.Error, RecipeError, OSError):
+            return False
 
     def begin(self, name: str, text: str) -> dict[str, Any]:
         """Start a recipe as `luthier tune runs/NAME/submitted.yaml output_dir=runs/NAME`."""
@@ -229,7 +249,10 @@ class RunStore:
         """The arguments of `luthier` that began a run and resume it; none where there is no recipe."""
         folder = self.place(name)
         if (folder / "arms.json").is_file():
-            return files.read_json(folder / "arms.json")
+            words = files.read_json(folder / "arms.json")
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise Damaged(f"{folder / 'arms.json'} is damaged: it is no command")
+            return words
         recipe = recipe_in(folder)
         if recipe is None:
             return []
@@ -248,7 +271,9 @@ class RunStore:
             source = recipe_in(self.folder(run))
             if source is None:
                 raise RecipeError(f"{run} has no recipe to compare")
-            keys = yaml.safe_load(source.read_text(encoding="utf-8"))
+            keys = read_yaml(source)
+            if not isinstance(keys, dict):
+                raise RecipeError(f"the recipe of {run} is no mapping of `key: value`")
             keys.pop("output_dir", None)
             texts[run] = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
         command, submitted = ["compare"], []
@@ -268,6 +293,8 @@ class RunStore:
     def spawn(self, name: str, command: Sequence[str]) -> None:
         """A process of its own, in a session of its own: it outlives the studio."""
         folder = self.place(name)
+        if (folder / "console.log").exists() and not (folder / "console.log").is_file():
+            raise RecipeError(f"{folder / 'console.log'} is not a file")
         with open(folder / "console.log", "wb") as output:
             child = subprocess.Popen(
                 [sys.executable, "-c", COMMAND, *command],
@@ -285,21 +312,24 @@ class RunStore:
         pid = self.process(name)
         if pid is None:
             raise RecipeError(f"no run is active in {self.folder(name)}")
-        process = psutil.Process(pid)
-        born, group = process.create_time(), [process]
-        if name in self.children or read_object(self.place(name) / "studio.json"):
-            group += process.children(recursive=True)
+        try:
+            process = psutil.Process(pid)
+            born, group = process.create_time(), [process]
+            if name in self.children or self.is_command(pid, name):
+                group += process.children(recursive=True)
+        except psutil.Error:
+            raise RecipeError(f"the run in {self.folder(name)} has just ended") from None
 
         def terminate_later() -> None:
             end = time.monotonic() + PATIENCE
             while time.monotonic() < end and birth(pid) == born:
                 time.sleep(0.2)
             for member in group:
-                with suppress(psutil.NoSuchProcess):
+                with suppress(psutil.Error):
                     member.terminate()
 
         for member in group:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):
                 member.send_signal(signal.SIGINT)
         threading.Thread(target=terminate_later, daemon=True).start()
         return self.summary(name)
@@ -309,7 +339,10 @@ class RunStore:
         folder = self.folder(name)
         if self.process(name):
             raise RecipeError(f"{name} is still running; stop it first")
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()  # what it leads to is not the studio's
+        else:
+            shutil.rmtree(folder)
 
 
 # --------------------------------------------------------------------------------------------------- folders
@@ -324,8 +357,57 @@ class Measured:
     stats: dict
 
 
+# of a folder that cannot be read
+UNREADABLE = {
+    "kind": "run",
+    "state": "failed",
+    "step": 0,
+    "steps": None,
+    "act": "",
+    "what": "",
+    "doing": "",
+    "report": False,
+    "changed": 0.0,
+}
+
+
+def or_else(default: Any, read: Callable[..., Any], *arguments: Any) -> Any:
+    """What a reader makes of a folder's files; the default where they are damaged or foreign."""
+    try:
+        return read(*arguments)
+    except DAMAGE:
+        return default
+
+
 def is_run(folder: Path) -> bool:
-    return any((folder / mark).is_file() for mark in MARKS)
+    try:
+        return any((folder / mark).is_file() for mark in MARKS)
+    except OSError:
+        return False
+
+
+def has_open(pid: int, path: Path) -> bool:
+    """Whether a process other than this one has a file open."""
+    if pid == os.getpid():
+        return False
+    try:
+        opened = psutil.Process(pid).open_files()
+        return any(os.path.samefile(file.path, path) for file in opened if os.path.exists(file.path))
+    except (psutil.Error, OSError):
+        return False
+
+
+def first_runs(comparison: Mapping[str, Any]) -> dict[str, str]:
+    """The name of each arm's first run."""
+    arms = {}
+    for arm, outcome in (comparison.get("arms") or {}).items():
+        if outcome["runs"]:
+            arms[arm] = Path(outcome["runs"][0]).name
+    return arms
+
+
+def number(value: Any) -> int | None:
+    return value if type(value) is int else None
 
 
 def current_run(folder: Path) -> Path:
@@ -343,7 +425,7 @@ def birth(pid: int) -> float | None:
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
         return process.create_time()
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # a number that no process can have
         return None
 
 
@@ -374,9 +456,9 @@ def read_object(path: Path, **types: Any) -> dict[str, Any]:
         return {}
 
 
-def read_numbers(path: Path) -> dict[str, float]:
+def numbers_in(values: Mapping[str, Any]) -> dict[str, float]:
     """Metrics by name; those that are no numbers are left out."""
-    return {k: v for k, v in read_object(path).items() if isinstance(v, (int, float))}
+    return {k: v for k, v in values.items() if isinstance(v, (int, float))}
 
 
 def parse_lines(text: bytes) -> list[dict]:
@@ -397,7 +479,14 @@ def log(folder: Path) -> str:
     path = folder / "console.log"
     if not path.is_file():
         return ""
-    return path.read_bytes()[-TAIL:].decode("utf-8", "replace")
+    return or_else(b"", tail, path, TAIL).decode("utf-8", "replace")
+
+
+def tail(path: Path, size: int) -> bytes:
+    """The last bytes of a file."""
+    with files.open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        return file.read(size)
 
 
 def why_ended(folder: Path, output: str) -> str:
@@ -407,7 +496,7 @@ def why_ended(folder: Path, output: str) -> str:
     started, failed = folder / "studio.json", folder / FAILED
     # what is older than the last start of the studio is of an earlier attempt
     if failed.is_file() and not (started.is_file() and failed.stat().st_mtime < started.stat().st_mtime):
-        if failure := read_failure(folder):
+        if failure := or_else(None, read_failure, folder):
             return str(failure)
     lines = [line for line in output.strip().splitlines() if line.strip()]
     for line in reversed(lines):
@@ -424,9 +513,7 @@ def last_step(path: Path) -> int:
     """The step of the last whole line."""
     if not path.is_file():
         return 0
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 20_000))
-        entries = parse_lines(file.read())
+    entries = parse_lines(tail(path, 20_000))
     if not entries:
         return 0
     step = entries[-1].get("step")
@@ -437,7 +524,7 @@ def last_metrics(path: Path) -> dict[str, float]:
     """The latest value of each metric that is measured during a run."""
     latest: dict[str, float] = {}
     if path.is_file():
-        for entry in parse_lines(path.read_bytes()):
+        for entry in parse_lines(tail(path, MAX_LOG)):
             for key, value in entry.items():
                 if key.startswith("eval_") and isinstance(value, (int, float)):
                     latest[key.removeprefix("eval_")] = value
@@ -450,8 +537,8 @@ def title(folder: Path) -> str:
         return " / ".join(sorted(path.stem for path in (folder / "arms").glob("*.yaml")))
     recipe, keys = recipe_in(folder), None
     if recipe:
-        with suppress(yaml.YAMLError, OSError, ValueError, RecursionError):
-            keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        with suppress(RecipeError):
+            keys = read_yaml(recipe)
     if not isinstance(keys, Mapping):
         return ""
 

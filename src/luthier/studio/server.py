@@ -14,13 +14,13 @@ import math
 import re
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from fastapi import Body, FastAPI, Request
+from fastapi import Body, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import (
     FileResponse,
@@ -30,9 +30,11 @@ from fastapi.responses import (
     Response,
     StreamingResponse,
 )
+from pydantic import AfterValidator, BaseModel, StringConstraints
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from luthier.data.files import READERS
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, shortened
 from luthier.registry import KINDS, module_of
 from luthier.report.html import POLICY, STATIC
 from luthier.studio.run_store import RunStore
@@ -54,9 +56,33 @@ METHOD_KINDS = (  # those that the page offers
     "evaluator",
     "plan",
 )
+UPLOAD = "/api/upload"
 SMALL = 4 << 20  # bytes of any other request
-Changes = Annotated[dict[str, str], Body(embed=True)]  # the fields of the form
-Word = Annotated[str, Body(embed=True)]
+TOO_LARGE = f"a request may have at most {SMALL >> 20} MB; use the upload for files"
+PROBLEMS = 5  # of a request, in an answer
+LARGEST_TEXT = 1 << 20  # characters of a field
+
+
+def check_text(text: str) -> str:
+    """Text that can be written to a file or be a part of a path."""
+    if "\0" in text:
+        raise ValueError("it holds a character that no text has (NUL)")
+    return text
+
+
+Text = Annotated[str, StringConstraints(max_length=LARGEST_TEXT), AfterValidator(check_text)]
+Changes = Annotated[dict[Text, Text], Body(embed=True)]  # the fields of the form
+Word = Annotated[Text, Body(embed=True)]
+Seed = Annotated[int, Body(ge=-(2**63), lt=2**63)]
+
+
+class Turn(BaseModel):
+    """A turn of a conversation."""
+
+    role: Text
+    content: Text
+
+
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -77,7 +103,8 @@ class FiniteJSON(JSONResponse):
     """JSON as browsers read it: what is not finite is null."""
 
     def render(self, content: Any) -> bytes:
-        return super().render(finite(content))
+        text = json.dumps(finite(content), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")  # half a character as JSON escapes it
 
 
 def finite(x: Any) -> Any:
@@ -89,6 +116,21 @@ def finite(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
         return [finite(v) for v in x]
     return x
+
+
+def bounded(receive: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+    """What a request brings, counted as it comes: it need not say before how much that is."""
+    size = 0
+
+    async def receive_bounded() -> Any:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > SMALL:
+            raise HTTPException(413, TOO_LARGE)
+        return message
+
+    return receive_bounded
 
 
 class Guard:
@@ -110,7 +152,10 @@ class Guard:
                         message["headers"].append((key, value.encode()))
             await send(message)
 
-        answer = self.refusal(Request(scope)) or self.authorize(Request(scope)) or self.app
+        request = Request(scope)
+        answer = self.refusal(request) or self.authorize(request) or self.app
+        if request.url.path != UPLOAD:
+            receive = bounded(receive)
         await answer(scope, receive, send_with_headers)
 
     def refusal(self, request: Request) -> Response | None:
@@ -132,8 +177,8 @@ class Guard:
                 " Authorization: Bearer",
             )
         length = headers.get("content-length", "0")
-        if path != "/api/upload" and (not length.isdigit() or int(length) > SMALL):
-            return refuse(413, f"a request may have at most {SMALL >> 20} MB; use the upload for files")
+        if path != UPLOAD and (not length.isdigit() or len(length) > 20 or int(length) > SMALL):
+            return refuse(413, TOO_LARGE)
         return None
 
     def authorize(self, request: Request) -> Response | None:
@@ -188,10 +233,18 @@ def studio(home: Path, token: str, worker: Callable[[Path], Any] = Worker) -> Fa
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: Any) -> Response:
         sentences = []
-        for problem in error.errors():
+        for problem in error.errors()[:PROBLEMS]:
             place = ".".join(map(str, problem["loc"][1:])) or "the request"
-            sentences.append(f"{place}: {problem['msg']}")
+            sentences.append(f"{shortened(place)}: {shortened(problem['msg'], 300)}")
         return refuse(422, "; ".join(sentences))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: Any) -> Response:
+        return refuse(error.status_code, str(error.detail))
+
+    @app.exception_handler(OSError)
+    async def disk_error(request: Request, error: Any) -> Response:
+        return refuse(422, f"{error.filename or 'the disk'}: {error.strerror or error}")
 
     @app.exception_handler(RuntimeError)
     async def worker_error(request: Request, error: Exception) -> Response:
@@ -281,14 +334,14 @@ def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
         return worker.ask("fields_of", text=text)
 
     @app.post("/api/look")
-    def look(changes: Changes, offset: Annotated[int, Body(embed=True, ge=0)] = 0) -> Any:
+    def look(changes: Changes, offset: Annotated[int, Body(embed=True, ge=0, lt=2**63)] = 0) -> Any:
         return worker.ask("look", changes=changes, offset=offset)
 
     @app.post("/api/forecast")
     def forecast(changes: Changes) -> Any:
         return worker.ask("forecast", changes=changes)
 
-    @app.post("/api/upload")
+    @app.post(UPLOAD)
     async def upload(name: str, request: Request) -> Any:
         """A file of rows into home/uploads, under its own name made harmless, beside what is in it."""
         safe = re.sub(r"[^\w.-]+", "-", name.replace("\\", "/").rpartition("/")[2])[-80:].lstrip(".-")
@@ -371,8 +424,8 @@ def add_run_routes(app: FastAPI, store: RunStore, worker: Callable[[Path], Any])
     @app.post("/api/compare")
     def compare(
         name: Word,
-        runs: Annotated[list[str], Body()],
-        seeds: Annotated[int, Body()] = 1,
+        runs: Annotated[list[Text], Body()],
+        seeds: Annotated[int, Body(ge=1, le=1000)] = 1,
         budget: Word = "",
         metric: Word = "loss",
     ) -> Any:
@@ -406,10 +459,10 @@ def add_chat_routes(app: FastAPI, workers: Mapping[str, Any]) -> None:
         side: str,
         model: Word,
         text: Word,
-        before: Annotated[list[dict[str, Any]], Body()],
+        before: Annotated[list[Turn], Body()],
         max_new_tokens: Annotated[int, Body(ge=1, le=4096)] = 128,
-        temperature: Annotated[float, Body(ge=0)] = 0.0,
-        seed: Annotated[int, Body()] = 0,
+        temperature: Annotated[float, Body(ge=0, le=100, allow_inf_nan=False)] = 0.0,
+        seed: Seed = 0,
     ) -> Any:
         if side not in workers:
             raise RecipeError(f"there is no side '{side}'")
@@ -418,7 +471,7 @@ def add_chat_routes(app: FastAPI, workers: Mapping[str, Any]) -> None:
             "say",
             model=model,
             text=text,
-            before=before,
+            before=[turn.model_dump() for turn in before],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
@@ -460,6 +513,8 @@ async def stream(worker: Any, task: str, **arguments: Any) -> Response:
             put({"is": worker.ask(task, on_part, **arguments)})
         except (RecipeError, RuntimeError) as error:
             put({"error": error})
+        except Exception as error:  # or whoever asked would wait for ever
+            put({"error": RuntimeError(f"{type(error).__name__}: {error}")})
 
     threading.Thread(target=work, daemon=True).start()
     first = await queue.get()

@@ -16,6 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +24,9 @@ from typing import Any
 
 import yaml
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, outcome_of, shortened
 from luthier.registry import default_of, find, helps
+from luthier.storage.bounded_yaml import load_yaml
 
 SAMPLE = 2000  # rows that are encoded to be counted: a large file is looked at, not read to its end
 ROW_LENGTH = 4000  # characters of a row in an answer
@@ -71,8 +73,10 @@ def fields_of(text: str) -> dict[str, str]:
 
 def flow(value: Any) -> str:
     """A value in a line of YAML."""
-    if isinstance(value, str) and yaml.safe_load(value) == value:
-        return value
+    if isinstance(value, str):
+        with suppress(RecipeError):
+            if load_yaml(value) == value:
+                return value
     line = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1e9)
     return line.strip().removesuffix("\n...").strip()
 
@@ -188,12 +192,16 @@ def reader_of(
     if architecture == "auto":
         reader = detect(model)
     else:
-        reader = build("architecture", yaml.safe_load(architecture))
+        reader = build("architecture", load_yaml(architecture, "architecture"))
     config = model_config(model)
     if not max_length:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         max_length = min(2048, positions or 2048)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model), trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = shortened(str(error), 300)
+        raise RecipeError(f"model: the tokenizer of {model} cannot be loaded: {reason}") from None
     return reader, reader.renderer(tokenizer, config, max_length=max_length, chat_template=chat_template)
 
 
@@ -492,9 +500,10 @@ def perform(
         return {"is": TASKS[task](**arguments)}
     except RecipeError as error:
         return {"error": str(error)}
-    except MemoryError:
-        return {"error": "it does not fit into memory"}
     except Exception as error:
+        outcome = outcome_of(error)
+        if isinstance(outcome, RecipeError):
+            return {"error": str(outcome)}
         traceback.print_exc()
         return {"bug": f"{type(error).__name__}: {error}"}
 

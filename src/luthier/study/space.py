@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
 from luthier.errors import RecipeError
 from luthier.methods.searchers._base import Dim, Space
 from luthier.recipe.aliases import METHOD_KEYS
@@ -21,6 +19,7 @@ from luthier.recipe.model_names import model_config
 from luthier.recipe.read import name_of
 from luthier.recipe.recipe import Recipe, key_of, terms
 from luthier.registry import Choices, Range, build, did_you_mean, spec
+from luthier.storage.bounded_yaml import load_yaml
 
 KINDS = {**METHOD_KEYS, "objective": "objective"}  # recipe keys that hold one method, and its kind
 TUNERS = ("lora", "dora", "ssf", "bitfit", "houlsby", "full")  # what `tuner` alone varies
@@ -179,7 +178,7 @@ class _Parser:
             names = values.split("|")
         methods = {}
         for name in names:
-            choice = yaml.safe_load(name)
+            choice = load_yaml(name, f"--space {key}")
             label = choice
             if not isinstance(choice, str):
                 label = re.sub(r"[{}'\" ]", "", name)
@@ -359,7 +358,7 @@ def _dim(
     match = RANGE.fullmatch(values)
     try:
         if match is None:
-            choices = tuple(yaml.safe_load(value) for value in values.split("|"))
+            choices = tuple(load_yaml(value, f"--space {name}") for value in values.split("|"))
             if default not in choices:
                 default = None
             return Dim(name, choices=choices, default=default, when=when)
@@ -371,7 +370,7 @@ def _dim(
         if not isinstance(default, (int, float)) or not low <= default <= high:
             default = None
         return Dim(name, low, high, log, whole, default=default, when=when)
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise RecipeError(
             f"--space {name}={values}: expected a range such as 4..64 or choices such as 4|8|16 ({error})"
         ) from None

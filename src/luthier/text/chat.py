@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from datetime import date as Date
 from datetime import datetime
@@ -16,7 +17,9 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
+from luthier.errors import RecipeError, shortened
 from luthier.methods.formats._base import REASONING, BadRow, text_of_parts
+from luthier.text.template_limits import TemplateLimit, limited
 from luthier.text.templates import marks_generation, names_read, switches, template_text
 
 TURN_WEIGHTS = ("loss", "loss_scale")  # keys of a turn that are ours: templates must not see them
@@ -24,6 +27,7 @@ TURN_WEIGHTS = ("loss", "loss_scale")  # keys of a turn that are ours: templates
 # that the tokenizer does not read it as one. No text holds it: Unicode keeps it free of characters.
 MARK = "\ufdd0"
 CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+MAX_STOPPED = 3  # renderings that go over the limits, until the template is refused
 THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*(.*)\Z", re.DOTALL)
 
 
@@ -55,6 +59,7 @@ class Chat:
         self.form = Form()
         self.special = special_pattern(tokenizer)
         self.typed: dict[str, None] = {}  # special tokens in the messages of others than the assistant
+        self.stopped: Counter[str] = Counter()  # how often a template went over its limits, by its text
 
     @property
     def text(self) -> str:
@@ -79,7 +84,7 @@ class Chat:
     def but(self, template: str | None = None, options: dict[str, Any] | None = None) -> Chat:
         """The same with another template, or with further options."""
         other = Chat(self.tokenizer, {**self.options, **(options or {})}, self.today, self.split_special)
-        other.template = template or self.template
+        other.template, other.stopped = template or self.template, self.stopped
         return other
 
     # ------------------------------------------------------------------------------------------ rendering
@@ -104,17 +109,28 @@ class Chat:
         return marked
 
     def call(self, row: dict, turns: list[dict], **how: Any) -> Any:
-        """`apply_chat_template` with all that a row and the recipe say."""
+        """`apply_chat_template` with all that a row and the recipe say, within limits. Raises BadRow where
+        the template refuses or goes over them, and RecipeError where it has often gone over them: the
+        template is what is wrong then.
+        """
         options = {**self.options, **(row.get("chat_template_kwargs") or {})}
         try:
             if self.template is not None or self.reads_clock:
                 text = self.template or self.tokenizer.get_chat_template(None, row.get("tools"))
                 options["chat_template"] = dated(text, self.today)
-            return self.tokenizer.apply_chat_template(
-                [self.turn(turn) for turn in turns], tools=row.get("tools"), **how, **options
-            )
+            with limited():
+                return self.tokenizer.apply_chat_template(
+                    [self.turn(turn) for turn in turns], tools=row.get("tools"), **how, **options
+                )
+        except TemplateLimit as why:
+            self.stopped[self.text] += 1
+            sentence = f"the chat template was stopped, since it takes {why} for a row"
+            if self.stopped[self.text] >= MAX_STOPPED:
+                raise RecipeError(f"{sentence}; set another chat_template", "chat_template") from None
+            raise BadRow(sentence) from None
         except Exception as why:  # a template is somebody's program: it may raise anything
-            raise BadRow(f"the chat template raised an error: {why}") from None
+            reason = shortened(str(why), 300) or type(why).__name__
+            raise BadRow(f"the chat template raised an error: {reason}") from None
 
     # ------------------------------------------------------------------------------------------ one turn
 

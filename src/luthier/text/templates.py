@@ -76,6 +76,7 @@ def set_chat_template(tokenizer: Any, chat_template: str | None, starts_with_bos
     beginning-of-sequence token before a text, so built-in templates do the same. Raises RecipeError.
     """
     if chat_template is None and tokenizer.chat_template:
+        check_is_text(tokenizer.chat_template)
         return None
     name = chat_template or "plain"
     if name in TEMPLATES:
@@ -95,6 +96,19 @@ def set_chat_template(tokenizer: Any, chat_template: str | None, starts_with_bos
             " which is saved with it"
         )
     return f"using chat_template '{name[:60]}', which is saved with the tokenizer"
+
+
+def check_is_text(template: Any) -> None:
+    """Raise RecipeError where what a tokenizer brings as its chat template is neither a text nor texts by
+    name.
+    """
+    texts = list(template.values()) if isinstance(template, Mapping) else [template]
+    for text in texts:
+        if not isinstance(text, str):
+            raise RecipeError(
+                f"the tokenizer's chat_template is of type {type(text).__name__}, not text; set chat_template"
+                " in the recipe"
+            )
 
 
 def builtin_template(tokenizer: Any, name: str, starts_with_bos: bool) -> str:
@@ -137,9 +151,9 @@ def jinja_literal(value: Any) -> str:
 def template_text(tokenizer: Any) -> str:
     """A tokenizer's chat template; of several by name, all of them."""
     template = tokenizer.chat_template
-    if isinstance(template, str):
-        return template
-    return " ".join((template or {}).values())
+    if isinstance(template, Mapping):
+        return " ".join(map(str, template.values()))
+    return str(template or "")
 
 
 def marks_generation(template: str) -> bool:
@@ -204,5 +218,5 @@ def parse_template(template: str) -> nodes.Template | None:
                 plain = plain.replace(f"{opening}{word}{closing}", "")
     try:
         return Environment(extensions=[loopcontrols]).parse(plain)
-    except TemplateError:
+    except (TemplateError, RecursionError):
         return None

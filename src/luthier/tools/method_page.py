@@ -14,13 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from luthier import registry
 from luthier.errors import PluginWarning, RecipeError
 from luthier.recipe.catalogue import all_papers, claims_folder
 from luthier.recipe.recipe import Recipe
 from luthier.registry import describe
+from luthier.storage.bounded_yaml import read_yaml
 from luthier.study.reproduce.page import read_result, status
 from luthier.study.reproduce.spec import Claim, claim_names, read_claim
 
@@ -98,7 +97,7 @@ def rate_of(path: Path | None) -> tuple[str, float | None]:
     """The model and the learning rate of a recipe; None where it has none."""
     if path is None:
         return "", None
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = read_yaml(path)
     rate = recipe.get("learning_rate")
     if rate is None:
         return "", None
@@ -172,7 +171,7 @@ def methods_of(path: Path) -> Iterator[tuple[str, str]]:
             built = {"objective": recipe.aim(), **recipe.methods()}
         except RecipeError:
             return
-    named = yaml.safe_load(path.read_text(encoding="utf-8"))
+    named = read_yaml(path)
     for key, value in built.items():
         if key in named:
             yield from names_in(value)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from luthier.errors import out_of_memory
 from luthier.model.outputs import Outputs
-from luthier.train import checks
 from luthier.train.batched_forward import joint_outputs, why_not_joined
 from luthier.train.closure import LossClosure
 from luthier.train.trainer import Trainer
@@ -101,7 +101,7 @@ class BatchedTrainer:
         try:
             return self.joint_step(trainers)
         except (RuntimeError, MemoryError) as error:
-            if not checks.out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         self.why_not_joint = "out of memory"
         for trainer in trainers:

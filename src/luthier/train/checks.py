@@ -16,11 +16,6 @@ from luthier.model.batch import Batch
 from luthier.model.policy import eval_mode
 from luthier.model.quantized_linear import numbers
 
-TOO_BIG = (
-    "out of memory; everything saved so far is intact. Lower per_device_train_batch_size"
-    " (raise gradient_accumulation_steps for the same result) or max_length, set"
-    " gradient_checkpointing: true, or use a tuner with fewer trainable parameters"
-)
 # what a network that cannot be read in some way may raise; errors of memory and interrupts are none of these
 UNREADABLE = (
     TypeError,
@@ -173,13 +168,6 @@ def _check_elementwise(
             f" average (maximum {largest:.1e}); using the model's own (slower, results are"
             " correct)"
         )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Is this the way torch says that memory has run out?"""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error)
 
 
 def check_stop_token(rows: Sequence[Any], stop: set[int], warn: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier.errors import out_of_memory
 from luthier.model.batch import Batch
 from luthier.train import checks
 
@@ -62,7 +63,7 @@ class LossClosure:
                 self.micro_batch(i, grad, only)
             return self.end(grad, only)
         except (RuntimeError, MemoryError) as error:
-            if checks.out_of_memory(error):
+            if out_of_memory(error):
                 raise MicroBatchTooLarge(str(error)) from None
             raise
 

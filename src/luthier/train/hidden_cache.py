@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from luthier.kernels.tolerance import logprob_tolerance
 from luthier.model.batch import Batch
 from luthier.model.policy import eval_mode
+from luthier.storage import files
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -153,6 +154,8 @@ def open_cache(policy: Any, batch: Batch, path: Path, tokens: int) -> HiddenStat
     if room < 1:
         return "there is not enough free disk space"
     path.unlink(missing_ok=True)
+    if not files.reserve(path, room * width * dtype.itemsize):
+        return "there is not enough free disk space"
     table = torch.from_file(str(path), shared=True, size=room * width, dtype=dtype).view(room, width)
     cache = HiddenStateCache(path, lists[0], first, table)
     if not _agrees(policy, batch, cache):

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.errors import DiskError
 from luthier.model.batch import Batch
 from luthier.model.policy import Policy
+from luthier.storage import files
 from luthier.train.hidden_cache import LIMIT, digest, trees
 
 # words before a row's numbers: how many there are, a checksum, and the 128 bits of its key
@@ -39,8 +41,8 @@ class LogprobCache:
         size = len(mark) + room
         if not path.is_file() or path.stat().st_size != 4 * size:
             path.unlink(missing_ok=True)
-            with open(path, "wb") as file:
-                file.truncate(4 * size)  # zeros, which take no disk until they are written
+            if not files.reserve(path, 4 * size):
+                raise DiskError(f"the disk of {path} has no room for {4 * size / 2**20:,.0f} MB")
         self.words = np.memmap(path, np.int32, "r+", shape=(size,))
         if not np.array_equal(self.words[: len(mark)], mark):
             self.words[:] = 0
@@ -134,4 +136,7 @@ def open_cache(role: Policy, path: Path, room: int, about: str) -> CachedPolicy 
     if 4 * room > min(LIMIT, shutil.disk_usage(path.parent).free // 2):
         return f"they would take {4 * room / 2**30:.1f} GB of disk"
     dtype = next(role.model.parameters()).dtype
-    return CachedPolicy(role, LogprobCache(path, room, f"{about} {dtype} {role.architecture}"))
+    try:
+        return CachedPolicy(role, LogprobCache(path, room, f"{about} {dtype} {role.architecture}"))
+    except DiskError as error:
+        return str(error)

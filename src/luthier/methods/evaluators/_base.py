@@ -4,7 +4,6 @@ numbers by name.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -157,5 +156,5 @@ def keep(folder: Path, when: str, **values: Mapping[str, float]) -> None:
     metric. Runs on the same rows are compared row by row with it.
     """
     path = folder / f"per_example-{when}.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    saved = files.read_object(path) if path.is_file() else {}
     files.write_json(path, {**saved, **values})

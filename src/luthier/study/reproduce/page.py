@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from luthier.recipe.catalogue import claims_folder
+from luthier.storage import files
 from luthier.study.reproduce.spec import UNTESTABLE, Claim, Expectation, claim_names, read_claim, sweep_label
 
 Result = dict[str, Any]
@@ -33,7 +33,7 @@ def read_result(name: str, folder: Path | None = None) -> Result | None:
     path = (folder or claims_folder()) / "results" / f"{name}.json"
     if not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    return files.read_object(path)
 
 
 def status(claim: Claim, folder: Path | None = None) -> str:

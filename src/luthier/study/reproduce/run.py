@@ -20,6 +20,8 @@ from typing import Any
 from luthier.errors import NotFinite, RecipeError, from_code
 from luthier.recipe.catalogue import claims_folder
 from luthier.run import subprocess
+from luthier.storage import files
+from luthier.storage.layout import read_log
 from luthier.study.reproduce.judge import RunNumbers, combine, judge, rounded
 from luthier.study.reproduce.spec import MAX_SEEDS, TUNING_SEED, UNTESTABLE, Claim, read_claim, sweep_label
 
@@ -190,14 +192,11 @@ def _in_process(keys: dict[str, Any], folder: Path) -> None:
 
 def read_numbers(folder: Path) -> RunNumbers:
     """What a finished run measured."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = files.read_object(folder / "report.json", folder=str, before=dict, after=dict, stats=dict)
     duration = 0.0
     if (folder / "took.json").is_file():
-        duration = json.loads((folder / "took.json").read_text(encoding="utf-8"))
-    log = []
-    path = Path(report["folder"]) / "metrics.jsonl"
-    if path.is_file():
-        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        duration = files.read_json(folder / "took.json")
+    log = read_log(Path(report["folder"]))
     return RunNumbers(report["before"], report["after"], report["stats"], duration, log)
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luthier.errors import RecipeError
 from luthier.recipe.catalogue import claims_folder
 from luthier.registry import did_you_mean, format_errors
+from luthier.storage.bounded_yaml import read_yaml
 from luthier.storage.toy import OLD_PREFIX, PREFIX, is_toy
 
 HOLDS, FAILS, UNDECIDED, UNTESTABLE = "held", "not held", "undecided", "not testable here"
@@ -224,13 +224,9 @@ def read_claim(name: str, folder: Path | None = None) -> Claim:
             raise RecipeError(f"there is no claim '{name}' in {folder}")
         raise RecipeError(f"there is no claim '{name}'{did_you_mean(name, names)}")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = name
-        if mark:
-            place += f", line {mark.line + 1}"
-        raise RecipeError(f"claim {place}: invalid YAML") from None
+        fields = read_yaml(path)
+    except RecipeError as error:
+        raise RecipeError(f"claim {error}") from None
     if not isinstance(fields, dict):
         raise RecipeError(
             f"claim {name}: a claim must be a mapping of `key: value`, not {type(fields).__name__}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from luthier.errors import NotFinite, NothingMoves, OutOfMemory, RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.registry import did_you_mean
 from luthier.run.report import plan_runs
+from luthier.storage import files
 from luthier.study.goals import Goal, beyond_worst, front_figure
 from luthier.study.search.spec import SearchSpec
 from luthier.study.search.trials import Measurement
@@ -123,7 +123,7 @@ def read_points(run: Path) -> list[dict[str, float]]:
     for part in plan_runs(report):
         path = part / "report.json"
         if path.is_file():
-            points.append(json.loads(path.read_text(encoding="utf-8"))["after"])
+            points.append(files.read_object(path, after=dict)["after"])
     return points or [last]
 
 
@@ -131,9 +131,9 @@ def _read_report(run: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """The report of a finished or paused run, and what it measured last."""
     finished = run / "report.json"
     if finished.is_file():
-        report = json.loads(finished.read_text(encoding="utf-8"))
+        report = files.read_object(finished, after=dict)
         return report, report["after"]
-    report = json.loads((run / "paused.json").read_text(encoding="utf-8"))
+    report = files.read_object(run / "paused.json", metrics=dict)
     return report, report["metrics"]
 
 

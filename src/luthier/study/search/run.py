@@ -4,7 +4,6 @@ the runs on test seeds, search.json and report.html the result.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +104,7 @@ def _claim(folder: Path, spec: SearchSpec) -> None:
     for name in (SPEC, FORMER_SPEC):
         path = folder / name
         if path.is_file():
-            if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            if files.read_object(path).get("fingerprint") != fingerprint:
                 raise RecipeError(f"{folder} holds another search; choose another folder with --output-dir")
             return
     files.write_json(folder / SPEC, {"fingerprint": fingerprint, "recipe": spec.space.recipe.yaml()})

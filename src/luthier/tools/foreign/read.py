@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from luthier.errors import RecipeError
+from luthier.errors import Damaged, RecipeError
+from luthier.storage import files
+from luthier.storage.bounded_yaml import MAX_CHARACTERS, load_yaml
 
 # the word of a command line -> tool
 COMMANDS = {
@@ -46,14 +46,14 @@ class Written:
 def read_configuration(path: Path) -> Written:
     """The keys and values of a file. Raises RecipeError where it cannot be read, or holds none."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as why:
+        text = files.read_text(path, 4 * MAX_CHARACTERS)
+    except Damaged as why:
         raise RecipeError(f"{path} cannot be read: {why}") from None
     if path.suffix == ".sh":
         return read_shell(text, path)
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as why:
+        values = json.loads(text) if path.suffix == ".json" else load_yaml(text, path.name)
+    except (ValueError, RecursionError) as why:
         reason = " ".join(str(why).split())
         raise RecipeError(f"{path} is neither valid YAML nor JSON: {reason}") from None
     if not isinstance(values, dict) or not values:
@@ -106,7 +106,7 @@ def command_line(words: list[str], tool: str, command: str, text: str, path: Pat
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_")
-            values[key] = yaml.safe_load(value) if equals else True
+            values[key] = load_yaml(value, word) if equals else True
         elif key:
             value = word if word.startswith(("{", "[")) else plain_value(word)
             earlier = values[key]
@@ -120,8 +120,8 @@ def command_line(words: list[str], tool: str, command: str, text: str, path: Pat
 def plain_value(word: str) -> Any:
     """A word of a command line as YAML would read it; text where it is none."""
     try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError:
+        return load_yaml(word)
+    except RecipeError:
         return word
 
 

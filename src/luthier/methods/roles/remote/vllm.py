@@ -29,6 +29,7 @@ from luthier.errors import RecipeError
 from luthier.methods.roles.remote.endpoint import Endpoint, EndpointModel, NoAnswer
 from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import role
+from luthier.storage import files
 
 # nats between the server's log-probability of a token and the policy's, on average, that rounding does not
 # explain
@@ -182,7 +183,7 @@ class Sampler(EndpointModel):
 
 def suits(folder: Path) -> None:
     """Refuses an adapter of which vLLM would read less than there is."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = files.read_object(folder / "adapter_config.json")
     odd = [
         k
         for k in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "target_parameters")

@@ -37,7 +37,7 @@ from luthier.model.experts import stacked
 from luthier.model.quantized_linear import QuantizedMatrix, modules, numbers, opened
 from luthier.model.statistics import statistics
 from luthier.registry import did_you_mean
-from luthier.storage import checkpoints
+from luthier.storage import checkpoints, files
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -301,7 +301,7 @@ class PeftTunedModel(TunedModel):
         if checkpoints.paths(Path(folder)) or not path.is_file():
             return super().read(folder)
         self._same_settings(
-            json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")), folder
+            files.read_object(Path(folder) / "adapter_config.json"), folder
         )
         before = self.tensors()
         # PEFT adds the base's embeddings

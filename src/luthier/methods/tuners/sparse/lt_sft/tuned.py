@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, co
 from luthier.methods.tuners.sparse._sparse import largest, place_type
 from luthier.model.linear import is_transposed
 from luthier.model.quantized_linear import Quantized
+from luthier.storage import files
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -184,7 +184,7 @@ class LotteryTicketModel(PeftTunedModel):
     def read(self, folder):
         path = Path(folder) / "adapter_config.json"
         if path.is_file() and (Path(folder) / "adapter_model.safetensors").is_file():
-            counts = json.loads(path.read_text(encoding="utf-8")).get("counts") or {}
+            counts = files.read_object(path).get("counts") or {}
             own = {n: self.sparse[n].get_base_layer().weight for n in self.sparse}
             zeros = lambda n: torch.zeros(
                 counts.get(n, 0), dtype=place_type(own[n].numel()), device=own[n].device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, DeltaParams, PeftTunedModel, config_for
 from luthier.model.statistics import gather
-from luthier.storage import checkpoints
+from luthier.storage import checkpoints, files
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -47,7 +46,7 @@ class SPTModel(PeftTunedModel):
     def read(self, folder):
         path = Path(folder) / "adapter_config.json"
         if not checkpoints.paths(Path(folder)) and path.is_file():
-            plan = json.loads(path.read_text(encoding="utf-8")).get("plan")
+            plan = files.read_object(path).get("plan")
             if isinstance(plan, dict) and plan.keys() == self.settings.plan.keys():
                 self.follow(plan)
         return super().read(folder)
