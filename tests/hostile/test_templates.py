@@ -1,4 +1,6 @@
-"""Chat templates that nobody should write: each renders, or is stopped in a sentence, within time and memory."""
+"""Chat templates that nobody should write: each renders, or is stopped in a sentence, within time and
+memory.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ROW = {
     "completions": [[{"role": "assistant", "content": "Hello!"}]],
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
 }
-DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x }}"
+DOUBLING = (
+    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = STEP %}{% endfor %}" + "{{ ns.x }}"
+)
 NESTING = "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = STEP %}{% endfor %}END"
 BOMBS = [
     "{% for i in range(10**9) %}x{% endfor %}",
@@ -69,16 +73,41 @@ BOMBS = [
     "{{ [[1]] * 90000 | sum(start=[]) | length }}",
     "{{ range(99999) | map('list') | sum(start=[]) }}",
     "{{ 'x' | round(10**9) }}",
-    *(DOUBLING.replace("STEP", step) for step in (
-        "ns.x + ns.x", "ns.x ~ ns.x", "ns.x * 2", "[ns.x, ns.x] | join", "'{}{}'.format(ns.x, ns.x)",
-        "'%s%s' % (ns.x, ns.x)", "ns.x.replace('a', 'aa')", "ns.x.join(['', ns.x, ''])", "(ns.x, ns.x)",
-        "[ns.x, ns.x]", "{'a': ns.x, 'b': ns.x}", "dict(a=ns.x, b=ns.x)", "namespace(a=ns.x, b=ns.x)",
-        "{'a': ns.x, 'b': ns.x}.values()", "[ns.x] * 2", "[ns.x] + [ns.x]", "ns.x | list + ns.x | list",
-    )),
-    *(NESTING.replace("STEP", step).replace("END", end) for step in ("[ns.x, ns.x]", "{'a': ns.x, 1: ns.x}")
-      for end in ("{{ ns.x | tojson }}", "{{ ns.x | string }}", "{{ ns.x ~ '' }}", "{{ ns.x | pprint }}",
-                  "{{ ns.x == ns.x | list }}", "{{ {(ns.x, ns.x): 1} }}")),
-    "{% set ns = namespace(x=['a']) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+    *(
+        DOUBLING.replace("STEP", step)
+        for step in (
+            "ns.x + ns.x",
+            "ns.x ~ ns.x",
+            "ns.x * 2",
+            "[ns.x, ns.x] | join",
+            "'{}{}'.format(ns.x, ns.x)",
+            "'%s%s' % (ns.x, ns.x)",
+            "ns.x.replace('a', 'aa')",
+            "ns.x.join(['', ns.x, ''])",
+            "(ns.x, ns.x)",
+            "[ns.x, ns.x]",
+            "{'a': ns.x, 'b': ns.x}",
+            "dict(a=ns.x, b=ns.x)",
+            "namespace(a=ns.x, b=ns.x)",
+            "{'a': ns.x, 'b': ns.x}.values()",
+            "[ns.x] * 2",
+            "[ns.x] + [ns.x]",
+            "ns.x | list + ns.x | list",
+        )
+    ),
+    *(
+        NESTING.replace("STEP", step).replace("END", end)
+        for step in ("[ns.x, ns.x]", "{'a': ns.x, 1: ns.x}")
+        for end in (
+            "{{ ns.x | tojson }}",
+            "{{ ns.x | string }}",
+            "{{ ns.x ~ '' }}",
+            "{{ ns.x | pprint }}",
+            "{{ ns.x == ns.x | list }}",
+            "{{ {(ns.x, ns.x): 1} }}",
+        )
+    ),
+    "{% set ns = namespace(x=1) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
     "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}{{ ns.x.x.x }}{{ [ns] }}",
     "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "{% for x in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}",
@@ -107,17 +136,48 @@ BOMBS = [
 ]
 ODD = [7, 2.5, True, ["a"], {"default": 3}, {"tool_use": "x"}, {}, b"{{ 1 }}", [{"name": "default"}]]
 VALUES = (
-    *("'x'", "'ab' * 999", "[1, 2]", "messages", "tools", "range(99999)", "1", "10**6", "2.5", "none", "true"),
+    *(
+        "'x'",
+        "'ab' * 999",
+        "[1, 2]",
+        "messages",
+        "tools",
+        "range(99999)",
+        "1",
+        "10**6",
+        "2.5",
+        "none",
+        "true",
+    ),
     *("ns", "ns.x", "ns.y", "m", "m.content", "loop", "loop.index", "undefined", "{'a': 1}", "caller", "f"),
 )
 FILTERS = (
-    *("length", "list", "join", "join(ns.x)", "tojson", "tojson(indent=4)", "string", "upper", "trim", "sort"),
+    *(
+        "length",
+        "list",
+        "join",
+        "join(ns.x)",
+        "tojson",
+        "tojson(indent=4)",
+        "string",
+        "upper",
+        "trim",
+        "sort",
+    ),
     *("map('string')", "map('center', 999)", "select", "reverse", "unique", "sum", "int", "float", "first"),
     *("replace('a', ns.x)", "indent(99)", "batch(3)", "slice(3)", "center(9999)", "items", "dictsort", "max"),
     *("wordwrap", "pprint", "urlize", "striptags", "escape", "format(ns.x)", "default(ns.y)", "attr('x')"),
 )
 CALLS = (
-    *("upper()", "split('a')", "format(ns.x, ns.y)", "join(ns.y)", "replace('a', ns.x)", "items()", "encode()"),
+    *(
+        "upper()",
+        "split('a')",
+        "format(ns.x, ns.y)",
+        "join(ns.y)",
+        "replace('a', ns.x)",
+        "items()",
+        "encode()",
+    ),
     *("ljust(9999)", "expandtabs(999)", "splitlines()", "get('a')", "values()", "strip()", "zfill(99)"),
 )
 
@@ -129,7 +189,8 @@ def expression(chance: random.Random, depth: int = 3) -> str:
     inner = expression(chance, depth - 1)
     kind = chance.randrange(8)
     if kind < 2:
-        return f"({inner} {chance.choice(('+', '~', '*', '%', '-', '==', 'in', 'and'))} {expression(chance, depth - 1)})"
+        operator = chance.choice(("+", "~", "*", "%", "-", "==", "in", "and"))
+        return f"({inner} {operator} {expression(chance, depth - 1)})"
     if kind < 4:
         return f"({inner} | {chance.choice(FILTERS)})"
     if kind == 4:

@@ -103,7 +103,7 @@ class Budget:
         elif isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise TemplateLimit(f"a number of more than {MAX_BITS:,} bits")
         elif isinstance(value, GeneratorType):
-            return turns(value)
+            return count_turns(value)
         return value
 
 
@@ -147,7 +147,7 @@ def _compile_counted(original: Callable[[str], Template], template: str) -> Temp
     environment.__class__ = CountingEnvironment
     for name, function in list(environment.filters.items()):
         environment.filters[name] = counting_filter(name, function)
-    environment.filters |= {TURNS: turns, MADE: made, READ_VALUE: read}
+    environment.filters |= {TURNS: count_turns, NEW_VALUE: count_value, READ_VALUE: count_read}
     environment.globals.pop("lipsum", None)
     environment.globals["namespace"] = silent(environment.globals["namespace"])
     compiled: Any = environment.from_string(template)
@@ -157,10 +157,11 @@ def _compile_counted(original: Callable[[str], Template], template: str) -> Temp
 
 # ----------------------------------------------------------------------------------------- what is counted
 
-TURNS, MADE, READ_VALUE = "counted turns", "value that was made", "value that is read"  # names that no template can write
+# names that no template can write
+TURNS, NEW_VALUE, READ_VALUE = "counted turns", "value that was made", "value that is read"
 
 
-def turns(values: Iterable[Any]) -> Iterator[Any]:
+def count_turns(values: Iterable[Any]) -> Iterator[Any]:
     """The values of a loop, each a step."""
     budget = _budget.get()
     for value in values:
@@ -169,7 +170,7 @@ def turns(values: Iterable[Any]) -> Iterator[Any]:
         yield value
 
 
-def made(value: Any) -> Any:
+def count_value(value: Any) -> Any:
     """A value that was just made."""
     budget = _budget.get()
     if budget is not None:
@@ -178,7 +179,7 @@ def made(value: Any) -> Any:
     return value
 
 
-def read(value: Any) -> Any:
+def count_read(value: Any) -> Any:
     """A value that is compared with another, or searched."""
     budget = _budget.get()
     if budget is not None:
@@ -220,17 +221,17 @@ class Counted(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _through(MADE, node)
+        return _through(NEW_VALUE, node)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return _through(MADE, node) if isinstance(node.arg, nodes.Slice) else node
+        return _through(NEW_VALUE, node) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_literal(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
         if getattr(node, "ctx", "load") != "load" or _is_constant(node):
             return node
-        return _through(MADE, node)
+        return _through(NEW_VALUE, node)
 
     visit_List = visit_Tuple = visit_Dict = visit_literal
 
@@ -394,7 +395,7 @@ def _read_joined(
         return args
     texts, *rest = args
     if not isinstance(texts, (str, list, tuple, dict)):
-        texts = list(turns(texts))
+        texts = list(count_turns(texts))
     separators = [owner] if not is_filter else [*rest, *kwargs.values()]
     longest = max([len(text) for text in separators if isinstance(text, (str, bytes))], default=0)
     budget.check(budget.size(texts)[0] + len(texts) * longest)
