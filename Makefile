@@ -28,7 +28,7 @@ test-fast: $(VENV)/.tested          ## pieces alone, without whole runs and with
 test-all: $(VENV)/.tested check     ## what is slow too: every built-in model against its card
 	$(PYTEST)
 
-test-hostile: $(VENV)/.tested       ## fuzzers of recipes and rows; LUTHIER_HOSTILE=N inputs each, _SEED another draw
+test-hostile: $(VENV)/.tested       ## fuzzers and kills; LUTHIER_HOSTILE=N inputs each, _SEED another draw
 	$(BIN)/python -m pytest tests/hostile -q -s
 
 check: $(VENV)/.tested              ## style, types, docs up to date, recipes valid

@@ -1,4 +1,4 @@
-"""Files of runs that are read: nobody waits for a pipe, reads a device or builds what a few bytes stand for."""
+"""Files of runs that are read: nobody waits for a pipe, reads a device, or builds what a few bytes mean."""
 
 from __future__ import annotations
 

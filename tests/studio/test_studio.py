@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
@@ -23,6 +25,7 @@ from luthier.errors import RecipeError
 from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.report.html import script, script_hash
 from luthier.storage.failure import write_failure
+from luthier.studio import listening
 from luthier.studio.server import studio
 from luthier.studio.worker import Here, Worker
 
@@ -529,6 +532,73 @@ def test_a_dead_run_is_not_running(home, tiny):
     assert client.get("/api/runs/dead").json()["why"] == "ValueError: no"
     (folder / "submitted.yaml").write_text("{{{{ <script>")
     assert client.get("/api/runs/dead").json()["what"] == ""
+
+
+def test_no_stranger_is_stopped(home):
+    """Whatever numbers a folder's files hold: only who holds the lock, or is the command, is the run."""
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    folder = home / "runs" / "odd"
+    folder.mkdir(parents=True)
+    (folder / "submitted.yaml").write_text("model: toy:lm\n")
+    (folder / "run.json").write_text("{}")
+    (folder / ".lock").write_text(str(stranger.pid))
+    born = psutil.Process(stranger.pid).create_time()
+    (folder / "studio.json").write_text(json.dumps({"pid": stranger.pid, "born": born}))
+    client = visitor(home)
+    with open(folder / ".lock", "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held, but not by the number in it
+        for _ in range(2):
+            assert "no run is active" in client.post("/api/runs/odd/stop").json()["error"]
+            fcntl.flock(lock, fcntl.LOCK_UN)
+    assert stranger.poll() is None
+    stranger.communicate()
+
+
+def test_an_odd_folder_does_not_break_the_list(home):
+    for name, content in (("a", "{}"), ("b", '{"finished": [], "steps": {}}'), ("c", "[" * 100_000)):
+        folder = home / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(content)
+        (folder / "report.json").write_text(
+            '{"folder": "", "before": {"loss": []}, "after": {}, "stats": {"all": "x"}, "notes": [1]}'
+        )
+        (folder / "failed.json").write_text('{"code": []}')
+        os.mkfifo(folder / "metrics.jsonl")
+        (folder / "comparison.json").write_text('{"arms": [1], "sentence": 3}')
+        (folder / "arms.json").mkdir()
+    client = visitor(home)
+    assert {run["name"] for run in client.get("/api/runs").json()} == {"a", "b", "c"}
+    for name in "abc":
+        assert client.get(f"/api/runs/{name}").status_code == 200
+        assert client.get(f"/api/runs/{name}/live?since=99999999999999999999").status_code == 200
+
+
+def test_a_body_is_bounded_however_it_comes(home):
+    client = visitor(home)
+
+    def endless():
+        for _ in range(4096):
+            yield b" " * 65536
+
+    answer = client.post("/api/check", content=endless())
+    assert answer.status_code == 413 and "MB" in answer.json()["error"]
+    assert client.get("/api/nothing").json()["error"]
+    for body in (
+        b"[" * 100_000,
+        b"\xff",
+        b'{"changes": {"a": "\\ud800", "b\\u0000": ""}}',
+        b"[" + b"1," * 999 + b"1]",
+    ):
+        answer = client.post("/api/check", content=body, headers={"content-type": "application/json"})
+        assert 400 <= answer.status_code < 500 and len(answer.json()["error"]) < 3000
+
+
+def test_two_studios_do_not_listen_on_one_port():
+    with listening(None) as first, listening(None) as second:
+        ports = [one.getsockname()[1] for one in (first, second)]
+        assert ports[0] != ports[1]
+        with pytest.raises(RecipeError, match="in use"):
+            listening(ports[0])
 
 
 def test_two_recipes_are_compared(home, tiny):

@@ -1,4 +1,4 @@
-"""Limits of chat templates: what runs on or grows without end is stopped, everything else renders as before."""
+"""Limits of chat templates: what runs on or grows without end is stopped, all else renders as before."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ def test_what_templates_do_is_as_without_limits(chat):
         "{% set ns.text = ns.text + m.content[1:] %}{% set ns.n = ns.n + 2 ** 3 %}"
         "{% endfor %}"
         "{{ ns.text.split('i') | join('|') }}{{ '%02d' % ns.n }}{{ '{:>4}'.format(ns.n) }}"
-        "{{ messages | map(attribute='role') | list }}{{ messages | selectattr('role', 'equalto', 'user') | list"
-        " | length }}{{ {'a': [1, 2 + 3]} | tojson(indent=2) }}{{ 'us' in messages[1].role }}"
+        "{{ messages | map(attribute='role') | list }}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+        "{{ {'a': [1, 2 + 3]} | tojson(indent=2) }}{{ 'us' in messages[1].role }}"
         "{% for key, value in {'b': 1, 'a': 2} | dictsort %}{{ key }}={{ value }}{% endfor %}"
         "{% call show('x') %}{% endcall %}{{ range(3) | batch(2) | list }}{{ x is defined }}{{ [] + [1] }}"
     )

@@ -80,9 +80,9 @@ class Budget:
             return len(value), 0
         if not isinstance(value, (list, tuple, dict, *VIEWS)):
             return 8, 0
-        known = self.sizes.get(id(value))
-        if known is not None:
-            return known
+        size = self.sizes.get(id(value))
+        if size is not None:
+            return size
         characters, levels = 8, 0
         for inner in _items(value):
             inner_characters, inner_levels = self.size(inner)
