@@ -10,6 +10,7 @@ from luthier.methods.formats._base import BadRow
 from luthier.text import template_limits
 from luthier.text.chat import Chat
 
+HI = [{"role": "user", "content": "Hi"}]
 LOOP = "{% set ns = namespace(x=X) %}{% for i in range(99) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x }}"
 
 
@@ -23,7 +24,7 @@ BOMBS = [
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% macro f() %}{{ f(varargs, varargs) }}{% endmacro %}{{ f('a') }}",
     "{{ 'x' * 10**10 }}",
-    "{{ 9**9**9 }}",
+    "{{ 9**999999 }}",
     "{{ '%1000000000d' % 1 }}",
     "{{ 'x' | center(10**10) }}",
     "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
@@ -47,22 +48,22 @@ def chat(monkeypatch):
 def test_bombs_are_stopped(chat, template):
     chat.tokenizer.chat_template = template
     with pytest.raises(BadRow, match="the chat template"):
-        chat.render({"prompt": []}, [])
+        chat.render({"prompt": []}, HI)
 
 
 def test_a_template_that_is_often_stopped_is_refused(chat):
     chat.tokenizer.chat_template = BOMBS[1]
     for _ in range(2):
         with pytest.raises(BadRow, match="was stopped"):
-            chat.render({"prompt": []}, [])
+            chat.render({"prompt": []}, HI)
     with pytest.raises(RecipeError, match="set another chat_template"):
-        chat.render({"prompt": []}, [])
+        chat.render({"prompt": []}, HI)
 
 
 def test_what_templates_do_is_as_without_limits(chat):
     """Loops and their variables, macros, namespaces, filters, tests, operators, slices, calls."""
     template = (
-        "{%- macro show(x, mark='-') %}{{ mark * 2 + x|string }}{% endmacro -%}"
+        "{%- macro show(x, mark='-') %}{{ mark * 2 + x|string }}{{ caller() if caller }}{% endmacro -%}"
         "{% set ns = namespace(text='', n=0) %}"
         "{% for m in messages if m.role != 'system' %}"
         "{{ loop.index ~ '/' ~ loop.length }}{{ ' last' if loop.last }}{{ show(m.content | trim | upper) }}"
@@ -73,7 +74,7 @@ def test_what_templates_do_is_as_without_limits(chat):
         "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
         "{{ {'a': [1, 2 + 3]} | tojson(indent=2) }}{{ 'us' in messages[1].role }}"
         "{% for key, value in {'b': 1, 'a': 2} | dictsort %}{{ key }}={{ value }}{% endfor %}"
-        "{% call show('x') %}{% endcall %}{{ range(3) | batch(2) | list }}{{ x is defined }}{{ [] + [1] }}"
+        "{% call show('x') %}y{% endcall %}{{ range(3) | batch(2) | list }}{{ x is defined }}{{ [] + [1] }}"
     )
     turns = [
         {"role": role, "content": content}
@@ -88,7 +89,7 @@ def test_transformers_compiles_templates_as_before_in_between(chat):
     from transformers.utils import chat_template_utils as utils
 
     before = utils._compile_jinja_template
-    chat.render({"prompt": []}, [{"role": "user", "content": "Hi"}])
+    chat.render({"prompt": []}, HI)
     assert utils._compile_jinja_template is before
 
 
