@@ -408,7 +408,9 @@ def compare(
     output_dir: Annotated[Path | None, typer.Option(help="Folder of the comparison.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare ways to tune on the same rows, seeds and budget. The same command resumes what was stopped."""
+    """Compare ways to tune on the same rows, seeds and budget. The same command resumes what was stopped;
+    with the --output-dir of an earlier comparison, arms are added to it.
+    """
     from luthier.report.console import Console
     from luthier.study.compare import ComparisonSpec, arms_of, parse_learning_rates, run_comparison
 
@@ -418,7 +420,8 @@ def compare(
         changes.append(f"model={json.dumps(model)}")
     if data:
         changes.append(f"data={json.dumps(data)}")
-    arms = arms_of(files, changes, tuners, objectives)
+    adds = output_dir is not None and (output_dir / "study.json").is_file()
+    arms = arms_of(files, changes, tuners, objectives, least=1 if adds else 2)
     spec = ComparisonSpec(
         arms,
         seeds,

@@ -60,7 +60,7 @@ def test_an_arm_made_worse_is_found_and_stopped(shared, tmp_path):
         "worse": {"tuner": "lora", "learning_rate": 1e-7},
         "awful": {"tuner": "full", "learning_rate": 3e-1},
     }
-    found = run_comparison(spec({**shared, "max_steps": 24}, arms, seeds=3), tmp_path / "c")
+    found = run_comparison(spec({**shared, "max_steps": 24}, arms, seeds=3, least_steps=6), tmp_path / "c")
     assert "awful" in found["stopped"] or "worse" in found["stopped"]
     kept = run_comparison(
         spec({**shared, "max_steps": 24}, {k: arms[k] for k in ("good", "worse")}, seeds=3), tmp_path / "d"
@@ -280,3 +280,47 @@ def test_batched_runs_of_which_one_diverges_are_run_alone(shared, tmp_path):
     }
     found = run_comparison(spec(shared, arms, seeds=1, stop_early=False), tmp_path / "c")
     assert list(found["stopped"]) == ["b"] and {"a", "c"} <= set(found["table"]["loss"])
+
+
+def test_the_sentence_says_how_much_and_whether_anything_was_learned():
+    cells = {"a": {"mean": 1.0}, "b": {"mean": 1.2}, "c": {"mean": 1.01}}
+    pairs = [
+        {"a": "a", "b": "b", "apart": True, "difference": -0.2, "low": -0.3, "high": -0.1},
+        {"a": "a", "b": "c", "apart": False, "difference": -0.01, "low": -0.05, "high": 0.03},
+    ]
+    gains = {"a": {"mean": 1.0}, "b": {"mean": 0.8}, "c": {"mean": 0.005}}
+    text = sentence("loss", cells, pairs, {}, 2.0, gains)
+    assert text == (
+        "Loss: a 1.00 (untuned 2.00), better than b by 0.20 (0.10 to 0.30); no significant difference from c"
+        " (−0.05 to +0.03); c learned next to nothing."
+    )
+    gains = {"a": {"mean": 0.01}, "b": {"mean": 0.0}}
+    cells = {"a": {"mean": 1.99}, "b": {"mean": 2.0}}
+    assert "both learned next to nothing" in sentence("loss", cells, [], {}, 2.0, gains)
+
+
+def test_each_arm_of_a_grid_has_a_rate_of_its_own(tmp_path, tiny):
+    (tmp_path / "one.yaml").write_text(f"model: {tiny}\nlearning_rate: 2.0e-3\n")
+    source, default = [str(tmp_path / "one.yaml")], Recipe.load({"tuner": "full"}).learning_rate
+    arms = arms_of(source, [], "lora,full")
+    assert arms["lora"].learning_rate == 2e-3 and arms["full"].learning_rate == pytest.approx(10 * default)
+    arms = arms_of(source, ["learning_rate=0.5"], "lora,full")
+    assert arms["lora"].learning_rate == arms["full"].learning_rate == 0.5
+    assert arms_of([], [f"model={tiny}"], "lora,full")["full"].learning_rate == default
+
+
+def test_an_arm_that_cannot_run_is_left_out_and_arms_are_added(shared, tmp_path):
+    shared = {**shared, "max_steps": 2, "evaluate": ["loss"]}
+    arms = {
+        "a": {"tuner": "lora"},
+        "none": {"tuner": {"name": "lora", "target_modules": ["no_such_layer"]}},
+        "b": {"tuner": "full"},
+    }
+    found = run_comparison(spec(shared, arms, seeds=1), tmp_path / "c")
+    assert list(found["stopped"]) == ["none"] and "left out: none" in found["sentence"]
+    assert not (tmp_path / "c" / "none-0").exists() and set(found["table"]["loss"]) == {"a", "b"}
+    added = run_comparison(spec(shared, {"c": {"tuner": "ssf"}}, seeds=1), tmp_path / "c")
+    assert set(added["table"]["loss"]) == {"a", "b", "c"} and any("added" in note for note in added["notes"])
+    assert added["table"]["loss"]["a"] == found["table"]["loss"]["a"]
+    with pytest.raises(RecipeError, match="holds another comparison"):
+        run_comparison(spec(shared, {"a": {"tuner": "loldu"}}, seeds=1), tmp_path / "c")

@@ -498,3 +498,15 @@ def test_trials_and_results_of_version_0_1_are_read(tmp_path):
     assert set(result) == {"chosen", "baseline", "space", "full_runs", "seconds", "trials"}
     assert result["chosen"][0]["description"] == result["baseline"]["description"] == "x 0.5"
     assert result["trials"] == [{"description": "x 0.5", "violation": 0.0, "seconds": 2.0}]
+
+
+def test_only_what_is_no_worse_than_the_recipe_is_chosen():
+    def trial(number, kind, *values):
+        seen = Observation(number, {"x": number}, values)
+        return SimpleNamespace(feasible=True, kind=kind, observation=seen)
+
+    recipe, better, worse = trial(0, "recipe", 1.0), trial(1, "suggested", 0.9), trial(2, "suggested", 1.1)
+    assert searching.choose([recipe, better, worse]) == [better]
+    assert searching.choose([recipe, worse]) == [] and searching.choose([better, worse]) == [better, worse]
+    other, dominated = trial(3, "suggested", 1.1, 0.5), trial(4, "suggested", 1.0, 0.9)
+    assert searching.choose([trial(0, "recipe", 1.0, 0.8), other, dominated]) == [other]

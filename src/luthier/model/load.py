@@ -267,6 +267,27 @@ def attach(tuner: Any, model: Network) -> Any:
     return attached
 
 
+def try_attach(recipe: Recipe, parts: Methods, rows: list[dict]) -> Any:
+    """A recipe's tuner on a network without weights (torch's meta device): what it refuses is known before
+    anything is loaded. None where it cannot be attached so, as a start from singular values: that is left to
+    the run. Raises RecipeError where the tuner does not fit the network.
+    """
+    if parts.quantizer is not None:
+        return None
+    try:
+        config = model_names.model_config(recipe.model)
+        for key, value in parts.architecture.fit_to(rows).items():
+            setattr(config, key, value)
+        with torch.device("meta"):
+            model = parts.architecture.auto_class().from_config(config, trust_remote_code=False)
+        model.fresh = []
+        return attach(parts.tuner, model)
+    except RecipeError:
+        raise
+    except Exception:  # whatever a network or a tuner raises that needs weights
+        return None
+
+
 def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
     """What a finished run moved, or a merge of several runs."""
     if isinstance(start, dict):

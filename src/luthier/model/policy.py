@@ -41,6 +41,8 @@ class Policy(nn.Module):
         super().__init__()
         self.architecture, self.model, self.attached = architecture, model, attached
         self.role, self.context = role, context
+        # told how much of a long evaluation is done: (done, of, what)
+        self.progress: Callable[[int, int, str], None] = lambda done, of, what: None
 
     def train(self, mode: bool = True) -> Policy:
         """As torch has it. Looking takes a third of the time of setting, and a step begins with it."""
@@ -106,6 +108,12 @@ class Policy(nn.Module):
         """
         context = self.context or nullcontext
         tokens = [list(prompt) for prompt in prompts]
+        most = how.get("max_new_tokens", 0)
+
+        def hear(written: list[list[int]]) -> None:
+            self.progress(max(map(len, written)), most, "tokens of each answer")
+
+        how.setdefault("hear", hear)
         with context(), eval_mode(self.model):
             return self.architecture.generate(self.model, self.attached, tokens, **how)
 

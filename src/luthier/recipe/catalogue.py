@@ -174,7 +174,7 @@ class Value:
 
     key: str  # dotted: tuner.r
     value: Any
-    origin: str  # default | the recipe file's name | command line
+    origin: str  # default | default: which methods declare it | the recipe file's name | command line
 
     def as_text(self) -> dict[str, str]:
         """For people: the value as YAML users write it."""
@@ -199,6 +199,8 @@ def explain(source: Any, changes: Sequence[str] = ()) -> tuple[list[Value], tupl
                     origin = "default"
                 elif setting in was and was[setting] == now[setting]:
                     origin = alone.origins[key]
+            if key == "learning_rate" and origin == "default":
+                origin = f"default: {recipe.default_rate().reason}"
             values.append(Value(path, leaf, origin))
     return values, recipe.warnings
 

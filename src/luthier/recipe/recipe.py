@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 
 from luthier.errors import RecipeError, quoted
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS
+from luthier.recipe.defaults import AUTO, RATE, TERM, DefaultRate, default_rate
 from luthier.recipe.read import as_spec, read
 from luthier.registry import Range, build, format_errors, spec
 
@@ -85,8 +86,8 @@ class Recipe:
     estimator: Any = "backprop"  # how the gradient is computed
     # the optimizer: a name, or a chain of transforms such as [clip, adam, weight_decay]
     optim: Any = "adamw"
-    # learning rate of the optimizer
-    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(1e-5, 1e-2, log=True)] = 2e-4
+    # learning rate of the optimizer; default: what the tuner declares, times what objective and optimizer do
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(1e-5, 1e-2, log=True)] = RATE
     # learning-rate schedule: constant, linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial,
     # warmup_stable_decay
     lr_scheduler_type: str = "linear"
@@ -110,7 +111,8 @@ class Recipe:
     online_stages: list[Any] = field(default_factory=list)
     num_iterations: Count = 1  # optimizer steps per batch of online samples
 
-    num_train_epochs: Amount = 1.0  # passes over the training rows
+    # passes over the training rows; auto: as many as it takes to read 3,000 rows, at least 1, at most 10
+    num_train_epochs: Amount | Literal["auto"] = AUTO
     # optimizer steps, instead of epochs; 0 trains nothing
     max_steps: Annotated[int, Field(ge=0)] | None = None
     per_device_train_batch_size: Count = 8  # rows per micro-batch
@@ -174,14 +176,17 @@ class Recipe:
             RecipeError: a key, a method or a value is not understood.
         """
         if isinstance(source, Recipe):
-            source = source.public()
+            source = source.written()
         reading = read(source, changes, DEFAULTS)
         try:
             recipe = _ADAPTER.validate_python(reading.out)
         except ValidationError as error:
             raise RecipeError(f"recipe: {format_errors(error)}") from None
         origins = {key: reading.origins.get(key, "default") for key in DEFAULTS}
-        return replace(recipe, origins=origins, warnings=tuple(reading.warnings))
+        changed = {}
+        if "learning_rate" not in reading.out:
+            changed["learning_rate"] = recipe.default_rate().value
+        return replace(recipe, origins=origins, warnings=tuple(reading.warnings), **changed)
 
     def but(self, **changes: Any) -> Recipe:
         """The same with changes; keys (aliases, a.b) and values as in YAML."""
@@ -190,14 +195,27 @@ class Recipe:
             if key in ("bf16", "fp16"):
                 key = "dtype"
             replaced.add(key_of(key))
-        rest = {k: v for k, v in self.public().items() if k not in replaced}
-        return Recipe.load(rest, changes)
+        rest = {k: v for k, v in self.written().items() if k not in replaced}
+        changed = Recipe.load(rest, changes)
+        origins = {k: v for k, v in self.origins.items() if k in rest}
+        return replace(changed, origins={**changed.origins, **origins})
 
     # ------------------------------------------------------------------------------------------ writing
 
     def public(self) -> dict[str, Any]:
         """Every key and value as plain data."""
         return {f.name: spec(getattr(self, f.name)) for f in fields(self) if f.name not in HIDDEN}
+
+    def written(self) -> dict[str, Any]:
+        """`public` without a learning rate that is a default: another tuner or objective has another."""
+        values = self.public()
+        if self.origins.get("learning_rate") == "default":
+            del values["learning_rate"]
+        return values
+
+    def default_rate(self) -> DefaultRate:
+        """The learning rate that this recipe has where it names none."""
+        return default_rate(self.tuner, self.objective, self.optim)
 
     def yaml(self) -> str:
         """The whole recipe, defaults included, methods with all their settings."""
@@ -302,9 +320,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     return str(value)
-
-
-TERM = r"\s*(?:([\d.]+(?:[eE][+-]?\d+)?)\s*\*\s*)?([A-Za-z]\w*)\s*"
 
 
 def weight_of(value: Any) -> float:

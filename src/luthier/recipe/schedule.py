@@ -114,9 +114,7 @@ def schedule(
     return factor
 
 
-def build_decay(
-    name: str, settings: dict[str, Any], learning_rate: float | None
-) -> Callable[[float], float]:
+def build_decay(name: str, settings: dict[str, Any], learning_rate: float | None) -> Callable[[float], float]:
     """What follows on the warm-up."""
     if name not in SCHEDULES:
         hint = did_you_mean(name, (*SCHEDULES, *ALIASES))

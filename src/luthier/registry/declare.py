@@ -94,6 +94,8 @@ def declare(kind: str):
         use_when: str = "",
         costs: str = "",
         starting_rate: str = "",
+        default_rate: float | None = None,
+        rate_factor: float = 1.0,
         requires: str | Iterable[str] = (),
         provides: str | Iterable[str] = (),
         removes: str | Iterable[str] = (),
@@ -112,7 +114,9 @@ def declare(kind: str):
         paper: where it comes from. row: its short names in the catalogue of papers. use_when: how its page
         goes on after "Use it when". costs: memory and time beside the plainest method of its kind.
         starting_rate: a learning rate to start with, and whose it is; for these two a family may have a
-        `ClassVar` of the same name instead, which holds for all of its methods. requires, provides,
+        `ClassVar` of the same name instead, which holds for all of its methods. default_rate: of a tuner, the
+        learning rate of a recipe that names none; rate_factor: of an objective, optimizer or transform, what
+        that rate is multiplied by (recipe/defaults.py). requires, provides,
         removes: capabilities and columns (registry/words.py). metrics, artifacts: what an evaluator measures,
         which files it leaves. example: small settings with which tests build it, where the defaults do not
         suit a tiny model. former, former_settings: what it and its settings were once called; these names go
@@ -131,6 +135,8 @@ def declare(kind: str):
             cls.use_when = use_when
             cls.costs = costs or getattr(cls, "costs", "")
             cls.starting_rate = starting_rate or getattr(cls, "starting_rate", "")
+            cls.default_rate = default_rate
+            cls.rate_factor = rate_factor
             cls.requires = words(requires)
             cls.provides = words(provides)
             cls.removes = words(removes)

@@ -88,6 +88,10 @@ def facts(cls: type) -> list[str]:
         costs = getattr(word, "costs", "")
         if costs:
             lines.append(f"- Costs of `{word}`: {costs}")
+    if cls.default_rate is not None:
+        lines.append(f"- Default learning rate: {cls.default_rate:g}, where a recipe names none")
+    if cls.rate_factor != 1:
+        lines.append(f"- Default learning rate: {cls.rate_factor:g} times that of the tuner")
     if cls.starting_rate:
         lines.append(f"- Learning rate: {cls.starting_rate}")
     declared = {

@@ -44,6 +44,8 @@ class Card:
     rows: tuple[str, ...] = ()  # short names in the catalogue of papers
     use_when: str = ""  # what follows "Use it when"
     former: tuple[str, ...] = ()  # names that it once had
+    default_rate: float | None = None  # of a tuner: the learning rate of a recipe that names none
+    rate_factor: float = 1.0  # what an objective, optimizer or transform multiplies that rate by
     requires: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
     removes: frozenset[str] = frozenset()
@@ -286,6 +288,8 @@ def read_card(kind: str, name: str, module: str, attribute: str = "") -> Card:
         rows=rows,
         use_when=literal(keywords.get("use_when")) or "",
         former=tuple((literal(keywords.get("former")) or "").split()),
+        default_rate=literal(keywords.get("default_rate")),
+        rate_factor=literal(keywords.get("rate_factor")) or 1.0,
         requires=frozenset(lists["requires"]),
         provides=frozenset(lists["provides"]),
         removes=frozenset(lists["removes"]),

@@ -244,7 +244,7 @@ def _generations(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     by_arm = {}
     for name, arm in result["arms"].items():
         if arm["runs"] and (rows := generations(arm["runs"][0])):
-            by_arm[name] = {row["prompt"]: row for row in rows}
+            by_arm[name] = {row["id"] or row["prompt"]: row for row in rows}
     if not by_arm:
         return []
     first = list(next(iter(by_arm.values())).values())
@@ -252,7 +252,7 @@ def _generations(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for prompt in first[:GENERATIONS]:
         texts = []
         for name, rows in by_arm.items():
-            row = rows.get(prompt["prompt"], {})
+            row = rows.get(prompt["id"] or prompt["prompt"], {})
             texts.append({"arm": name, "text": row.get("after"), "score": row.get("score_after")})
         articles.append({"prompt": prompt["prompt"], "reference": prompt["expected"], "texts": texts})
     return articles

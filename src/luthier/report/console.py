@@ -7,7 +7,7 @@ At a pipe or in a log file the same text has no colours and no bar: a line for a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ from luthier.report.numbers import (
 from luthier.report.text import MARKS, cut, plain, render_rows, visible
 
 COLOURS = {True: "green", False: "red", None: "default"}
+INTERVAL = 15  # seconds between two lines of progress at a pipe
 DECAY = 0.9  # of what was: the rate is that of about the last ten steps
 
 
@@ -44,6 +45,14 @@ class Callback:
 
     def stage(self, name: str) -> None:
         """What is being done now."""
+
+    @contextmanager
+    def working(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
+        """Around a long piece of work, such as an evaluation. What it yields is called with how much of it is
+        done, of how much, and of what.
+        """
+        self.stage(name)
+        yield lambda done, of, what: None
 
     def rows(self, roles: Any, rows: Sequence[dict], stats: dict) -> None:
         """The training data, encoded."""
@@ -92,6 +101,26 @@ class Console(Callback):
 
     def stage(self, name: str) -> None:
         self.say(name, "dim")
+
+    @contextmanager
+    def working(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
+        """On a terminal a line that is written over and over; at a pipe a line every 15 seconds."""
+        if self.screen.is_terminal and self.bar is None:
+            with self.screen.status(name) as status:
+                yield lambda done, of, what: status.update(f"{name}: {done:,} of {of:,} {what}")
+            self.say(name, "dim")
+            return
+        if self.bar is None:
+            self.stage(name)
+        last = time.perf_counter()
+
+        def progress(done: int, of: int, what: str) -> None:
+            nonlocal last
+            if time.perf_counter() - last > INTERVAL:
+                last = time.perf_counter()
+                self.say(f"{name}: {done:,} of {of:,} {what}", "dim")
+
+        yield progress
 
     def rows(self, roles: Any, rows: Sequence[dict], stats: dict) -> None:
         share = stats.get("supervised_share")
@@ -182,6 +211,8 @@ class Console(Callback):
     def finish(self, report: Any) -> None:
         self.say()
         self.say(headline(report), "bold")
+        if trend := report.stats.get("trend"):
+            self.say(f"{trend[0].upper()}{trend[1:]}.")
         self._generations(generations(report.folder))
         self._metrics(report)
         for what, amount in cost(report.stats):
@@ -329,7 +360,7 @@ class Console(Callback):
             goals = ", ".join(metric_of(goal).label for goal in result["goals"])
             self.say(f"★ on the Pareto front: no other arm is better in all of {goals}", "dim")
         for name, why in result["stopped"].items():
-            self.say(f"· {name} was stopped: {why}", "yellow")
+            self.say(f"· {name} is left out: {why}", "yellow")
         self.say(f"Report: {Path(result['folder']) / 'report.html'}")
 
     def search(self, result: dict) -> None:

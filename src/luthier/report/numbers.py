@@ -156,7 +156,7 @@ def split_rows(rows: list[MetricRow]) -> tuple[list[MetricRow], dict[str, list[M
 # -------------------------------------------------------------------------------------------- in one sentence
 
 # the first of these that was measured stands in the headline
-QUALITY = ("generated_reward", "exact_match", "preference_accuracy", "accuracy")
+QUALITY = ("generated_reward", "exact_match", "preference_accuracy", "chrf", "accuracy")
 
 
 def headline(report: Any) -> str:
@@ -255,8 +255,8 @@ def format_trainable(trainable: float, total: float) -> str:
 
 
 def generations(folder: Any) -> list[dict]:
-    """Generated texts before and after, matched by row: {prompt, expected, before, after, score_before,
-    score_after}.
+    """Generated texts before and after, matched by row: {id, prompt, expected, before, after, score_before,
+    score_after}; of a conversation's prompt the last user message.
 
     Of a run that goes on, `after` is what was generated last.
     """
@@ -290,7 +290,8 @@ def _before_and_after(both: dict[str, dict]) -> dict[str, Any]:
     before, after = both.get("before", {}), both.get("after", {})
     row = after or before
     return {
-        "prompt": row.get("prompt", ""),
+        "id": row.get("id"),
+        "prompt": row.get("question", row.get("prompt", "")),
         "expected": row.get("expected"),
         "before": before.get("answer"),
         "after": after.get("answer"),

@@ -58,6 +58,7 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
         "run.html.j2",
         title=run_title(recipe),
         headline=headline(report),
+        trend=stats.get("trend", ""),
         tiles=tiles,
         metrics=whole,
         parts=parts,

@@ -45,7 +45,7 @@ def page(result: Mapping[str, Any]) -> str:
         trials=[_trial(result, trial) for trial in trials[:MOST]],
         trials_note=f"The first {MOST}; search.json has all {len(trials)}." if len(trials) > MOST else "",
         tested=comparison.sections(result["comparison"]) if result["comparison"] else None,
-        space=[_dimension(dimension) for dimension in result["space"]],
+        space=[describe_dimension(dimension) for dimension in result["space"]],
         commands=_commands(result),
         recipe=result["recipe"],
         date=result["date"],
@@ -160,7 +160,7 @@ def _trial(result: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any
 # ------------------------------------------------------------------------------------------- how to repeat it
 
 
-def _dimension(dimension: Mapping[str, Any]) -> str:
+def describe_dimension(dimension: Mapping[str, Any]) -> str:
     """'learning_rate: 0.0001 to 0.01 (log scale)'."""
     if "choices" in dimension:
         text = f"{dimension['name']}: {', '.join(map(str, dimension['choices']))}"

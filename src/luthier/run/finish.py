@@ -5,6 +5,7 @@ Or, of a run that pauses, what it measured on the way.
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,17 +15,19 @@ from luthier.model.saved import plain_configs
 from luthier.registry import spec
 from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
 from luthier.run import resume
-from luthier.run.best import forget_best
+from luthier.run.best import forget_best, tracks_best
 from luthier.run.caches import close_caches
 from luthier.run.folder import update_state
 from luthier.run.prepare import Prepared
 from luthier.run.report import Report
 from luthier.run.rows import row_counts
-from luthier.run.training import Trained
+from luthier.run.training import Trained, fits_likelihood, trend_rows
 from luthier.storage import checkpoints, files
 from luthier.storage.layout import PAUSED, read_log
 from luthier.train.divergence import diverged, sentence
 from luthier.train.samples import equal_steps
+from luthier.train.trend import held_out_trend, logged_trend
+from luthier.train.trend import sentence as sentence_of_trend
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,6 @@ def finish(trained: Trained) -> Finished:
 
     prepared = trained.prepared
     session, trainer = prepared.session, prepared.trainer
-    session.callback.stage("evaluating after training")
     after = session.evaluate(trainer.roles, prepared.eval_rows, "after")
     log = read_log(session.folder)
     losses = [line["loss"] for line in log if "loss" in line]
@@ -53,6 +55,8 @@ def finish(trained: Trained) -> Finished:
     if equal := equal_steps(log):
         session.warn(equal)
     stats = _stats(prepared)
+    if text := _trend(prepared, after, log):
+        stats["trend"] = text
     close_caches(trainer, prepared.shared)
     report = Report(
         str(session.folder), prepared.before, after, losses, stats, notes=list(session.callback.notes)
@@ -66,6 +70,37 @@ def finish(trained: Trained) -> Finished:
         forget_best(session.folder)
     session.accelerator.wait_for_everyone()
     return Finished(report, paused=False)
+
+
+def _trend(prepared: Prepared, after: Mapping[str, float], log: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the run ended too early or too late, from what was measured on the way; empty where too little
+    was.
+    """
+    session, trainer = prepared.session, prepared.trainer
+    steps = trainer.roles.clock.total
+    if not steps or tracks_best(session.recipe):  # the best evaluation is told already
+        return ""
+    higher_is_better = False
+    what, measured = "training loss", None
+    if fits_likelihood(session):
+        points = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
+        rows = trend_rows(prepared)
+        last = after.get("loss")
+        if points and len(rows) < len(prepared.held_out):
+            last = session.loss(trainer.roles, rows)
+        if points and last is not None:
+            what, measured = "held-out loss", held_out_trend([*points, (steps, last)])
+    if measured is None and any("reward" in line for line in log):
+        what, higher_is_better = "reward", True
+        measured = logged_trend([line["reward"] for line in log if "reward" in line])
+    elif measured is None:
+        measured = logged_trend([line["loss"] for line in log if "loss" in line])
+    if measured is None:
+        return ""
+    key, length = "max_steps", float(steps)
+    if prepared.length.epochs is not None:
+        key, length = "num_train_epochs", prepared.length.epochs
+    return sentence_of_trend(measured, what, key, length, steps, higher_is_better)
 
 
 def _pause(prepared: Prepared) -> Report:

@@ -23,6 +23,7 @@ from luthier.run.report import Report
 from luthier.run.upgrade import (
     began_by_first_edition,
     is_first_edition,
+    read_recipe,
     recipe_in_current_names,
     rename_tasks,
     renamed,
@@ -50,6 +51,7 @@ from luthier.version import __version__
 
 # of a run, beside its checkpoints and what its methods declare; run.json goes last
 FILES = (REPORT, BEFORE, ROWS, LOG, QUARANTINE, PAUSED, FAILED, "shown.json", "report.html")
+DEFAULTED = ("learning_rate", "num_train_epochs")  # keys whose defaults have changed
 PATTERNS = (
     "per_example-*.json",
     "logprob_cache-*.bin",
@@ -236,10 +238,32 @@ def default_folder(recipe: Recipe) -> Path:
     return folder
 
 
+def as_begun(folder: Path, recipe: Recipe) -> Recipe:
+    """A recipe with the defaults under which its run in a folder began, where today's are others."""
+    if not (folder / STATE).is_file():
+        return recipe
+    values = read_recipe(folder) or {}
+    changed = {}
+    for key in DEFAULTED:
+        if recipe.origins.get(key) == "default" and key in values and values[key] != getattr(recipe, key):
+            changed[key] = values[key]
+    if not changed:
+        return recipe
+    try:
+        state = read_state(folder)
+    except Damaged:  # said when the folder is opened
+        return recipe
+    begun = replace(recipe, **changed)
+    if state["fingerprint"] == begun.fingerprint() or same_recipe(folder, state, begun):
+        return begun
+    return recipe
+
+
 def _began_before(folder: Path, recipe: Recipe) -> bool:
-    """Whether a folder holds this run, begun by version 0.1."""
+    """Whether a folder holds this run, begun by version 0.1 or under other defaults."""
     if not (folder / STATE).is_file():
         return False
+    recipe = as_begun(folder, recipe)
     try:
         state = read_state(folder)
     except Damaged:

@@ -5,6 +5,7 @@ evaluation before training.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from luthier.errors import out_of_memory
@@ -12,10 +13,12 @@ from luthier.model import base_mark
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Roles
 from luthier.model.quantized_linear import describe
+from luthier.recipe.defaults import AUTO, default_epochs
+from luthier.recipe.model_names import resolve_model
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.schedule import schedule
 from luthier.recipe.validate import Methods
-from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
+from luthier.report.numbers import HELD_OUT, TRAINING_ROWS, format_megabytes
 from luthier.run import resume
 from luthier.run.batches import check_batches
 from luthier.run.caches import SharedBase, cache_hidden_states, cache_logprobs
@@ -40,6 +43,16 @@ EVALUATED_ROWS = 256  # of the training rows at most, where none are held out
 
 
 @dataclass(frozen=True)
+class RunLength:
+    """How long a run is."""
+
+    per_step: int  # rows of a step, over all processes
+    last_row: int | None  # where the epochs end; None where the steps are counted
+    steps: int
+    epochs: float | None = None  # None where the steps are counted
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A run before its first step, or before the first that this process makes."""
 
@@ -50,14 +63,15 @@ class Prepared:
     before: dict[str, float]  # metrics before training
     stats: dict[str, Any]  # of the rows and the parameters
     memory_need: memory.Need | None  # what a step is predicted to take
+    length: RunLength
     shared: SharedBase | None = None  # with runs beside it in this process
 
 
 def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     """A run made ready, at the step where it goes on. Raises RecipeError where it cannot work."""
-    session.callback.stage("loading the model")
     checkpoint = resume.starting_point(session)
-    roles = _load_roles(session, shared)
+    with session.callback.working(f"loading the model{_size_of(session.recipe)}"):
+        roles = _load_roles(session, shared)
     check_batches(session, roles, checkpoint)
     training, held_out = load_rows(session, roles, checkpoint)
     training = describe_rows(session, roles, training)
@@ -68,7 +82,8 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
         _initialize(session, roles, rows)
     for component in roles.tuner.components:
         component.ready(rows, roles)
-    trainer = _build_trainer(session, roles, rows)
+    length = run_length(session.recipe, session.methods, len(rows), session.accelerator.num_processes)
+    trainer = _build_trainer(session, roles, rows, length)
     memory_need = _check_memory(session, trainer, training)
     cache_hidden_states(session, trainer, training.stats.get("row_tokens", 0))
     cache_logprobs(session, trainer, training, held_out, shared)
@@ -79,7 +94,16 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     _warn_if_solved(session, before)
     resume.resume(session, trainer, checkpoint)
     stats = {**training.stats, **parameters, "unusable": training.unusable + held_out.unusable}
-    return Prepared(session, trainer, held_out.rows, eval_rows, before, stats, memory_need, shared)
+    return Prepared(session, trainer, held_out.rows, eval_rows, before, stats, memory_need, length, shared)
+
+
+def _size_of(recipe: Recipe) -> str:
+    """' (257 MB)' of a model that lies in a folder; empty of others."""
+    folder = Path(resolve_model(recipe.model))
+    if not folder.is_dir():
+        return ""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return f" ({format_megabytes(size / 2**20)})" if size else ""
 
 
 def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
@@ -172,32 +196,45 @@ def _check_model(session: Session, roles: Roles, rows: list[dict]) -> dict[str, 
     return parameters
 
 
-@dataclass(frozen=True)
-class RunLength:
-    """How long a run is."""
-
-    per_step: int  # rows of a step, over all processes
-    last_row: int | None  # where the epochs end; None where the steps are counted
-    steps: int
-
-
 def run_length(recipe: Recipe, methods: Methods, rows: int, processes: int = 1) -> RunLength:
     """From the recipe and the number of rows that can be used; no step where there is no objective."""
     per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes
-    last_row, steps = None, recipe.max_steps
+    last_row, steps, epochs = None, recipe.max_steps, None
     if steps is None:
-        last_row = max(1, round(rows * recipe.num_train_epochs))
+        epochs = recipe.num_train_epochs
+        if epochs == AUTO:
+            epochs = default_epochs(rows)
+        last_row = max(1, round(rows * epochs))
         steps = -(-last_row // per_step) * recipe.num_iterations
     if methods.objective is None:
         steps = 0
-    return RunLength(per_step, last_row, steps)
+    return RunLength(per_step, last_row, steps, epochs)
 
 
-def _build_trainer(session: Session, roles: Roles, rows: list[dict]) -> Trainer:
+def describe_length(recipe: Recipe, length: RunLength, rows: int) -> str:
+    """How long a run trains and at which rate, with the reason of each value that the recipe leaves open;
+    empty where nothing is trained.
+    """
+    if not length.steps:
+        return ""
+    text = f"{length.steps:,} steps of {length.per_step:,} rows"
+    if length.epochs is not None:
+        text += f" ({length.epochs:g} epochs of {rows:,} rows"
+        if recipe.num_train_epochs == AUTO:
+            text += ", the default for so many"
+        text += ")"
+    text += f", learning rate {recipe.learning_rate:g}"
+    if recipe.origins.get("learning_rate") == "default":
+        text += f" (default: {recipe.default_rate().reason})"
+    return text
+
+
+def _build_trainer(session: Session, roles: Roles, rows: list[dict], length: RunLength) -> Trainer:
     """The training to be, and on its clock how long it is."""
     recipe, methods, clock = session.recipe, session.methods, roles.clock
-    length = run_length(recipe, methods, len(rows), session.accelerator.num_processes)
     clock.total = length.steps
+    if text := describe_length(recipe, length, len(rows)):
+        session.callback.stage(text)
     if session.main:
         update_state(session.folder, steps=clock.total)
     factor = schedule(

@@ -40,7 +40,6 @@ def evaluate_start(
     path = session.folder / BEFORE
     if checkpoint is not None and path.is_file():
         return read_metrics(path)
-    session.callback.stage("evaluating before training")
     metrics = session.evaluate(trainer.roles, rows, "before")
     if session.main:
         files.write_json(path, metrics)

@@ -18,13 +18,13 @@ from luthier.data.checks import unused_columns
 from luthier.data.load import ENOUGH, Data, load_data
 from luthier.data.quarantine import write_quarantine
 from luthier.errors import RecipeError, outcome_of
-from luthier.methods.evaluators._base import run_all
+from luthier.methods.evaluators._base import read, run_all
 from luthier.model.base_mark import BaseMark
 from luthier.model.policy import Roles
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, check_trackers, dry_run
 from luthier.report.console import Callback
-from luthier.run.folder import open_folder, rows_fingerprint
+from luthier.run.folder import as_begun, open_folder, rows_fingerprint
 from luthier.run.report import Report
 from luthier.storage import files
 from luthier.storage.bounded_yaml import load_yaml
@@ -76,10 +76,30 @@ class Session:
         Every process measures all rows, so none waits long for another; the main one's numbers count.
         """
         roles.policy.eval()
-        metrics = run_all(self.methods.evaluate, roles, rows, self.folder, when)
+        with self.working(roles, f"evaluating {when} training"):
+            metrics = run_all(self.methods.evaluate, roles, rows, self.folder, when)
         metrics = broadcast(metrics, self.accelerator)
         self.accelerator.log({f"eval_{k}": v for k, v in metrics.items()}, step=roles.clock.step)
         return metrics
+
+    @torch.no_grad()
+    def loss(self, roles: Roles, rows: list[dict]) -> float:
+        """The mean loss of a supervised token on some rows, as the evaluator `loss` measures it."""
+        roles.policy.eval()
+        stats = read(roles, rows, None, {"loss"}).values()
+        total = sum(s.loss for s in stats) / max(1, sum(s.tokens for s in stats))
+        return broadcast(total, self.accelerator)
+
+    @contextmanager
+    def working(self, roles: Roles, name: str) -> Iterator[None]:
+        """Around a long piece of work: the callback hears how much of it is done."""
+        silent = roles.policy.progress
+        with self.callback.working(name) as progress:
+            roles.policy.progress = progress
+            try:
+                yield
+            finally:
+                roles.policy.progress = silent
 
 
 def step_count(steps: float | None, total: int) -> int:
@@ -116,6 +136,7 @@ def open_session(
     from accelerate.utils import set_seed
 
     check_trackers(recipe.report_to)
+    recipe = as_begun(folder, recipe)
     accelerator = _join_processes(recipe, folder)
     main = accelerator.is_main_process
     if callback is None or not main:

@@ -8,14 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from luthier.errors import Diverged
+from luthier.recipe.capabilities import requirements
 from luthier.run import resume
 from luthier.run.best import Best, eval_interval, load_best, open_best
 from luthier.run.prepare import Prepared
-from luthier.run.session import save_interval, step_count
+from luthier.run.session import Session, save_interval, step_count
 from luthier.storage import files
 from luthier.storage.layout import LOG, read_log
 from luthier.train.divergence import diverged, sentence
 from luthier.train.trainer import Trainer
+from luthier.train.trend import checkpoints_of
+
+TREND_ROWS = 256  # held-out rows at most whose loss is measured at each quarter of a run
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,38 @@ def _at_end(prepared: Prepared) -> bool:
 
 def _evaluate(prepared: Prepared, log: dict, best: Best | None) -> None:
     """Metrics during training into the log, every eval_steps; those of the last step are the report's, and
-    are measured here only where they may be the best.
+    are measured here only where they may be the best. Without eval_steps, the held-out loss at each quarter,
+    so that the end of the run can be judged.
     """
     session, roles = prepared.session, prepared.trainer.roles
     every = step_count(eval_interval(session.recipe), roles.clock.total)
     now = bool(every) and roles.clock.step % every == 0
     if _at_end(prepared):
         now = best is not None
+    elif not every and roles.clock.step in checkpoints_of(roles.clock.total) and fits_likelihood(session):
+        if rows := trend_rows(prepared):
+            log["eval_loss"] = session.loss(roles, rows)
     if not now:
         return
     metrics = session.evaluate(roles, prepared.eval_rows, "during")
     log |= {f"eval_{k}": v for k, v in metrics.items()}
     if best is not None:
         best.add(roles.clock.step, metrics)
+
+
+def fits_likelihood(session: Session) -> bool:
+    """Whether the loss of good completions, which the run measures, is what its objective lowers: not of
+    pairs and samples.
+    """
+    objective = session.methods.objective
+    if objective is None or {"pairs", "samples", "values"} & requirements(objective):
+        return False
+    return any(evaluator.name == "loss" for evaluator in session.methods.evaluate)
+
+
+def trend_rows(prepared: Prepared) -> list[dict]:
+    """The held-out rows on which the loss is measured at the quarters of a run."""
+    return prepared.held_out[:TREND_ROWS]
 
 
 def _write_log(prepared: Prepared, log: dict) -> None:

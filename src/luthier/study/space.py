@@ -96,7 +96,7 @@ def parse_space(recipe: Recipe, texts: Sequence[str] = ()) -> SearchSpace:
     parts: list[str] = []
     for text in texts:
         parts += _split(text)
-    parser = _Parser(recipe)
+    parser = _Parser(recipe, any(part.partition("=")[0].strip() == "tuner" for part in parts))
     # methods before their settings
     for part in sorted(parts or _usual(recipe), key=lambda p: "." in p.partition("=")[0]):
         parser.add(part)
@@ -128,8 +128,9 @@ def _split(text: str) -> list[str]:
 class _Parser:
     """The dimensions of a space, part by part."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, varies_tuner: bool = False):
         self.recipe = recipe
+        self.varies_tuner = varies_tuner
         self.dims: dict[str, Dim] = {}
         self.methods: dict[str, dict[str, Any]] = {}
         self.contains_recipe = True  # are the recipe's own methods among the choices?
@@ -154,7 +155,7 @@ class _Parser:
         elif first in self.methods:
             self._narrow(first, ".".join(rest), values)
         else:
-            self.dims[key] = _setting(self.recipe, key, values)
+            self.dims[key] = _setting(self.recipe, key, values, self.varies_tuner)
 
     def result(self) -> SearchSpace:
         space = Space(tuple(sorted(self.dims.values(), key=lambda d: d.when is not None)))
@@ -303,8 +304,12 @@ def _declared(
 # --------------------------------------------------------------------------------- single settings
 
 
-def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
-    """One setting of the recipe, or of a method it names. values: as given; None: as declared."""
+def _setting(recipe: Recipe, key: str, values: str | None, varies_tuner: bool = False) -> Dim:
+    """One setting of the recipe, or of a method it names. values: as given; None: as declared.
+
+    varies_tuner: several tuners are tried. Then a learning rate that is the default of one of them says
+    little of the others, and the whole declared range is searched.
+    """
     first, _, setting = key.partition(".")
     if setting:
         owner = _owner(recipe, key)
@@ -315,7 +320,8 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
             raise RecipeError(f"--space: a recipe has no key '{key}'{did_you_mean(key, [*keys, LAYERS])}")
         name, default, cls = key, getattr(recipe, key), Recipe
     declared, whole = ranges(cls).get(name), _is_whole(cls, name)
-    if key == "learning_rate" and default and default != Recipe().learning_rate:
+    of_one_tuner = varies_tuner and recipe.origins.get(key) == "default"
+    if key == "learning_rate" and default and not of_one_tuner:
         declared = Range(default / AROUND, default * AROUND, log=True)
     if values is None:
         if declared is None:

@@ -105,10 +105,12 @@ def batches(roles: Any, rows: Sequence[dict], size: int | None = None) -> Iterat
     def length(row: dict) -> int:
         return len(str(row["prompt"])) + sum(len(str(c)) for c in row["completions"])
 
-    some, letters = [], 0
+    some, letters, done = [], 0, 0
     for row in sorted(rows, key=length):
         if len(some) >= ROWS and letters + length(row) > LETTERS if size is None else len(some) == size:
             yield roles.batch(some)
+            done += len(some)
+            roles.policy.progress(done, len(rows), "rows")
             some, letters = [], 0
         some.append(row)
         letters += length(row)

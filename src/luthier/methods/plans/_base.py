@@ -37,6 +37,13 @@ class Plan:
         return ""
 
 
+def one_epoch(recipe: Any) -> dict[str, float]:
+    """Changes for a round of sampling and training: where the recipe leaves epochs open, one; the next round
+    has samples of its own.
+    """
+    return {"num_train_epochs": 1.0} if recipe.num_train_epochs == "auto" else {}
+
+
 def measured(report: Any, metric: str) -> float:
     """A number at the end of a run. Raises RecipeError where nothing measured it."""
     try:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from luthier.methods.evaluators._base import per_example_file
 from luthier.recipe.recipe import Recipe
 from luthier.registry import COSTS, did_you_mean
 from luthier.registry import metric as metric_of
-from luthier.report.numbers import format_metric, format_number
+from luthier.report.numbers import format_difference, format_metric, format_number
 from luthier.run.report import plan_runs
 from luthier.storage.files import read_json
 from luthier.study.compare.spec import ALPHA, FRONT_METRICS, ComparisonSpec, join_names
 from luthier.study.statistics import bootstrap_interval, holm, paired_difference, pareto_front
 
 Report = dict[str, Any]
+LEAST_GAIN = 0.01  # a smaller gain over the untuned model is next to nothing
 
 
 @dataclass
@@ -71,15 +73,18 @@ def judge(spec: ComparisonSpec, results: Mapping[str, ArmResult]) -> dict[str, A
         data = first.data
     if reports:
         held_out = reports[0]["stats"].get("held_out_rows")
+    before, gains = _means_before(reports, metrics), _gains(finished, spec.metric)
+    cells, tested = table.get(spec.metric, {}), pairs.get(spec.metric, [])
     return {
-        "sentence": sentence(spec.metric, table.get(spec.metric, {}), pairs.get(spec.metric, []), stopped),
+        "sentence": sentence(spec.metric, cells, tested, stopped, before.get(spec.metric), gains),
         "metric": spec.metric,
         "table": table,
         "pairs": pairs,
         "front": _front(table, goals, finished),
         "goals": goals,
         "stopped": stopped,
-        "before": _means_before(reports, metrics),
+        "before": before,
+        "gains": gains,
         "arms": {name: arm.describe() for name, arm in results.items()},
         "seeds": spec.seeds,
         "budget": spec.budget,
@@ -89,8 +94,12 @@ def judge(spec: ComparisonSpec, results: Mapping[str, ArmResult]) -> dict[str, A
     }
 
 
-def no_metric(name: str, measured: Mapping[str, Any]) -> RecipeError:
-    return RecipeError(f"--metric: no arm measured '{name}'{did_you_mean(name, measured)}")
+class NoMetric(RecipeError):
+    """No arm measured the metric by which arms are compared."""
+
+
+def no_metric(name: str, measured: Mapping[str, Any]) -> NoMetric:
+    return NoMetric(f"--metric: no arm measured '{name}'{did_you_mean(name, measured)}")
 
 
 def _tabulate(
@@ -128,6 +137,21 @@ def _means_before(reports: Sequence[Report], metrics: Sequence[str]) -> dict[str
         if values:
             means[metric] = float(np.mean(values))
     return means
+
+
+def _gains(arms: Mapping[str, ArmResult], metric: str) -> dict[str, dict[str, float]]:
+    """Of each arm whose rows were measured before and after: the gain over the untuned model with its
+    interval, above 0 where the arm is better.
+    """
+    higher = metric_of(metric).higher_is_better
+    gains = {}
+    for name, arm in arms.items():
+        before, after = _per_row(arm, "before", metric), _per_row(arm, "after", metric)
+        if higher is None or before is None or after is None or before.shape != after.shape:
+            continue
+        test = paired_difference(after, before) if higher else paired_difference(before, after)
+        gains[name] = {"mean": test.mean, "low": test.low, "high": test.high}
+    return gains
 
 
 def _front(table: Mapping[str, Mapping[str, Any]], goals: Sequence[str], arms: Iterable[str]) -> list[str]:
@@ -279,29 +303,68 @@ def arms_behind(spec: ComparisonSpec, results: Mapping[str, ArmResult], share: f
 
 
 def sentence(
-    metric: str, cells: Mapping[str, Mapping], pairs: Sequence[Mapping], stopped: Mapping[str, str]
+    metric: str,
+    cells: Mapping[str, Mapping],
+    pairs: Sequence[Mapping],
+    stopped: Mapping[str, str],
+    before: float | None = None,
+    gains: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> str:
-    """The answer: which arm is best, and from which no difference was seen. Claims no more than the intervals
-    support.
+    """The answer: which arm is best and by how much, from which no difference was seen, and how far the arms
+    came from the untuned model. Claims no more than the intervals support.
+
+    before: the metric of the untuned model. gains: of arms over it, as `_gains` gives them.
     """
     if not cells:
         return "No arm finished."
     declared = metric_of(metric)
     better = max if declared.higher_is_better else min
     best = better(cells, key=lambda name: cells[name]["mean"])
-    behind = []
+    apart, level = [], []
     for pair in pairs:
-        names = {pair["a"], pair["b"]}
-        if pair["apart"] and best in names:
-            behind += names - {best}
-    level = [name for name in cells if name != best and name not in behind]
+        if best in (pair["a"], pair["b"]):
+            other = pair["b"] if pair["a"] == best else pair["a"]
+            (apart if pair["apart"] else level).append(f"{other}{_by_how_much(metric, pair)}")
+    tested = {pair[side] for pair in pairs for side in ("a", "b")}
+    level += [name for name in cells if name != best and name not in tested]
     text = f"{declared.label}: {best} {format_metric(metric, cells[best]['mean'])}"
-    if behind:
-        text += f", better than {join_names(behind)}"
+    if before is not None:
+        text += f" (untuned {format_metric(metric, before)})"
+    if apart:
+        text += f", better than {join_names(apart)}"
     if level:
         text += f"; no significant difference from {join_names(level)}"
-    if level and not behind:
+    if level and not apart:
         text += ", so there is no winner"
+    idle = _arms_that_learned_nothing(metric, before, gains)
+    if idle:
+        names = join_names(idle)
+        if len(idle) == len(cells):
+            names = "both" if len(idle) == 2 else "all arms"
+        text += f"; {names} learned next to nothing"
     if stopped:
-        text += f"; stopped early: {join_names(list(stopped))}"
+        text += f"; left out: {join_names(list(stopped))}"
     return text[0].upper() + text[1:] + "."
+
+
+def _by_how_much(metric: str, pair: Mapping[str, Any]) -> str:
+    """' by 0.12 (0.05 to 0.19)' of a paired difference; where it is none, an interval with its signs."""
+    if "low" not in pair:
+        return ""
+    low, high = pair["low"], pair["high"]
+    if pair["apart"]:
+        size = format_difference(metric, abs(pair["difference"]), unit=True)[1:]
+        ends = sorted((abs(low), abs(high)))
+        return f" by {size} ({' to '.join(format_difference(metric, end)[1:] for end in ends)})"
+    ends = [format_difference(metric, end) for end in (low, high)]
+    return f" ({' to '.join(ends)})"
+
+
+def _arms_that_learned_nothing(
+    metric: str, before: float | None, gains: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """The arms whose gain over the untuned model is less than LEAST_GAIN of its value, or of 1 for shares."""
+    if before is None:
+        return []
+    least = LEAST_GAIN * (1.0 if metric_of(metric).is_share else abs(before))
+    return [name for name, gain in gains.items() if gain["mean"] < least]

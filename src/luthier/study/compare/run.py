@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from luthier.errors import NotFinite, RecipeError, from_code
-from luthier.recipe.recipe import Recipe
+from luthier.recipe.recipe import Recipe, plain
 from luthier.registry import COSTS
 from luthier.registry import metric as metric_of
 from luthier.report.numbers import format_metric
 from luthier.storage import files
-from luthier.study.compare.judge import ArmResult, arms_behind, judge, no_metric, read_report
+from luthier.storage.layout import PAUSED
+from luthier.study.compare.judge import ArmResult, NoMetric, arms_behind, judge, no_metric, read_report
 from luthier.study.compare.spec import (
     TUNING_SEED,
     ComparisonSpec,
@@ -31,6 +32,7 @@ from luthier.study.compare.spec import (
     resolve_arms,
 )
 
+STUDY = "study.json"
 RUNGS = (0.25, 0.5)  # shares of the steps at which arms that cannot win are stopped
 BATCHED_RUNS = 8  # side by side at most
 PILOT_STEPS = 6  # by which a budget of time or tokens is turned into steps
@@ -43,40 +45,76 @@ def run_comparison(spec: ComparisonSpec, folder: Path | None = None, callback: A
     from luthier.report.comparison import page
     from luthier.report.console import Callback
 
-    arms, notes = resolve_arms(spec)
     folder = Path(folder or Path("runs") / f"compare-{spec.fingerprint()}")
+    spec, added = with_earlier_arms(spec, folder)
+    arms, notes, unable = resolve_arms(spec)
+    notes += added
     runner = Runner(spec, folder, callback or Callback())
     with _exclusive(folder, spec):
+        for name, error in unable.items():
+            runner.fail(name, error)
         arms = runner.apply_budget(arms)
         arms, picked = runner.pick_learning_rates(arms)
         notes += picked
         for note in notes:
             runner.callback.warn(note)
-        results = {name: ArmResult(recipe) for name, recipe in arms.items()}
+        results = {}
+        for name, recipe in spec.arms.items():
+            failed = str(runner.failed.get(name, ""))
+            results[name] = ArmResult(arms.get(name, recipe), stopped=failed)
         if spec.stop_early and len(arms) > 2 and not any(recipe.plan for recipe in arms.values()):
             for share in RUNGS:
                 runner.run_all(results, share)
                 runner.stop_arms(results, share)
         runner.run_all(results)
+        if runner.failed and all(arm.stopped for arm in results.values()):
+            raise next(iter(runner.failed.values()))
         result = {**judge(spec, results), "notes": notes, "date": str(date.today()), "folder": str(folder)}
         files.write_json(folder / "comparison.json", result)
         files.write_text(folder / "report.html", page(result))
     return result
 
 
+def with_earlier_arms(spec: ComparisonSpec, folder: Path) -> tuple[ComparisonSpec, list[str]]:
+    """A comparison together with the arms that its folder holds already, and a note of them. Raises
+    RecipeError where the folder holds another comparison: one with other settings, or with another recipe
+    under the name of one of these arms.
+    """
+    path = folder / STUDY
+    if not path.is_file():
+        return spec, []
+    study = files.read_object(path, fingerprint=str)
+    if study["fingerprint"] == spec.fingerprint():
+        return spec, []
+    earlier: dict[str, Recipe] = {}
+    if study.get("settings") == spec.settings():
+        earlier = {name: Recipe.load(keys) for name, keys in study["arms"].items()}
+    alike = all(
+        earlier[name].fingerprint() == recipe.fingerprint()
+        for name, recipe in spec.arms.items()
+        if name in earlier
+    )
+    if not earlier or not alike:
+        raise RecipeError(f"{folder} holds another comparison; choose another folder with --output-dir")
+    added = [name for name in spec.arms if name not in earlier]
+    notes = []
+    if added:
+        notes.append(f"{join_names(added)}: added to {join_names(list(earlier))}, which were here before")
+    return replace(spec, arms={**earlier, **spec.arms}), notes
+
+
 @contextmanager
 def _exclusive(folder: Path, spec: ComparisonSpec) -> Iterator[None]:
-    """The folder for one process; another process in it is refused, and so is another comparison."""
+    """The folder for one process; another process in it is refused."""
     with files.exclusive(folder):
-        path = folder / "study.json"
-        if path.is_file():
-            if files.read_object(path, fingerprint=str)["fingerprint"] != spec.fingerprint():
-                raise RecipeError(
-                    f"{folder} holds another comparison; choose another folder with --output-dir"
-                )
-        else:
-            arms = {name: recipe.yaml() for name, recipe in spec.arms.items()}
-            files.write_json(path, {"fingerprint": spec.fingerprint(), "arms": arms, "seeds": spec.seeds})
+        arms = {name: plain(recipe.public()) for name, recipe in spec.arms.items()}
+        study = {
+            "fingerprint": spec.fingerprint(),
+            "arms": arms,
+            "seeds": spec.seeds,
+            "settings": spec.settings(),
+        }
+        files.write_json(folder / STUDY, study)
         yield
 
 
@@ -87,6 +125,12 @@ class Runner:
     spec: ComparisonSpec
     folder: Path
     callback: Any
+    failed: dict[str, RecipeError] = field(default_factory=dict)  # arms that cannot run, and why
+
+    def fail(self, name: str, error: RecipeError) -> None:
+        """An arm cannot run, or its run ended without a result: the others go on."""
+        self.failed[name] = error
+        self.callback.warn(f"{name} is left out: {error}")
 
     # ----------------------------------------------------------------------------- before the runs
 
@@ -104,7 +148,11 @@ class Runner:
             if unit == "steps":
                 steps[name] = max(1, int(size))
             elif name not in steps:
-                steps[name] = max(1, int(size / self._pilot(name, recipe, unit)))
+                try:
+                    steps[name] = max(1, int(size / self._pilot(name, recipe, unit)))
+                except RecipeError as error:
+                    self.fail(name, error)
+                    continue
                 files.write_json(path, steps)
             budgeted[name] = recipe.but(max_steps=steps[name])
         return budgeted
@@ -134,16 +182,20 @@ class Runner:
         edges = {rates[0]: "smallest", rates[-1]: "largest"}
         picked = {}
         for name, recipe in arms.items():
+            if name in self.failed:
+                continue
             finite = {}
             for rate in rates:
                 value = measured[name][f"{rate:g}"]
                 if value is not None:
                     finite[rate] = value
             if not finite:
-                raise RecipeError(
-                    f"arm {name} diverged at every learning rate ({', '.join(measured[name])});"
-                    " add smaller ones"
+                rates_text = ", ".join(measured[name])
+                error = RecipeError(
+                    f"arm {name} diverged at every learning rate ({rates_text}); add smaller ones"
                 )
+                self.fail(name, error)
+                continue
             best = better(finite, key=finite.__getitem__)
             note = f"{name}: learning rate {best:g}"
             if best in edges:
@@ -172,7 +224,15 @@ class Runner:
             for i, (run, recipe) in enumerate(runs.items()):
                 name, label = labels[run]
                 began = time.perf_counter()
-                value = self._final_metric(recipe, run)
+                if name in self.failed:
+                    continue
+                try:
+                    value = self._final_metric(recipe, run)
+                except NoMetric:
+                    raise
+                except RecipeError as error:
+                    self.fail(name, error)
+                    continue
                 measured.setdefault(name, {})[label] = value
                 files.write_json(path, measured)
                 outcome = "diverged" if value is None else self._format(value)
@@ -210,24 +270,34 @@ class Runner:
         with self.callback.training(len(labels), 0):
             for i, (run, (name, seed)) in enumerate(labels.items()):
                 arm, began = results[name], time.perf_counter()
+                if name in self.failed:
+                    continue
                 arm.runs[seed] = run
                 if run not in done and not (run / "report.json").is_file():
                     self._run_one(name, arm, seed, run, until)
+                if name in self.failed:
+                    continue
                 outcome = "diverged" if arm.stopped else self._last_metric(run)
                 self._report(i + 1, began, f"{name}, seed {seed}{progress}: {outcome}")
 
     def _run_one(self, name: str, arm: ArmResult, seed: int, run: Path, until: float | None) -> None:
-        """One run of an arm; an arm that diverges is stopped."""
+        """One run of an arm; an arm that diverges is stopped, and so is one whose run fails."""
         try:
             self.perform(arm.recipe.but(seed=seed), run, until)
         except NotFinite as error:
             arm.stopped = f"it diverged with seed {seed}: {error}"
             self.callback.warn(f"{name} was stopped: {arm.stopped}")
         except RecipeError as error:
-            raise from_code(error.code, f"arm {name}, seed {seed}: {error}") from None
+            del arm.runs[seed]
+            arm.stopped = f"its run with seed {seed} failed: {error}"
+            self.fail(name, from_code(error.code, f"arm {name}, seed {seed}: {error}"))
 
     def stop_arms(self, results: dict[str, ArmResult], share: float) -> None:
-        """Stop the arms that cannot win any more."""
+        """Stop the arms that cannot win any more, once all have made a sensible number of steps."""
+        for arm in results.values():
+            for run in arm.folders():
+                if (run / PAUSED).is_file() and files.read_json(run / PAUSED)["step"] < self.spec.least_steps:
+                    return
         for name, why in arms_behind(self.spec, results, share).items():
             results[name].stopped = why
             self.callback.warn(f"{name} was stopped: {why}")

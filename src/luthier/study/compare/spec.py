@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.load import load_data, sample_rows
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, from_code
+from luthier.model.load import try_attach
 from luthier.recipe.capabilities import columns_of, requirements
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, evaluator_of, provides_of
+from luthier.train.checks import check_trainable
 
 DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting", "calibration", "diversity")
 # recipe keys that must be the same in all arms, or nothing is comparable
@@ -58,6 +60,18 @@ class ComparisonSpec:
     seed_values: tuple[int, ...] = ()  # in place of 0, 1, 2, ...
     # of which each arm takes its best, by a run with TUNING_SEED
     learning_rates: tuple[float, ...] = ()
+    least_steps: int = 30  # no arm is stopped early before so many steps
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result but the arms, as plain data."""
+        return {
+            "seeds": self.seeds,
+            "budget": self.budget,
+            "metric": self.metric,
+            "stop_early": self.stop_early,
+            "learning_rates": list(self.learning_rates),
+            "seed_values": list(self.seed_values),
+        }
 
     def fingerprint(self) -> str:
         """Of everything that decides the result; a folder holds one comparison."""
@@ -78,18 +92,23 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def arms_of(
-    recipes: Sequence[str], changes: Sequence[str] = (), tuners: str = "", objectives: str = ""
+    recipes: Sequence[str],
+    changes: Sequence[str] = (),
+    tuners: str = "",
+    objectives: str = "",
+    least: int = 2,
 ) -> dict[str, Recipe]:
     """Recipes by the stems of their files, or every combination of tuners and objectives on one recipe.
 
-    recipes: files. changes: "key=value" for all of them. tuners, objectives: comma-separated names.
+    recipes: files. changes: "key=value" for all of them. tuners, objectives: comma-separated names. least:
+    arms that a comparison needs, 1 where they are added to others.
     """
     if len(recipes) > 1 and (tuners or objectives):
         raise RecipeError("--tuners and --objectives vary a single recipe; pass only one")
     if tuners or objectives:
         source = Path(recipes[0]) if recipes else None
         return _grid(Recipe.load(source, changes), _split(tuners), _split(objectives))
-    if len(recipes) < 2:
+    if len(recipes) < least:
         raise RecipeError("a comparison needs two recipes or more, or --tuners a,b,c")
     paths = list(map(Path, recipes))
     stems = {path.stem for path in paths}
@@ -118,8 +137,18 @@ def _grid(base: Recipe, tuners: list[str], objectives: list[str]) -> dict[str, R
             if tuner and len(objectives) == 1:  # the same in all arms
                 labels = [tuner]
             name = "-".join(re.sub(r"[^\w.]+", "_", label).strip("_") for label in labels)
-            arms[name] = base.but(**changes)
+            arms[name] = _at_its_rate(base, base.but(**changes))
     return arms
+
+
+def _at_its_rate(base: Recipe, arm: Recipe) -> Recipe:
+    """An arm of a grid at a learning rate of its own, unless one was given for all arms: what its tuner and
+    objective have by default, as many times as the recipe's rate is a multiple of its own default.
+    """
+    if base.origins.get("learning_rate") in ("default", "command line"):
+        return arm
+    ratio = base.learning_rate / base.default_rate().value
+    return arm.but(learning_rate=float(f"{ratio * arm.default_rate().value:.6g}"))
 
 
 def _split(text: str) -> list[str]:
@@ -152,16 +181,23 @@ def parse_budget(budget: str) -> tuple[str, float]:
 # ----------------------------------------------------------------------------- what must be equal
 
 
-def resolve_arms(spec: ComparisonSpec) -> tuple[dict[str, Recipe], list[str]]:
-    """The arms as they will run, all measured alike, and notes for the reader. Raises RecipeError for what
-    cannot be compared.
+def resolve_arms(spec: ComparisonSpec) -> tuple[dict[str, Recipe], list[str], dict[str, RecipeError]]:
+    """The arms as they will run, all measured alike; notes for the reader; and the arms that cannot run, with
+    the reason. Raises RecipeError for what cannot be compared, and where fewer than two arms can run.
     """
     _check_settings(spec)
     notes = _check_keys(spec.arms)
     data = load_data(next(iter(spec.arms.values())))
-    arms = {}
+    arms: dict[str, Recipe] = {}
+    unable: dict[str, RecipeError] = {}
     for name, recipe in spec.arms.items():
-        arms[name] = _resolve_arm(name, recipe, data.rows[:SAMPLE], spec.metric)
+        try:
+            arms[name] = _resolve_arm(name, recipe, data.rows[:SAMPLE], spec.metric)
+        except RecipeError as error:
+            unable[name] = error
+    if len(arms) < 2:
+        raise next(iter(unable.values()))
+    notes += _rates(arms)
     arms, shared = _share_evaluators(arms)
     if shared is not None:
         notes.append(f"evaluated with the evaluators that every arm supports: {', '.join(shared)}")
@@ -175,7 +211,16 @@ def resolve_arms(spec: ComparisonSpec) -> tuple[dict[str, Recipe], list[str]]:
         notes.append("there are no held-out rows: arms are compared on their training rows")
     if spec.seeds == 1:
         notes.append("only one seed: the differences may not hold for other seeds (use --seeds)")
-    return arms, notes
+    return arms, notes, unable
+
+
+def _rates(arms: Mapping[str, Recipe]) -> list[str]:
+    """A note of the arms' learning rates where they differ."""
+    rates = {name: recipe.learning_rate for name, recipe in arms.items()}
+    if len(set(rates.values())) < 2:
+        return []
+    listed = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+    return [f"learning rates: {listed} (--learning-rates searches for the best of each)"]
 
 
 def _check_settings(spec: ComparisonSpec) -> None:
@@ -226,14 +271,17 @@ def _short(value: Any) -> str:
     return str(value)[:60]
 
 
-def _resolve_arm(name: str, recipe: Recipe, rows: Sequence[dict], metric: str) -> Recipe:
+def _resolve_arm(name: str, recipe: Recipe, rows: list[dict], metric: str) -> Recipe:
     """The arm's recipe, validated on some rows, with the evaluators that suit it."""
     try:
         if recipe.plan is not None:
             validate(recipe, rows, sample_rows)
         built = dry_run(first_run(recipe), rows)
+        attached = try_attach(first_run(recipe), built, rows)
+        if attached is not None:
+            check_trainable(attached)
     except RecipeError as error:
-        raise RecipeError(f"arm {name}: {error}") from None
+        raise from_code(error.code, f"arm {name}: {error}") from None
     if recipe.evaluate is None:
         recipe = recipe.but(evaluate=default_evaluators(built, rows, metric))
     return recipe.but(save_steps=0.5, save_total_limit=1, report_to=[])

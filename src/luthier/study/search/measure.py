@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier.errors import NotFinite, NothingMoves, OutOfMemory, RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.registry import did_you_mean
+from luthier.report.numbers import format_metric
 from luthier.run.report import plan_runs
 from luthier.storage import files
 from luthier.study.goals import Goal, beyond_worst, front_figure
@@ -22,10 +23,17 @@ NO_NUMBERS = (NotFinite, OutOfMemory, NothingMoves)  # ends of a run that do not
 WEIGHTS = ("checkpoint-*", "*.safetensors", "*.bin")  # files of a run that will not be resumed
 
 
-def measure(spec: SearchSpec, folder: Path, t: Any, number: int) -> Measurement:
+def measure(
+    spec: SearchSpec,
+    folder: Path,
+    t: Any,
+    number: int,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Measurement:
     """Run a configuration on every tuning seed, up to its share of the steps.
 
-    t: Optuna's trial. number: of the configuration; its runs lie in FOLDER/trials/NUMBER-SEED.
+    t: Optuna's trial. number: of the configuration; its runs lie in FOLDER/trials/NUMBER-SEED. progress:
+    called with a line about each run but the last, after which the configuration has one of its own.
     Raises RecipeError for a run that ends without numbers, unless the configuration is the cause.
     """
     point, share = t.user_attrs["point"], t.user_attrs["share"]
@@ -44,6 +52,8 @@ def measure(spec: SearchSpec, folder: Path, t: Any, number: int) -> Measurement:
                 return Measurement({}, time.perf_counter() - began, str(error), error.code)
             raise RecipeError(f"{label}: {error}", error.code) from None
         by_seed[seed] = read_metrics(run, spec.goals)
+        if len(by_seed) < len(spec.seeds):
+            progress(f"{number}. seed {seed}: {_goal_values(spec, by_seed[seed])}")
         for goal in spec.goals:
             beyond = beyond_worst(goal, read_points(run))
             if beyond:
@@ -56,6 +66,15 @@ def measure(spec: SearchSpec, folder: Path, t: Any, number: int) -> Measurement:
     if share >= 1:
         remove_weights(spec, folder, number)
     return Measurement(by_seed, time.perf_counter() - began)
+
+
+def _goal_values(spec: SearchSpec, metrics: Mapping[str, float]) -> str:
+    """'loss 1.23, memory 412 MB' of a run."""
+    values = []
+    for goal in spec.goals:
+        if goal.metric in metrics:
+            values.append(f"{goal.name} {format_metric(goal.metric, metrics[goal.metric])}")
+    return ", ".join(values)
 
 
 def perform(spec: SearchSpec, recipe: Recipe, run: Path, share: float) -> None:

@@ -13,14 +13,14 @@ from luthier.errors import RecipeError
 from luthier.methods.searchers._base import Suggestion, load_optuna
 from luthier.report.console import Callback
 from luthier.report.numbers import format_metric, format_number
-from luthier.report.search import page
+from luthier.report.search import describe_dimension, page
 from luthier.storage import files
 from luthier.study.search.measure import describe, measure, remove_weights
 from luthier.study.search.optimize import optimize
 from luthier.study.search.result import RESULT
 from luthier.study.search.spec import SearchSpec
 from luthier.study.search.trials import Trial, TrialStore, full_runs
-from luthier.study.search.verdict import choose, judge
+from luthier.study.search.verdict import choose, dimension_of, judge
 
 SPEC = "search_spec.json"
 FORMER_SPEC = "quest.json"  # its name in version 0.1
@@ -62,7 +62,7 @@ def run_search(
             trials = optimize(
                 store,
                 spec.searcher,
-                lambda t, number: measure(spec, folder, t, number),
+                lambda t, number: measure(spec, folder, t, number, callback.stage),
                 spec.trials if workers == 1 else 0,
                 spec.seconds,
                 _first_suggestions(spec),
@@ -112,9 +112,9 @@ def _claim(folder: Path, spec: SearchSpec) -> None:
 
 def _opening_notes(spec: SearchSpec) -> list[str]:
     """What varies and what is improved; the risk of a single seed."""
-    names = ", ".join(dim.name for dim in spec.space.space.dims)
+    dimensions = "; ".join(describe_dimension(dimension_of(dim)) for dim in spec.space.space.dims)
     goals = ", ".join(goal.name for goal in spec.goals)
-    notes = [f"search over {names}; goals: {goals}"]
+    notes = [f"search over {dimensions}; goals: {goals}"]
     if len(spec.seeds) == 1:
         notes.append(
             "only one tuning seed: differences may be chance; --seeds 3 makes them reliable at"

@@ -34,8 +34,8 @@ REFERENCE = 1.1  # of goals scaled to 0..1: from where the volume of a choice is
 
 
 def choose(trials: Sequence[Trial], most: int = CHOSEN) -> list[Trial]:
-    """Of complete trials within the limits: the best, or of several goals those of the front that cover most
-    of it. The recipe itself is not one.
+    """Of complete trials within the limits that are no worse than the recipe: the best, or of several goals
+    those of the front that cover most of it. The recipe itself is not one.
 
     Equal ones are ordered by their points, so that the order in which they were measured decides nothing.
     """
@@ -43,7 +43,11 @@ def choose(trials: Sequence[Trial], most: int = CHOSEN) -> list[Trial]:
     for trial in trials:
         if trial.feasible and all(map(math.isfinite, trial.observation.values)):
             by_number[trial.observation.number] = trial
-    candidates = [trial for trial in by_number.values() if trial.kind != RECIPE]
+    recipes = [trial for trial in by_number.values() if trial.kind == RECIPE]
+    candidates = []
+    for trial in by_number.values():
+        if trial.kind != RECIPE and not any(_is_worse(trial, recipe) for recipe in recipes):
+            candidates.append(trial)
     candidates.sort(key=lambda t: json.dumps(dict(t.observation.point), sort_keys=True, default=str))
     if not candidates:
         return []
@@ -51,6 +55,12 @@ def choose(trials: Sequence[Trial], most: int = CHOSEN) -> list[Trial]:
         best = best_first([trial.observation for trial in candidates])[:most]
         return [by_number[observation.number] for observation in best]
     return _cover(candidates, most)
+
+
+def _is_worse(trial: Trial, recipe: Trial) -> bool:
+    """Is a configuration worse than the recipe: in no goal better, and in some worse?"""
+    pairs = list(zip(trial.observation.values, recipe.observation.values))
+    return all(ours >= theirs for ours, theirs in pairs) and any(ours > theirs for ours, theirs in pairs)
 
 
 def _cover(candidates: Sequence[Trial], most: int) -> list[Trial]:
@@ -108,7 +118,7 @@ def judge(
     """
     result = _summary(spec, folder, trials)
     if not chosen:
-        result["sentence"] = "No configuration other than the recipe itself finished within the constraints."
+        result["sentence"] = _nothing_chosen(trials)
         return result
     arms = {RECIPE: spec.space.recipe}
     for i, trial in enumerate(chosen):
@@ -150,6 +160,15 @@ def judge(
     return result
 
 
+def _nothing_chosen(trials: Sequence[Trial]) -> str:
+    """Why nothing is tested on test seeds."""
+    others = {trial.observation.number for trial in trials if trial.feasible and trial.kind != RECIPE}
+    if not others:
+        return "No configuration other than the recipe itself finished within the constraints."
+    count = f"none of {len(others):,} other configurations is" if len(others) > 1 else "the other one is not"
+    return f"The recipe as it is remains the best: {count} as good on the tuning seeds."
+
+
 def _split(lines: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The line of the recipe, None where there is none, and those of chosen configurations."""
     recipe, chosen = None, []
@@ -169,7 +188,7 @@ def _summary(spec: SearchSpec, folder: Path, trials: Sequence[Trial]) -> dict[st
             {"name": goal.name, "metric": goal.metric, "higher_is_better": goal.up} for goal in spec.goals
         ],
         "limits": [limit.text for limit in spec.limits],
-        "space": list(map(_dimension, spec.space.space.dims)),
+        "space": list(map(dimension_of, spec.space.space.dims)),
         "sampler": plain(spec.searcher),
         "seeds": list(spec.seeds),
         "test_seeds": list(spec.test_seeds),
@@ -207,7 +226,7 @@ def _trial(trial: Trial, folder: Path) -> dict[str, Any]:
     }
 
 
-def _dimension(dim: Dim) -> dict[str, Any]:
+def dimension_of(dim: Dim) -> dict[str, Any]:
     row: dict[str, Any] = {"name": dim.name}
     if dim.choices:
         row["choices"] = list(dim.choices)

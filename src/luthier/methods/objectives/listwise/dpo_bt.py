@@ -13,6 +13,7 @@ from luthier.registry import objective
     row="lipo-lambda",
     requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     use_when="a row ranks more than two completions and every pair among them should count.",
+    rate_factor=0.05,
 )
 class DPOBT(Lists):
     """-log sigmoid(s_i - s_j) of each pair in which i has the higher score."""

@@ -18,6 +18,7 @@ from luthier.registry import objective
     row="lipo-lambda",
     requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     use_when="a row ranks more than two completions and the order of the whole list matters.",
+    rate_factor=0.05,
 )
 class DPOPL(Lists):
     """-log of the product over the list of exp(s_i) / (exp(s_i) + sum of exp(s_j) over all j of

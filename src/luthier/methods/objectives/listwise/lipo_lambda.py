@@ -24,6 +24,7 @@ from luthier.registry import objective
         "methods/objectives/listwise/test_lists.py::test_a_list_of_two_is_dpo_times_its_weight",
         "methods/objectives/listwise/test_lists.py::test_ranking_lists_beats_random_pairs_of_them",
     ],
+    rate_factor=0.05,
 )
 class LiPO(Lists):
     """Sum over pairs of |2^score_i - 2^score_j| * |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| * -log

@@ -21,6 +21,7 @@ from luthier.registry import objective
     requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     use_when="a row has several completions with scores and the policy should follow their whole"
     " distribution, not only the order.",
+    rate_factor=0.05,
 )
 class LiPOSoftmax(Lists):
     """-sum over a row of softmax(score / temperature) * log softmax(s)."""

@@ -16,6 +16,7 @@ from luthier.registry import objective
     requires=[SAMPLES, SCORES, LOGPROBS],
     use_when="you train on verifiable rewards with long answers and want every token to weigh alike,"
     " without a KL to the reference.",
+    rate_factor=0.05,
 )
 class DAPO(PolicyGradient):
     """The clipped surrogate of each token."""

@@ -20,6 +20,7 @@ from luthier.registry import objective
     paper="arXiv:2503.20783",
     requires=[SAMPLES, SCORES, LOGPROBS],
     use_when="GRPO makes wrong answers longer and longer, or over-weights prompts of little spread.",
+    rate_factor=0.05,
 )
 class DrGRPO(PolicyGradient):
     """Sum over a completion's tokens of the clipped surrogate, over max_completion_length."""

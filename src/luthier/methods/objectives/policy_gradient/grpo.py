@@ -20,6 +20,7 @@ from luthier.registry import objective
     use_when="answers can be scored by a rule or a model and you want reinforcement learning without a"
     " critic.",
     starting_rate="1e-6 for full fine-tuning (TRL's default); with LoRA about ten times as much.",
+    rate_factor=0.05,
 )
 class GRPO(PolicyGradient):
     """Mean over a completion's tokens of the clipped surrogate and beta times the KL."""

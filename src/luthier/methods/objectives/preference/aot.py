@@ -20,6 +20,7 @@ SORTED = "margins are sorted within one micro-batch"
     contract={"accumulation": SORTED},
     use_when="pairs are noisy one by one but good as a set: it compares sorted margins of a"
     " micro-batch, and needs a micro-batch of many rows.",
+    rate_factor=0.05,
 )
 class AOT(Pairs):
     """Logistic loss of the k-th smallest margin of the policy minus the k-th smallest of the reference."""

@@ -19,6 +19,7 @@ from luthier.registry import objective
     contract={"accumulation": SORTED},
     use_when="chosen and rejected completions do not answer the same prompts, so that only their"
     " distributions can be compared. It needs a micro-batch of many rows.",
+    rate_factor=0.05,
 )
 class AOTUnpaired(Pairs):
     """Logistic loss of the k-th smallest log-ratio of the chosen minus the k-th smallest of the rejected."""

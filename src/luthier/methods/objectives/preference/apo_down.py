@@ -17,6 +17,7 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="even the chosen completions are worse than what the model writes by itself: both lose"
     " likelihood, the rejected one more.",
+    rate_factor=0.05,
 )
 class APODown(Pairs):
     """s(r_chosen) + 1 - s(r_chosen - r_rejected), r = beta * log-ratio."""

@@ -18,6 +18,7 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="the chosen completions are better than what the model writes by itself, and their"
     " likelihood should rise.",
+    rate_factor=0.05,
 )
 class APOZero(Pairs):
     """(1 - s(r_chosen)) + s(r_rejected), r = beta * log-ratio."""

@@ -19,6 +19,7 @@ from luthier.registry import objective
     " own; without pairs it needs no estimate of a reference point, unlike KTO.",
     costs="a forward and backward pass over each completion.",
     starting_rate="that of `kto`.",
+    rate_factor=0.05,
 )
 class APOZeroUnpaired(Objective):
     """weight * (1 - s(r)) of a good completion, weight * s(r) of a bad one, r = beta * log-ratio."""

@@ -24,6 +24,7 @@ from luthier.registry import objective
         "methods/objectives/preference/test_asft_align.py"
         "::test_asft_and_orpo_without_their_second_term_are_sft_on_the_chosen",
     ],
+    rate_factor=0.05,
 )
 class ASFT(Pairs):
     """-log p of each token of the best + beta * (-log p(best) - log(1 - p(worst)))."""

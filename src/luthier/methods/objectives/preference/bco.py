@@ -27,6 +27,7 @@ SHIFTED = "the reward shift is the mean over one micro-batch"
     " that both kinds are classified.",
     costs="a forward and backward pass over each completion.",
     starting_rate="that of `kto`.",
+    rate_factor=0.05,
 )
 class BCO(Objective):
     """weight * -log s(r - shift) of a good completion, weight * -log s(shift - r) of a bad one, r = beta *

@@ -16,6 +16,7 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="you have pairs and want each side judged by itself, so that the chosen completion cannot"
     " lose likelihood merely to widen the margin.",
+    rate_factor=0.05,
 )
 class BCOPair(Pairs):
     """-log s(r_chosen) - log s(-r_rejected), r = beta * log-ratio."""

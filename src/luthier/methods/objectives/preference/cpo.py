@@ -17,6 +17,7 @@ from luthier.registry import objective
     requires=[PAIRS, LOGPROBS],
     use_when="you have pairs, no memory for a reference, and completions such as translations whose"
     " likelihood should rise as well.",
+    rate_factor=0.05,
 )
 class CPO(Pairs):
     """-log sigmoid(beta * (log p of the best - log p of the worst)) + cpo_alpha * (-log p of each token of

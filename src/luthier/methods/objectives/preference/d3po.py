@@ -33,6 +33,7 @@ from luthier.registry import objective
         "methods/objectives/preference/test_d3po.py::test_on_gaussian_steps_it_is_dpo_of_their_densities",
         "methods/objectives/preference/test_d3po.py::test_a_preference_moves_the_samples_of_a_diffusion",
     ],
+    rate_factor=0.05,
 )
 class D3PO(Objective):
     """-log sigmoid(beta * (clipped log-ratio of the best's step - clipped log-ratio of the worst's step)),

@@ -17,6 +17,7 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="you have pairs and want to try a loss that was found by search in place of DPO's; keep"
     " beta small.",
+    rate_factor=0.05,
 )
 class DiscoPOP(Pairs):
     """(1 - m) * logistic(x) + m * exp(-x), x = beta * margin, m = s(x / discopop_tau)."""

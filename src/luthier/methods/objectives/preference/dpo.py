@@ -18,6 +18,7 @@ from luthier.registry import objective
     " model and no sampling. It is a good first choice for pairs.",
     starting_rate="for full fine-tuning 5e-7 to 1e-6 (TRL's default is 1e-6); with LoRA about ten"
     " times as much.",
+    rate_factor=0.05,
 )
 class DPO(Pairs):
     """-log sigmoid(beta * (log-ratio of the best - log-ratio of the worst))."""

@@ -22,6 +22,7 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="you have pairs and want the policy to concentrate on the better mode (reverse KL) where"
     " DPO would cover both.",
+    rate_factor=0.05,
 )
 class EXO(Pairs):
     """KL(q || p), q = [s(beta * margin), s(-beta * margin)], p = [1 - label_smoothing, label_smoothing]."""

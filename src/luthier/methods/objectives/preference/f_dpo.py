@@ -28,6 +28,7 @@ DERIVATIVES = {  # f'(t) of t = exp(u), up to a constant; a: f_alpha_divergence_
     paper="arXiv:2309.16240",
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="DPO under its reverse KL makes answers too uniform: other divergences keep more diversity.",
+    rate_factor=0.05,
 )
 class FDPO(DPO):
     """-log sigmoid(beta * (f'(ratio of the best) - f'(ratio of the worst)))."""

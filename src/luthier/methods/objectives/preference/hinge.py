@@ -16,6 +16,7 @@ from luthier.registry import objective
     paper="arXiv:2309.06657",
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="you have pairs and those already well separated should have no influence any more.",
+    rate_factor=0.05,
 )
 class Hinge(Pairs):
     """max(0, 1 - beta * margin)."""

@@ -15,6 +15,7 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="DPO overfits near-certain pairs and margins grow without end: it regresses each margin"
     " to a fixed target.",
+    rate_factor=0.05,
 )
 class IPO(Pairs):
     """(margin - 1 / (2 beta))^2; beta is the paper's tau."""

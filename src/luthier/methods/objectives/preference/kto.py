@@ -27,6 +27,7 @@ NEIGHBOURS = "z0 is estimated on one micro-batch, each completion under the next
     use_when="feedback is a thumbs up or down for single completions and there are no pairs.",
     costs="a forward and backward pass over each completion, and a forward pass under another row's prompt.",
     starting_rate="1e-6 for full fine-tuning (TRL's default); with LoRA about ten times as much.",
+    rate_factor=0.05,
 )
 class KTO(Objective):
     """weight * (1 - sigmoid(beta * (log-ratio - z0))) for a good completion, with the sign flipped for a bad

@@ -17,6 +17,7 @@ from luthier.registry import objective
     paper="arXiv:2409.06411",
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="DPO makes answers longer: tokens beyond the common length of both sides get less weight.",
+    rate_factor=0.05,
 )
 class LDDPO(DPO):
     """DPO on log-ratios in which tokens past the shorter side's length are weighted by ld_alpha."""

@@ -29,6 +29,7 @@ from luthier.registry import objective
         "methods/objectives/preference/test_modpo.py::test_modpo_finds_the_policy_of_the_weighted_reward",
         "methods/plans/studies/test_front.py::test_goals_enter_by_margins_or_by_sums",
     ],
+    rate_factor=0.05,
 )
 class MODPO(Pairs):
     """-log sigmoid((beta * margin - sum of weights_j * (r_j of the best - r_j of the worst)) / w), w = 1 -

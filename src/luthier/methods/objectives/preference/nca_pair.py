@@ -17,6 +17,7 @@ from luthier.registry import objective
     paper="arXiv:2402.05369",
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="DPO lowers the likelihood of chosen answers and you want absolute rewards that prevent it.",
+    rate_factor=0.05,
 )
 class NCA(Pairs):
     """-log s(r_chosen) - log s(-r_chosen) / 2 - log s(-r_rejected) / 2, r = beta * log-ratio."""

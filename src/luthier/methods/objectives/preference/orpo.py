@@ -18,6 +18,7 @@ from luthier.registry import objective
     use_when="you have pairs and want fine-tuning and preference tuning in one stage without a"
     " reference, from a base model on.",
     starting_rate="that of `dpo`; TRL's default is 1e-6.",
+    rate_factor=0.05,
 )
 class ORPO(Pairs):
     """-log p of each token of the best + beta * -log sigmoid(log odds of the best - log odds of the

@@ -19,6 +19,7 @@ from luthier.registry import objective
     paper="arXiv:2403.00409",
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="you know about which share of the pairs is labelled the wrong way round.",
+    rate_factor=0.05,
 )
 class Robust(Pairs):
     """((1 - e) * loss of the margin - e * loss of the negated margin) / (1 - 2 e)."""

@@ -31,6 +31,7 @@ from luthier.registry import objective
         "methods/objectives/preference/test_s_vco.py"
         "::test_a_text_prior_is_unlearned_by_images_and_not_by_preferred_text",
     ],
+    rate_factor=0.05,
 )
 class SVCO(Objective):
     """For both answers, -log s(beta_attend * (r(own context) - r(none))) - log s(beta_reject * (r(none) -

@@ -16,6 +16,7 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS],
     use_when="DPO favours long answers: log-ratios are means over tokens. Take a larger beta (5 in the"
     " paper).",
+    rate_factor=0.05,
 )
 class SigmoidNorm(DPO):
     """-log sigmoid(beta * (mean log-ratio of the best - mean log-ratio of the worst))."""

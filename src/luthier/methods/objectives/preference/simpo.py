@@ -16,6 +16,7 @@ from luthier.registry import objective
     requires=[PAIRS, LOGPROBS],
     use_when="you have pairs, no memory for a reference and answers of unlike length.",
     starting_rate="3e-7 to 1e-6 for full fine-tuning in the paper.",
+    rate_factor=0.05,
 )
 class SimPO(Pairs):
     """-log sigmoid(beta * (mean log p of the best - mean log p of the worst) - simpo_gamma)."""

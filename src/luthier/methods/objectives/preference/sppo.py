@@ -30,6 +30,7 @@ from luthier.registry import objective
         "methods/objectives/preference/test_sppo.py"
         "::test_sppo_stays_near_the_equilibrium_of_rock_paper_scissors",
     ],
+    rate_factor=0.05,
 )
 class SPPO(Pairs):
     """The mean over both sides of (log-ratio - (win rate - 1/2) / beta)^2."""

@@ -20,6 +20,7 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS, TOPK, REFERENCE_OUTPUTS],
     use_when="DPO drifts too far from the reference: each side's KL, token by token, corrects the margin.",
     costs="whole vocabularies of policy and reference are compared at each token.",
+    rate_factor=0.05,
 )
 class TDPO(Pairs):
     """-log sigmoid(beta * (margin - alpha * (KL of the worst - KL of the best, not differentiated)))."""

@@ -20,6 +20,7 @@ from luthier.registry import objective
     requires=[PAIRS, REFERENCE, LOGPROBS, TOPK],
     use_when="pairs come from another model than the policy: pairs that the policy itself would write"
     " get more weight.",
+    rate_factor=0.05,
 )
 class WPO(DPO):
     """w_chosen * w_rejected * DPO, w = exp(mean over tokens of log p - log sum_v p(v)^2), not

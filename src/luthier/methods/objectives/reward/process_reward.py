@@ -20,6 +20,7 @@ from luthier.registry import objective
     " steps.",
     costs="a forward and backward pass over each solution, on a network with a scalar head.",
     starting_rate="that of `reward`.",
+    rate_factor=0.5,
 )
 class ProcessReward(Objective):
     """Cross-entropy of each step's value with its label."""

@@ -21,6 +21,7 @@ from luthier.registry import objective
     use_when="you have pairs and want a reward model, for reinforcement learning or best-of-n.",
     costs="a forward and backward pass over both completions, on a network with a scalar head.",
     starting_rate="1e-4 is TRL's default; full fine-tuning of large models takes less.",
+    rate_factor=0.5,
 )
 class Reward(Objective):
     """-log sigmoid(r_chosen - r_rejected - margin) + center_rewards_coefficient * (r_chosen +

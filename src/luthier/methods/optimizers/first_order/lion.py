@@ -13,6 +13,7 @@ from luthier.registry import optimizer
     use_when="the optimizer's state is what does not fit, and you can lower the learning rate.",
     costs="one fp32 number for each trainable parameter.",
     starting_rate="a third to a tenth of AdamW's.",
+    rate_factor=0.2,
 )
 class Lion(Optimizer):
     """The same as `optim: [clip, lion, weight_decay]`."""

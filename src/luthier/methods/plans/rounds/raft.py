@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.methods.plans._base import Plan, better, holds
+from luthier.methods.plans._base import Plan, better, holds, one_epoch
 from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.registry import Range, build, nested, plan, provides_of, spec
 
@@ -78,6 +78,7 @@ class RAFT(Plan):
                 init_from=start,
                 roles=roles,
                 evaluate=[*evaluate, measure],
+                **one_epoch(recipe),
             )
             if champion is None and not holds(report, METRIC):
                 # the untuned model stands: a run without training holds it, and its metrics

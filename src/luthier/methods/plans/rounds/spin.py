@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.plans._base import Plan
+from luthier.methods.plans._base import Plan, one_epoch
 from luthier.registry import Range, plan
 
 
@@ -58,6 +58,10 @@ class SPIN(Plan):
             roles = {**recipe.roles, "reference": "initial"}
             aim = {"name": "dpo", "beta": beta}
             report = yield recipe.but(
-                stages=[*recipe.stages, stage], objective=aim, roles=roles, init_from=last or recipe.init_from
+                stages=[*recipe.stages, stage],
+                objective=aim,
+                roles=roles,
+                init_from=last or recipe.init_from,
+                **one_epoch(recipe),
             )
             last = report.folder

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.methods.plans._base import Plan
+from luthier.methods.plans._base import Plan, one_epoch
 from luthier.registry import Range, nested, plan, spec
 
 
@@ -42,6 +42,10 @@ class SPPO(Plan):
         for draw in range(self.rounds):
             stages = [*recipe.stages, {**sampling, "draw": draw}, *judging]
             report = yield recipe.but(
-                stages=stages, objective=aim, roles=roles, init_from=last or recipe.init_from
+                stages=stages,
+                objective=aim,
+                roles=roles,
+                init_from=last or recipe.init_from,
+                **one_epoch(recipe),
             )
             last = report.folder

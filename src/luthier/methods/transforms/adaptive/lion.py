@@ -10,6 +10,7 @@ from luthier.registry import transform
     use_when="you write a chain of your own and want half of Adam's state.",
     costs="one fp32 number for each trainable parameter.",
     starting_rate="a third to a tenth of AdamW's.",
+    rate_factor=0.2,
 )
 class Lion(Each):
     """sign(beta1 m + (1 - beta1) g) with the old m, which then becomes beta2 m + (1 - beta2) g."""

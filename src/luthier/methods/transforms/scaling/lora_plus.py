@@ -22,6 +22,7 @@ from luthier.registry import Range, transform
     use_when="a LoRA learns slowly: B gets a higher rate than A.",
     costs="nothing.",
     starting_rate="it is A's: start below that of `lora`, since B takes `loraplus_lr_ratio` times as much.",
+    rate_factor=0.5,
 )
 class LoraPlus(Transform):
     """update of B * loraplus_lr_ratio."""

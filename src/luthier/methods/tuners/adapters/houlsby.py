@@ -22,6 +22,7 @@ from luthier.registry import tuner
     costs="two modules of width d / `reduction_factor` a layer, in training and in inference (not"
     " mergeable).",
     starting_rate="the paper tries 3e-5, 3e-4 and 3e-3.",
+    default_rate=3e-4,
 )
 class Houlsby(Bottleneck):
     """Two serial adapters per layer."""

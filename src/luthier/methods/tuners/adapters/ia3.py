@@ -26,6 +26,7 @@ from luthier.registry import tuner
     " thousand numbers for a large model, and folds into the weights.",
     costs="the smallest optimizer state of the adapters; merged, inference costs nothing more.",
     starting_rate="far above LoRA's: 3e-3 with Adafactor in the paper.",
+    default_rate=3e-3,
 )
 class IA3(Tuner):
     """Inhibit and amplify inner activations."""

@@ -21,6 +21,7 @@ from luthier.registry import tuner
     " linear modules.",
     costs="a bottleneck beside each chosen module, in training and in inference (not mergeable).",
     starting_rate="start with that of `lora`.",
+    default_rate=2e-4,
 )
 class ParallelAdapter(Bottleneck):
     """Adapters beside linear modules."""

@@ -24,6 +24,7 @@ from luthier.registry import tuner
     " VeRA, BOFT, LoHa or FourierFT.",
     costs="that of the PEFT type.",
     starting_rate="that of the PEFT type; its recipe here (`vera`) takes 0.01 on a toy model.",
+    default_rate=2e-4,
 )
 class PEFT(Tuner):
     """PEFT's layers on a model; saved and loaded as PEFT does."""

@@ -20,6 +20,7 @@ from luthier.registry import tuner
     " mostly use.",
     costs="one module a layer, in training and in inference (not mergeable).",
     starting_rate="start with that of `houlsby`.",
+    default_rate=3e-4,
 )
 class Pfeiffer(Bottleneck):
     """One serial adapter per layer."""

@@ -26,6 +26,7 @@ from luthier.registry import tuner
     " channel.",
     costs="two trainable numbers per output channel; merged, inference costs nothing more.",
     starting_rate="several times LoRA's: its recipe here takes 0.01 where that of `lora` has 0.002.",
+    default_rate=1e-3,
 )
 class SSF(Delta):
     """Scale and shift features: two trainable numbers per output channel."""

@@ -15,6 +15,7 @@ from luthier.registry import tuner
     " parameter in fp32, before activations.",
     starting_rate="1e-5 to 2e-5 with AdamW for models of a billion parameters and more (TRL's default"
     " for SFT is 2e-5).",
+    default_rate=2e-5,
 )
 class Full(Tuner):
     """All parameters are trained. The initial weights are not stored, so the tuner cannot be disabled: set

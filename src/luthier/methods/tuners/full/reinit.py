@@ -30,6 +30,7 @@ from luthier.registry import Range, tuner
     " specific to pretraining, are re-initialised.",
     costs="as full fine-tuning.",
     starting_rate="start with that of `full`.",
+    default_rate=2e-5,
 )
 class Reinit(Tuner):
     """Full fine-tuning with re-initialised top layers. On small data sets one or two layers help most."""

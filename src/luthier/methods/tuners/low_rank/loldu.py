@@ -28,6 +28,7 @@ from luthier.registry import Range, tuner
     costs="r + 1 trainable numbers a matrix; the frozen factors of every matrix stay beside it, and"
     " the decomposition takes time at the start.",
     starting_rate="several times LoRA's: its recipe here takes 0.01 where that of `lora` has 0.002.",
+    default_rate=1e-3,
 )
 class LoLDU(Delta):
     """Low-rank adaptation by lower-diagonal-upper decomposition."""

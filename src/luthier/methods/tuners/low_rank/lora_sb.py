@@ -28,6 +28,7 @@ from luthier.registry import Range, tuner
     costs="r * r trainable numbers a matrix; before training, the full gradient over `init_rows` rows,"
     " a few layers at a time.",
     starting_rate="start with that of `lora`.",
+    default_rate=2e-4,
 )
 class LoRASB(Delta):
     """r * r trainable parameters per module, in the directions of full fine-tuning's first step."""

@@ -33,6 +33,7 @@ from luthier.registry import Range, tuner
     " narrow ones, recovered against the full model and then tuned.",
     costs="the full weights stay in memory while the factors train; the merged model has 1 /"
     " `compress_ratio` of the matrices' parameters.",
+    default_rate=2e-4,
 )
 class PELA(Delta):
     """x A^T B^T + b instead of x W^T + b."""

@@ -60,6 +60,7 @@ POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wi
         "methods/tuners/mixture/test_autopeft.py::test_a_search_of_vectors_covers_more_than_chance",
         "methods/tuners/mixture/test_autopeft.py::test_a_configuration_that_was_found_moves_to_another_task",
     ],
+    default_rate=5e-4,
 )
 class AutoPEFT(Delta):
     """Three kinds of modules, and which layers have them."""

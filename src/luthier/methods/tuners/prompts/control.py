@@ -38,6 +38,7 @@ FILE = "control.safetensors"
     " them while answering only like the best.",
     costs="a soft prompt for each quality bin: `num_virtual_tokens` more tokens in every sequence.",
     starting_rate="soft prompts take a high one: plan `meet` takes 0.01 while they are trained alone.",
+    default_rate=1e-2,
 )
 class Control(Tuner):
     """One soft prompt per quality bin of rows."""

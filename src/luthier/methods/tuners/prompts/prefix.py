@@ -34,6 +34,7 @@ from luthier.registry import Range, tuner
     " `prompt`) learn too little: it trains keys and values before the text in every layer.",
     costs="`num_virtual_tokens` more keys and values a layer in every sequence; not mergeable.",
     starting_rate="above LoRA's; its recipe here was chosen on a toy model.",
+    default_rate=1e-3,
 )
 class Prefix(Delta):
     """Keys and values before the text."""

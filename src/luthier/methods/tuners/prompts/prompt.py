@@ -28,6 +28,7 @@ from luthier.registry import tuner
     costs="`num_virtual_tokens` more tokens in every sequence; backward still runs through the whole"
     " network.",
     starting_rate="the paper takes 0.3 with Adafactor; its recipe here takes 0.03 with AdamW.",
+    default_rate=1e-2,
 )
 class Prompt(Tuner):
     """A soft prompt."""

@@ -47,6 +47,7 @@ Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_le
         "methods/tuners/pruned/test_elastic.py"
         "::test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_kept",
     ],
+    default_rate=2e-5,
 )
 class Elastic(Tuner):
     """Full fine-tuning of a network with sub-networks."""

@@ -41,6 +41,7 @@ PATTERN = re.compile(r"(\d+):(\d+)")
     " quality by fine-tuning with them in place.",
     costs="as full fine-tuning, plus the mask; `wanda` and `sparsegpt` read `init_rows` rows first.",
     starting_rate="start with that of `full`.",
+    default_rate=2e-5,
 )
 class Pruned(Tuner):
     """All weights are trained; zeros in the matrices of the layers stay zero."""

@@ -28,6 +28,7 @@ from luthier.registry import INTERNAL, tuner
     " at random positions, as the baseline.",
     costs="one trainable number and one index for each position; the gradient of a chosen weight is"
     " computed whole before its entries are taken.",
+    default_rate=5e-4,
 )
 class APET(Sparse):
     """Random positions, n in total."""

@@ -23,6 +23,7 @@ from luthier.registry import tuner
     " of the parameters. Llama-like models have none: there `also: [norms]` trains the norms.",
     costs="gradients and optimizer state of the biases alone; merged, inference costs nothing more.",
     starting_rate="about ten times that of full fine-tuning; the paper tries 1e-4 to 1e-3.",
+    default_rate=5e-4,
 )
 class BitFit(Tuner):
     """Every bias of the network, and the weights in `also`."""

@@ -50,6 +50,7 @@ Edge = Annotated[float, Field(ge=0, le=1)]
     costs="gradients and optimizer state of the chosen matrices, and two passes over `init_rows` rows"
     " before the first step.",
     starting_rate="start with that of `full`.",
+    default_rate=2e-5,
 )
 class CoFiTune(Tuner):
     """Coarse-to-fine selection of weights."""

@@ -31,6 +31,7 @@ DRAWS = 32  # random halves of which the best balanced one is taken
     " half of the weights stay as they were in each round.",
     costs="about half of the gradients and optimizer state of full fine-tuning.",
     starting_rate="start with that of `full`.",
+    default_rate=2e-5,
 )
 class HFT(Tuner):
     """Half fine-tuning."""

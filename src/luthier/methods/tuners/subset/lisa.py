@@ -27,6 +27,7 @@ from luthier.registry import tuner
     " weights of a few layers at a time.",
     costs="optimizer state of embeddings, head and `n_layers` layers; activations as in full fine-tuning.",
     starting_rate="start with that of `full`.",
+    default_rate=2e-5,
 )
 class LISA(Tuner):
     """Layerwise importance sampling."""

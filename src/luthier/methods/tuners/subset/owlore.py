@@ -33,6 +33,7 @@ from luthier.registry import tuner
     costs="as `lisa` with `n_layers` layers, plus one pass over `init_rows` rows; with transform"
     " `galore` less optimizer state.",
     starting_rate="start with that of `full`.",
+    default_rate=2e-5,
 )
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""

@@ -23,6 +23,7 @@ from luthier.registry import tuner
     " comparison: the embeddings and output layer, or the last layer.",
     costs="gradients and optimizer state of that part; `last_layer` needs no backward pass below it.",
     starting_rate="start with that of `full`.",
+    default_rate=2e-5,
 )
 class Part(Tuner):
     """Embeddings and output, or the last layer."""

@@ -44,6 +44,7 @@ WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain
     costs="gradients and optimizer state of the chosen channels; only their inputs are kept for the"
     " backward pass.",
     starting_rate="start with that of `lora`.",
+    default_rate=2e-4,
 )
 class S2FT(Delta):
     """Structured sparse fine-tuning."""

@@ -28,6 +28,7 @@ from luthier.registry import tuner
     " stay frozen and no backward pass runs through them.",
     costs="falls with K: no gradients, optimizer state or kept activations below the first trained layer.",
     starting_rate="start with that of `full`.",
+    default_rate=2e-5,
 )
 class Telly(Tuner):
     """The top of the network. The paper's best trade-off is about K = 9 of 12 layers."""

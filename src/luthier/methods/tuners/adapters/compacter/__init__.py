@@ -34,6 +34,7 @@ from luthier.registry import tuner
     " built at each forward pass.",
     starting_rate="start with that of `houlsby`; its recipe here takes five times as much on the same"
     " toy model.",
+    default_rate=1e-3,
 )
 class Compacter(Bottleneck):
     """Two serial adapters per layer, of Kronecker products that share a factor."""

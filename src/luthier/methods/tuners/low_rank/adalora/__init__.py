@@ -30,6 +30,7 @@ from luthier.registry import Range, tuner
     costs="as LoRA of rank `init_r`, plus smoothed importances of every factor entry.",
     starting_rate="start with that of `lora`; its recipe here takes five times as much on the same toy"
     " model.",
+    default_rate=1e-3,
 )
 class AdaLoRA(Delta):
     """Low rank, distributed over modules by importance."""

@@ -37,6 +37,7 @@ from luthier.registry import INTERNAL, tuner
     " searches that number.",
     costs="`d` trainable numbers, but random maps are drawn again at every forward pass: slower than LoRA.",
     starting_rate="far above other tuners': plan `intrinsic_dimension` tries 0.03, 0.1 and 0.3.",
+    default_rate=3e-2,
 )
 class IntrinsicDimension(Delta):
     """d trainable parameters for a whole network."""

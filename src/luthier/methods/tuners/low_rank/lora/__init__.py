@@ -39,6 +39,7 @@ from luthier.registry import Range, did_you_mean, tuner
     costs="gradients and optimizer state of about 0.1 to 1 % of the parameters; merged, inference"
     " costs nothing more.",
     starting_rate="1e-4 to 2e-4 with AdamW (QLoRA's paper: 2e-4 up to 13B parameters, 1e-4 above).",
+    default_rate=2e-4,
 )
 class LoRA(TargetModules):
     """Low-rank adaptation."""

@@ -37,6 +37,7 @@ HYPERPARAMETERS = Capability(
     " use it with estimator `self_tuning`.",
     costs="about twice the parameters of a LoRA of the same rank.",
     starting_rate="start with that of `lora`.",
+    default_rate=2e-4,
 )
 class SelfTuning(Delta):
     """LoRA whose factors depend on the current hyperparameters."""

@@ -33,6 +33,7 @@ from luthier.registry import tuner
     " the codes themselves, with no adapter beside them.",
     costs="beside the codes, two numbers a weight while it trains.",
     starting_rate="its recipe here takes 3e-4 for the continuous part; the codes have `code_lr`.",
+    default_rate=3e-4,
 )
 class PVTuning(Tuner):
     """Trains the codes and their continuous parameters."""

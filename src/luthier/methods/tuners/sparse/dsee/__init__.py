@@ -39,6 +39,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
     " prunes weights, heads or feed-forward units along the way.",
     costs="as LoRA of rank `r`, plus a mask of one byte a weight while training where `sparsity` is set.",
     starting_rate="start with that of `lora`.",
+    default_rate=2e-4,
 )
 class DSEE(Delta):
     """Dually sparsity-embedded efficient tuning."""

@@ -32,6 +32,7 @@ from luthier.registry import INTERNAL, tuner
     " trains a sparse difference, and such differences add up.",
     costs="its first phase is full fine-tuning, memory included; only the second is sparse.",
     starting_rate="start with that of `full`, with a constant schedule.",
+    default_rate=2e-5,
 )
 class LTSFT(Sparse):
     """Lottery-ticket sparse fine-tuning."""

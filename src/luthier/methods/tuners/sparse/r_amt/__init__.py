@@ -32,6 +32,7 @@ from luthier.registry import tuner
     use_when="a task's copy is to be bits: it learns which weights to switch off and changes none of them.",
     costs="one trainable number for each masked weight while training; an eighth of a byte a weight"
     " when saved.",
+    default_rate=1e-3,
 )
 class RAMT(Delta):
     """Regularized mask tuning."""

@@ -31,6 +31,7 @@ from luthier.registry import tuner
     costs="values and positions of the trained entries; whole gradients of a matrix are computed and"
     " then reduced to them.",
     starting_rate="start with that of `lora`.",
+    default_rate=2e-4,
 )
 class SaRA(Sparse):
     """Progressive sparse low-rank adaptation."""

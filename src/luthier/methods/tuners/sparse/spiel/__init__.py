@@ -36,6 +36,7 @@ from luthier.registry import tuner
     costs="values, positions and optimizer state of `density` of the entries; growth `ag` computes"
     " whole gradients in some steps, `ma` does not.",
     starting_rate="start with that of `lora`; its recipe here takes 0.005 on a toy model.",
+    default_rate=2e-4,
 )
 class SpIEL(Sparse):
     """Sparse fine-tuning with a changing set of indices."""

@@ -34,6 +34,7 @@ from luthier.registry import INTERNAL, family, tuner
     " sensitive.",
     costs="a pass over `init_rows` rows with one fp32 number a weight; then as a LoRA of the same budget.",
     starting_rate="start with that of `lora`.",
+    default_rate=2e-4,
 )
 class SPT(Sparse):
     """Sensitivity-aware tuning."""
