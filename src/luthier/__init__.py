@@ -21,6 +21,7 @@ _WHERE = {  # what the package offers, imported when first asked for
     "register_peft": "luthier.compat.peft",
     "inspect": "luthier.serve.inspect",
     "compare": "luthier.study.compare",
+    "evaluate": "luthier.serve.benchmarks",
     "search": "luthier.study.search",
 }
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Report",
     "__version__",
     "compare",
+    "evaluate",
     "inspect",
     "load",
     "register_peft",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from luthier.model.loaded import load
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import Report, tune
+    from luthier.serve.benchmarks import evaluate
     from luthier.serve.inspect import inspect
     from luthier.study.compare import compare
     from luthier.study.search import search

@@ -334,6 +334,37 @@ def inspect(
 
 
 @app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="The folder of a run, or any other model.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, with commas between them: arc_easy,gsm8k.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task at most.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model before (default: the run's base model).")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put questions through the chat template; lm-eval does not.")
+    ] = False,
+    include: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own, as lm-eval's YAML.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Public benchmarks by name, before and after, with paired intervals (through lm-eval)."""
+    from luthier.report.console import Console
+    from luthier.serve.benchmarks import evaluate
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    result = evaluate(run, names, limit=limit, base=base, chat=chat, include=include, shots=shots)
+    if as_json:
+        typer.echo(dumped(result))
+        return
+    Console().benchmarks(result)
+    if (Path(run) / "report.html").is_file():
+        typer.echo(f"Report: {Path(run) / 'report.html'}")
+
+
+@app.command()
 def data(
     source: Annotated[str, typer.Argument(help="A file, folder, Hub name or toy:TASK.")],
     model: Annotated[str, typer.Option(help="Model whose tokenizer renders the rows.")] = "toy:lm",

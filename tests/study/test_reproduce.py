@@ -21,7 +21,7 @@ from luthier.recipe import catalogue
 from luthier.recipe.recipe import Recipe
 from luthier.run import subprocess as apart
 from luthier.study.reproduce import judge, page, run, spec
-from luthier.study.statistics import bootstrap_interval, t_interval
+from luthier.study.statistics import bootstrap_interval, seeds_for, t_interval
 
 HOME = ROOT / "benchmarks" / "claims"
 
@@ -57,8 +57,8 @@ def change(folder: Path, **keys) -> None:
 
 
 def test_a_claim_runs_and_goes_on_where_it_was(folder, monkeypatch):
-    """Stopped after three of six runs; what was finished is not done again, and all of it is what one go
-    would give.
+    """Stopped after three runs; what was finished is not done again, and all of it is what one go would give.
+    The sweep's best lies at its edge, so it goes on beyond it.
     """
     here, done, said = run._in_process, [], []
 
@@ -74,16 +74,16 @@ def test_a_claim_runs_and_goes_on_where_it_was(folder, monkeypatch):
     assert page.read_result("toy", folder) is None and "about" in said[0] and "left" in said[0]
     monkeypatch.setattr(run, "_in_process", lambda keys, where: (here(keys, where), done.append(where.name)))
     found = run.reproduce("toy", folder=folder, runs=folder / "runs", tell=said.append)
-    assert len(done) == len(set(done)) == 6 and sum("was finished" in line for line in said) == 3
+    assert len(done) == len(set(done)) and sum("was finished" in line for line in said) == 3
+    values = sorted(float(value) for value in found["sweeps"]["two"])
+    assert len(done) == len(values) + 4 and values[:3] == [1e-4, 1e-2, 1.0]
 
     better, same, far = found["expectations"]
     assert same["verdict"] == spec.HOLDS and same["none"] == same["before"] and same["interval"] == [0, 0]
     assert far["verdict"] == spec.FAILS == found["verdict"]
-    assert (
-        found["learning_rates"] == {"two": 1e-2}
-        and found["tuning_seed"] == 1000
-        and found["at_edge"] == ["two"]
-    )
+    assert found["tuning_seed"] == 1000 and found["at_edge"] == []
+    assert values[0] < found["learning_rates"]["two"] < values[-1]
+    assert found["power"] == {"pilot": 2} and far["level"] == judge.TWO_LOOKS
     assert better["none"][0] != better["none"][1], "each seed is measured on other rows"
     assert better["difference"] == pytest.approx(
         sum(a - b for a, b in zip(better["two"], better["none"])) / 2, abs=1e-3
@@ -93,7 +93,7 @@ def test_a_claim_runs_and_goes_on_where_it_was(folder, monkeypatch):
     assert not [*(folder / "runs").rglob("*.safetensors")], "no weights are left behind"
 
     text = page.page(folder)
-    assert "| [toy](#toy) | **not held** | two &lt; none by 0 in `loss` |" in text and "at the edge" in text
+    assert "| [toy](#toy) | **not held** | two &lt; none by 0 in `loss` |" in text and "2 seeds." in text
     assert "More steps learn more. Equal rows." in text and "by seed: two" in text
     change(folder, metric=None, expect="two < none by 0.1 in loss")
     assert page.listing(folder)[0][
@@ -205,6 +205,71 @@ def test_differences_are_paired_by_seed(folder):
         judge.judge(spec.read_claim("toy", folder), found)
 
 
+def test_a_sweep_goes_on_beyond_its_edge():
+    """By a step as large as the last one; a value that diverged is no edge."""
+    assert run.at_edge({"0.1": 1.0, "0.2": 2.0}, 0.1) and not run.at_edge(
+        {"0.1": 1.0, "0.2": 0, "0.4": 2}, 0.2
+    )
+    assert run._beyond({"0.1": 1.0, "0.2": 2.0}, 0.1) == 0.05
+    assert run._beyond({"0.002": 1.0, "0.005": 0.5}, 0.005) == 0.013
+
+
+def numbers_of(left, right) -> dict:
+    """Runs of arms `two` and `none`, a number of `loss` for each seed."""
+    numbers = {}
+    for seed, (a, b) in enumerate(zip(left, right, strict=True)):
+        numbers["two", seed] = judge.RunNumbers({}, {"loss": a, "accuracy": a})
+        numbers["none", seed] = judge.RunNumbers({}, {"loss": b, "accuracy": b})
+    return numbers
+
+
+def test_a_task_without_room_decides_nothing(folder):
+    change(folder, metric="accuracy", expect="two > none by 0.1")
+    claim = spec.read_claim("toy", folder)
+    for left, right, why in (
+        ([0.01, 0.02, 0.0], [0.0, 0.01, 0.02], "at the floor"),
+        ([1.0, 0.97, 0.99], [0.98, 0.99, 1.0], "at the ceiling"),
+        ([0.93, 0.92, 0.94], [0.92, 0.93, 0.93], "room for 0.0733 only"),
+    ):
+        (judged,) = judge.judge(claim, numbers_of(left, right))
+        assert judged["verdict"] == spec.UNDECIDED and why in judged["no_room"]
+    (judged,) = judge.judge(claim, numbers_of([0.8, 0.9, 0.85], [0.1, 0.2, 0.15]))
+    assert judged["verdict"] == spec.HOLDS
+
+
+def test_the_spread_of_a_pilot_says_how_many_seeds(folder):
+    change(folder, expect="two < none by 0.2")
+    claim = spec.read_claim("toy", folder)
+    judged = judge.judge(claim, numbers_of([1.0, 1.4, 0.8, 1.1], [1.2, 1.3, 1.2, 1.2]), judge.TWO_LOOKS)
+    assert judged[0]["verdict"] == spec.UNDECIDED
+    needed = judge.seeds_needed(judged, claim, 1000)
+    assert needed == seeds_for(judged[0]["deviation"], 0.1, judge.TWO_LOOKS) > 8
+    assert seeds_for(1.0, 2.5) == 3 and seeds_for(1.0, 1e-9, most=50) == 50
+
+
+def test_rows_that_all_seeds_share_are_crossed_with_them(folder, tmp_path):
+    """The interval is that of both, wider than that of seeds alone where rows differ more than seeds."""
+    change(folder, metric="retention_accuracy", expect="two > none by 0.1")
+    claim = spec.read_claim("toy", folder)
+    assert claim.same_rows("retention_accuracy") and not claim.same_rows("loss")
+    draw, numbers = np.random.default_rng(0), {}
+    right = draw.random(20) < 0.6
+    for seed in range(3):
+        for arm, values in (("two", right | (draw.random(20) < 0.3)), ("none", right)):
+            where = tmp_path / f"{arm}-{seed}"
+            where.mkdir()
+            by_row = {str(i): float(value) for i, value in enumerate(values)}
+            text = json.dumps({"retention_accuracy": by_row})
+            (where / "per_example-after.json").write_text(text, encoding="utf-8")
+            mean = {"retention_accuracy": float(values.mean())}
+            numbers[arm, seed] = judge.RunNumbers({}, mean, folder=where)
+    (judged,) = judge.judge(claim, numbers)
+    assert judged["rows"] == 20
+    (tmp_path / "two-1" / "per_example-after.json").unlink()
+    (by_seed,) = judge.judge(claim, numbers)
+    assert "rows" not in by_seed and by_seed["difference"] == judged["difference"]
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
@@ -292,7 +357,7 @@ def test_claims_can_be_tried(name):
     """Every arm is a recipe whose methods exist, of a judged metric that a run can have."""
     claim = spec.read_claim(name, HOME)
     assert claim.budget.endswith(".") and claim.claim.endswith(".") and "\n" not in claim.claim
-    assert claim.untestable or claim.seeds >= 3
+    assert claim.untestable or claim.seeds >= 5
     for arm in claim.arms:
         Recipe.load(claim.recipe(arm, 0, (claim.sweep_values(arm) or [None])[0])).yaml()
     found = page.read_result(name, HOME)

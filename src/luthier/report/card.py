@@ -10,6 +10,7 @@ import yaml
 
 from luthier.report.html import render
 from luthier.report.numbers import HELD_OUT, cost, headline, metric_rows
+from luthier.report.retention import read_skills, sentence
 from luthier.report.text import run_title, versions
 
 SCORERS = (
@@ -40,7 +41,7 @@ def card(recipe: Any, report: Any, folder: Path) -> str:
         front=yaml.safe_dump(front, sort_keys=False),
         title=run_title(recipe),
         model=model,
-        headline=headline(report),
+        headline=" ".join(filter(None, (headline(report), sentence(read_skills(folder))))),
         measured_on=report.stats.get("measured_on", HELD_OUT),
         metrics=metric_rows(report),
         cost=list(cost(report.stats)),

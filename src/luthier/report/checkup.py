@@ -13,11 +13,13 @@ from typing import Any
 
 from luthier.model.weight_changes import ALIKE, FIRST
 from luthier.registry import former_metrics
+from luthier.registry import metric as metric_of
 from luthier.report.chart import Curve, Figure, curves_figure, curves_table
 from luthier.report.comparison import calibration_figure
 from luthier.report.html import render
 from luthier.report.numbers import MetricRow, format_number, headline, metric_rows, split_rows
 from luthier.report.page import shown_generations
+from luthier.report.retention import sentence, skill_of, table
 
 GENERATION = (
     "generated_tokens",
@@ -41,6 +43,9 @@ def page(result: Mapping[str, Any], folder: Path) -> str:
         stats={"measured_on": result["measured_on"], "steps": 1},
     )
     whole, parts = split_rows(metric_rows(report))
+    skills = [skill_of(values) for values in result.get("skills", ())]
+    if skills:
+        parts.pop(metric_of("retention_accuracy").label, None)
     groups = _grouped(whole)
     return render(
         "inspect.html.j2",
@@ -50,6 +55,8 @@ def page(result: Mapping[str, Any], folder: Path) -> str:
         task=groups["task"],
         retention=groups["retention"],
         parts=parts,
+        skills=table(skills),
+        lost=sentence(skills),
         weights=_weights(result.get("weights")),
         generation=groups["generation"],
         refusal=groups["refusal"],

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from luthier.report import benchmarks
 from luthier.report.numbers import (
     MetricRow,
     cost,
@@ -26,6 +27,7 @@ from luthier.report.numbers import (
     row_counts,
     split_rows,
 )
+from luthier.report.retention import HEAD, Skill, read_skills, sentence, skill_of
 from luthier.report.text import MARKS, cut, plain, render_rows, visible
 
 COLOURS = {True: "green", False: "red", None: "default"}
@@ -210,11 +212,14 @@ class Console(Callback):
 
     def finish(self, report: Any) -> None:
         self.say()
+        skills = read_skills(report.folder)
         self.say(headline(report), "bold")
         if trend := report.stats.get("trend"):
             self.say(f"{trend[0].upper()}{trend[1:]}.")
+        if skills:
+            self.say(sentence(skills))
         self._generations(generations(report.folder))
-        self._metrics(report)
+        self._metrics(report, skills)
         for what, amount in cost(report.stats):
             self.say(f"  {what:<20} {amount}")
         if table := report.stats.get("table"):
@@ -250,12 +255,28 @@ class Console(Callback):
             table.add_row(*cells)
         self.screen.print(table)
 
-    def _metrics(self, report: Any) -> None:
-        """Metrics before and after; the parts of a metric in a table of their own."""
+    def _metrics(self, report: Any, skills: Sequence[Skill] = ()) -> None:
+        """Metrics before and after; the parts of a metric in a table of their own, those of retention with
+        their intervals.
+        """
         whole, parts = split_rows(metric_rows(report))
         self._before_after(report.stats.get("measured_on", "metric"), whole)
+        if skills:
+            parts.pop(metric_of("retention_accuracy").label, None)
+            self._retention(skills)
         for label, rows in parts.items():
             self._before_after(f"{label} by task", rows)
+
+    def _retention(self, skills: Sequence[Skill]) -> None:
+        """What could be done beside the trained task, skill by skill."""
+        from rich.text import Text
+
+        table = self._grid(*HEAD, right=HEAD[1:])
+        for skill in skills:
+            rows, before, after, change, interval = skill.cells()
+            name = Text(visible(skill.label))
+            table.add_row(name, rows, before, after, Text(change, COLOURS[skill.better]), interval)
+        self.screen.print(table)
 
     def _before_after(self, title: str, rows: Sequence[MetricRow]) -> None:
         from rich.text import Text
@@ -273,11 +294,24 @@ class Console(Callback):
         """Two models side by side; `result` as luthier.inspect gives it."""
         base, tuned, on = result["base"], result["tuned"], result["measured_on"]
         self.say(f"{base['model']} and {tuned['model']}, on {result['rows']:,} {on}")
-        self._metrics(
-            SimpleNamespace(before=base["metrics"], after=tuned["metrics"], stats={"measured_on": on})
-        )
+        skills = [skill_of(values) for values in result.get("skills", ())]
+        if skills:
+            self.say(sentence(skills))
+        report = SimpleNamespace(before=base["metrics"], after=tuned["metrics"], stats={"measured_on": on})
+        self._metrics(report, skills)
         for note in result["notes"]:
             self.say(f"· {note}", "yellow")
+
+    def benchmarks(self, result: dict) -> None:
+        """Public benchmarks; `result` as luthier.evaluate gives it."""
+        from rich.text import Text
+
+        lines = benchmarks.table(result)
+        self.say(lines["note"], "dim")
+        grid = self._grid(*lines["head"], right=lines["head"][1:])
+        for cells in lines["rows"]:
+            grid.add_row(*(Text(visible(cell)) for cell in cells))
+        self.screen.print(grid)
 
     def survey(self, source: str, profile: dict, every: bool = False) -> None:
         """What rows are, and which objective suits them; `profile` as text.preview gives it. every: also what

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.report import benchmarks
 from luthier.report.card import card
 from luthier.report.chart import Curve, Figure, curves_figure, curves_table, smoothed
 from luthier.report.html import render
@@ -26,6 +27,7 @@ from luthier.report.numbers import (
     row_counts,
     split_rows,
 )
+from luthier.report.retention import read_skills, sentence, table
 from luthier.report.text import run_title
 from luthier.storage import files
 
@@ -51,6 +53,9 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
         tiles.append(("device", f"{stats['device']}, {stats.get('dtype', '')}".rstrip(", ")))
     measured_on = stats.get("measured_on", HELD_OUT)
     whole, parts = split_rows(metric_rows(report))
+    skills = read_skills(folder)
+    if skills:
+        parts.pop(metric_of("retention_accuracy").label, None)
     text = recipe.yaml()
     if len(text) > RECIPE:
         text = f"{text[:RECIPE]}\n... (complete recipe: recipe.yaml)"
@@ -62,6 +67,9 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
         tiles=tiles,
         metrics=whole,
         parts=parts,
+        benchmarks=[benchmarks.table(entry) for entry in benchmarks.read_benchmarks(folder)],
+        skills=table(skills),
+        lost=sentence(skills),
         held_out_rows=stats.get("held_out_rows"),
         measured_on=measured_on,
         training=training(logged, measured_on),

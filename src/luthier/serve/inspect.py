@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
 from luthier.report import checkup
+from luthier.report.retention import read_skills
 from luthier.run.folder import rows_fingerprint
 from luthier.storage import files
 from luthier.train import checks
@@ -51,8 +52,9 @@ def inspect(
             weights are compared (`weights` of the result).
 
     Returns:
-        {base: {model, metrics}, tuned: {model, metrics}, rows, measured_on, notes}; losses in nats a token,
-        shares from 0 to 1.
+        {base: {model, metrics}, tuned: {model, metrics}, rows, measured_on, notes, skills}; losses in nats a
+        token, shares from 0 to 1. skills: what both can do beside the task, each {skill, metric, rows,
+        before, after, difference, low, high}.
 
     Raises:
         RecipeError: a model cannot be loaded, or `preference` and no row has a better and a worse completion.
@@ -70,6 +72,7 @@ def inspect(
             comparison.add_preferences(result)
         notes = comparison.finish()
         result |= {"rows": result["tuned"]["rows"], "measured_on": measured_on, "notes": notes}
+        result["skills"] = [asdict(skill) for skill in read_skills(folder)]
         if report is not None:
             result["weights"] = comparison.weights
             files.write_text(Path(report), checkup.page(result, Path(folder)))

@@ -5,6 +5,7 @@ What to call:
 - `paired_difference(a, b)`: the mean of a - b with its interval and p value, over seeds and rows at once;
 - `holm(p_values)`: p values of a family of comparisons, corrected for their number;
 - `t_interval(values)`: Student's t interval of the mean of a few numbers, such as one for each seed;
+- `seeds_for(deviation, half_width)`: how many seeds such an interval needs to be narrow enough;
 - `bootstrap_interval(values)`: percentile bootstrap of a mean over seeds and rows; numbers of seeds alone
   are `values[:, None]`;
 - `pareto_front(points)` and `hypervolume(points, worst)`: several goals at once.
@@ -29,7 +30,7 @@ class Difference:
     """The mean of a - b over seeds and rows."""
 
     mean: float
-    low: float  # of the interval at LEVEL
+    low: float  # of the interval
     high: float
     p: float  # of a mean at least as far from 0, were there no difference
     seeds: int
@@ -41,8 +42,8 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
-    """a, b: [S, R], the same seeds and rows in the same order.
+def paired_difference(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> Difference:
+    """a, b: [S, R], the same seeds and rows in the same order. level: of the interval.
 
     Rows and seeds are crossed random effects: the variance of the mean is (rows' + seeds' - remainder's mean
     square) / SR, with Satterthwaite's degrees of freedom (the quasi-F of two-way analysis of variance). With
@@ -60,7 +61,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     from scipy.stats import t
 
     error = variance**0.5
-    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
+    half = float(t.ppf((1 + level) / 2, freedom)) * error
     return Difference(mean, mean - half, mean + half, float(2 * t.sf(abs(mean) / error, freedom)), *d.shape)
 
 
@@ -95,6 +96,18 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, fl
     mean = float(x.mean())
     half = float(t.ppf((1 + level) / 2, len(x) - 1)) * float(sem(x))
     return mean - half, mean + half
+
+
+def seeds_for(deviation: float, half_width: float, level: float = LEVEL, most: int = 10_000) -> int:
+    """How many seeds make Student's t interval of a mean at most +- half_width wide, where single seeds
+    spread by `deviation` about it; `most` where so many do not.
+    """
+    from scipy.stats import t
+
+    for n in range(2, most):
+        if float(t.ppf((1 + level) / 2, n - 1)) * deviation / n**0.5 <= half_width:
+            return n
+    return most
 
 
 def bootstrap_interval(values: np.ndarray, times: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -13,6 +13,7 @@ GUIDES = {
     "Recipes": "recipes.md",
     "Data": "data.md",
     "Chat templates": "templates.md",
+    "Forgetting and benchmarks": "measuring.md",
     "Comparing": "compare.md",
     "Searching": "search.md",
     "Studio": "studio.md",

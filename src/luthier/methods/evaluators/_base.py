@@ -160,3 +160,42 @@ def keep(folder: Path, when: str, **values: Mapping[str, float]) -> None:
     path = folder / f"per_example-{when}.json"
     saved = files.read_object(path) if path.is_file() else {}
     files.write_json(path, {**saved, **values})
+
+
+class Change(NamedTuple):
+    """A mean over rows before and after, with an interval of its change."""
+
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+
+
+def paired_change(before: Mapping[str, float], after: Mapping[str, float], level: float = 0.95) -> Change:
+    """Values of the same rows by name, before and after -> their means and the change.
+
+    Of right and wrong (1 and 0) the interval is that of Bonett and Price (2012) for paired proportions, which
+    has a width even where no row changed; of other values Student's t. Raises ValueError where there are no
+    rows or other ones.
+    """
+    from scipy.stats import norm, t
+
+    if not after or before.keys() != after.keys():
+        raise ValueError("the rows before and after are not the same")
+    size = len(after)
+    changes = [after[name] - before[name] for name in after]
+    means = sum(before.values()) / size, sum(after.values()) / size
+    difference = sum(changes) / size
+    if {*before.values(), *after.values()} <= {0.0, 1.0}:
+        gained = (changes.count(1.0) + 1) / (size + 2)
+        lost = (changes.count(-1.0) + 1) / (size + 2)
+        centre = gained - lost
+        error = ((gained + lost - centre**2) / (size + 2)) ** 0.5
+        half = float(norm.ppf((1 + level) / 2)) * error
+        return Change(*means, difference, max(-1.0, centre - half), min(1.0, centre + half))
+    if size < 2:
+        return Change(*means, difference, -math.inf, math.inf)
+    variance = sum((change - difference) ** 2 for change in changes) / (size - 1)
+    half = float(t.ppf((1 + level) / 2, size - 1)) * (variance / size) ** 0.5
+    return Change(*means, difference, difference - half, difference + half)

@@ -11,6 +11,7 @@ from luthier.storage import files
 from luthier.study.reproduce.spec import UNTESTABLE, Claim, Expectation, claim_names, read_claim, sweep_label
 
 Result = dict[str, Any]
+LEVEL = 0.95  # of results that name none
 
 HEAD = """\
 # Claims
@@ -19,12 +20,18 @@ What papers report of methods, reproduced on small models. Written from `benchma
 `luthier reproduce NAME` runs one again. A verdict is about these small models, these tasks and these few
 steps, not about the paper: it says what a user may expect to see here. *held*: the whole interval lies beyond
 the least effect in the claimed direction. *not held*: the whole interval falls short of it. *undecided*:
-neither, or all runs alike. The interval is Student's t at 95 % of the mean difference, paired by seed:
-each seed draws other rows to train and to evaluate on, the same for all arms. Several intervals are not
-corrected for being several. Where learning rates (or another setting) were swept, a run with a seed that
-is not reported picked one for each arm.
+neither, or the task leaves no room to tell (all runs alike, a share at its floor or ceiling).
 
-| claim | verdict | expected | difference (95 %) | seeds | paper |
+The difference is paired by seed. Each seed draws other rows to train and to evaluate on, the same for all
+arms, so that Student's t interval over seeds holds for other rows too; where all seeds are measured on the
+same rows (those of other tasks), rows and seeds are crossed random effects, and the interval is that of a
+two-way analysis of variance. A claim is looked at twice at most: after a pilot of 8 seeds, and, where these
+leave it undecided, after as many seeds as their spread asks for (20 at most). Each look has intervals at
+97.5 %, so that both together are wrong no more often than one at 95 %. Several expectations are not corrected
+for being several. Where learning rates (or another setting) were swept, a run with a seed that is not
+reported picked one for each arm; a sweep whose best lies at its edge goes on beyond it.
+
+| claim | verdict | expected | difference (interval) | seeds | paper |
 | - | - | - | - | - | - |"""
 
 
@@ -112,9 +119,15 @@ def _section(claim: Claim, verdict: str, result: Result | None) -> Iterator[str]
         return
     for judged in result["expectations"]:
         yield _judged(judged)
+    if result.get("power"):
+        yield ""
+        yield _power(result)
     if result["sweeps"]:
         yield ""
         yield _sweeps(claim, result)
+    if claim.attempts:
+        yield ""
+        yield claim.attempts.strip()
     yield ""
     machine = result["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
@@ -131,10 +144,30 @@ def _judged(judged: Result) -> str:
         if isinstance(values, list) and name not in ("interval", "bootstrap"):
             arms.append(f"{name} {' '.join(f'{value:.4g}' for value in values)}")
     low, high = judged["bootstrap"]
+    verdict = judged["verdict"].capitalize()
+    if "no_room" in judged:
+        verdict += f": {judged['no_room']}"
+    over = "seeds"
+    if "rows" in judged:
+        over = f"seeds and {judged['rows']} rows"
+    level = 100 * judged.get("level", LEVEL)
     return (
-        f"- `{judged['metric']}` by seed: {', '.join(arms)}. {judged['verdict'].capitalize()}. Bootstrap over"
-        f" seeds, too narrow with few: {low:+.3g} to {high:+.3g}."
+        f"- `{judged['metric']}` by seed: {', '.join(arms)}. {verdict}. Interval at {level:g} %; bootstrap"
+        f" over {over}, too narrow with few: {low:+.3g} to {high:+.3g}."
     )
+
+
+def _power(result: Result) -> str:
+    """How the number of seeds came about."""
+    seeds, power = len(result["seeds"]), result["power"]
+    if seeds > power["pilot"]:
+        text = f"A pilot of {power['pilot']} seeds left it undecided; by their spread"
+        text += f" {power['needed']} seeds tell it, and {seeds} were run."
+        return text
+    text = f"{seeds} seeds."
+    if "needed" in power:
+        text += f" By their spread {power['needed']} tell it."
+    return text
 
 
 def _sweeps(claim: Claim, result: Result) -> str:

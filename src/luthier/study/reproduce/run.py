@@ -10,7 +10,7 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +22,27 @@ from luthier.recipe.catalogue import claims_folder
 from luthier.run import subprocess
 from luthier.storage import files
 from luthier.storage.layout import read_log
-from luthier.study.reproduce.judge import RunNumbers, combine, judge, rounded
-from luthier.study.reproduce.spec import MAX_SEEDS, TUNING_SEED, UNTESTABLE, Claim, read_claim, sweep_label
+from luthier.study.reproduce.judge import (
+    LEVEL,
+    TWO_LOOKS,
+    RunNumbers,
+    combine,
+    judge,
+    rounded,
+    seeds_needed,
+)
+from luthier.study.reproduce.spec import (
+    MAX_SEEDS,
+    TUNING_SEED,
+    UNDECIDED,
+    UNTESTABLE,
+    Claim,
+    read_claim,
+    sweep_label,
+)
+
+EXTENSIONS = 4  # values that a sweep is extended by where its best is at the edge
+MANY_SEEDS = 1000  # beyond which it is not counted how many are needed
 
 
 def reproduce(
@@ -35,13 +54,13 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run a claim and write its result to FOLDER/results/NAME.json.
 
-    Runs that an earlier call finished are not done again. tell: is called with a line a run.
+    seeds: how many; by default those of the claim's pilot, and where these do not decide it as many as their
+    spread asks for, 20 at most. Runs that an earlier call finished are not done again. tell: is called with a
+    line a run.
     """
     claim = read_claim(name, folder)
     folder = folder or claims_folder()
-    if seeds is None:
-        seeds = claim.seeds
-    if not 2 <= seeds <= MAX_SEEDS:
+    if seeds is not None and not 2 <= seeds <= MAX_SEEDS:
         raise RecipeError(f"--seeds: an interval needs 2 to {MAX_SEEDS} seeds, not {seeds}")
     result = {"claim": claim.claim, "paper": claim.paper, "fingerprint": claim.fingerprint()}
     if claim.untestable:
@@ -53,32 +72,39 @@ def reproduce(
     return _write(folder, name, result)
 
 
-def _run(claim: Claim, seeds: int, folder: Path, tell: Callable[[str], Any]) -> dict[str, Any]:
+def _run(claim: Claim, seeds: int | None, folder: Path, tell: Callable[[str], Any]) -> dict[str, Any]:
     """The verdict on a claim, with everything it rests on."""
-    sweep, tests = claim.runs(seeds)
+    first = seeds or claim.seeds
+    level = LEVEL if seeds else TWO_LOOKS
+    sweep, tests = claim.runs(first)
     runner = Runner(claim, folder, Progress(claim.name, len(sweep) + len(tests), tell))
     swept = runner.sweep(sweep)
     values = _select(claim, swept)
-    numbers = {(arm, seed): runner.perform(arm, seed, values[arm]) for arm, seed in tests}
-    judged = judge(claim, numbers)
+    numbers = runner.test(tests, values)
+    judged = judge(claim, numbers, level)
+    power: dict[str, Any] = {"pilot": first}
+    if seeds is None and _verdict(judged) == UNDECIDED:
+        power["needed"] = seeds_needed(judged, claim, MANY_SEEDS)
+        more = min(MAX_SEEDS, power["needed"])
+        if more > first:
+            later = [(arm, seed) for arm, seed in claim.runs(more)[1] if seed >= first]
+            runner.progress.total += len(later)
+            numbers |= runner.test(later, values)
+            judged = judge(claim, numbers, level)
     metrics = {expectation.metric for expectation in claim.expectations}
     summaries: dict[str, dict[str, Any]] = {arm: {} for arm in claim.arms}
     for (arm, seed), run in numbers.items():
         summaries[arm][str(seed)] = run.summary(metrics)
-    at_edge = []
-    for arm, measured in swept.items():
-        sweep_values = [float(value) for value in measured]
-        if values[arm] in (min(sweep_values), max(sweep_values)):
-            at_edge.append(arm)
     return {
-        "verdict": combine([expectation["verdict"] for expectation in judged]),
+        "verdict": _verdict(judged),
         "expectations": judged,
-        "seeds": list(range(seeds)),
+        "seeds": sorted({seed for _, seed in numbers}),
+        "power": power,
         "tuning_seed": TUNING_SEED if sweep else None,
         "learning_rates": {arm: value for arm, value in values.items() if value is not None},
         "sweeps": swept,
         "select": claim.select,
-        "at_edge": at_edge,
+        "at_edge": [arm for arm in swept if at_edge(swept[arm], values[arm])],
         "numbers": summaries,
         "machine": {**machine(), **_devices(numbers.values())},
         "date": str(date.today()),
@@ -86,21 +112,44 @@ def _run(claim: Claim, seeds: int, folder: Path, tell: Callable[[str], Any]) -> 
     }
 
 
+def _verdict(judged: Iterable[Mapping[str, Any]]) -> str:
+    return combine([expectation["verdict"] for expectation in judged])
+
+
+def at_edge(measured: Mapping[str, float | None], value: float | None) -> bool:
+    """Whether a value is the smallest or the largest of its sweep, diverged ones counted."""
+    values = [float(label) for label in measured]
+    return value in (min(values), max(values))
+
+
+def _beyond(measured: Mapping[str, float | None], value: float) -> float:
+    """The next value on the far side of the one at the edge, a step as large as the sweep's own there."""
+    values = sorted(float(label) for label in measured)
+    if value == values[0]:
+        return float(f"{value * value / values[1]:.2g}")
+    return float(f"{value * value / values[-2]:.2g}")
+
+
 def _select(claim: Claim, swept: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
     """The value of what is swept for each arm: its best, its only one, or None."""
-    better = {"lowest": min, "highest": max}[claim.selection[0]]
     selected = {arm: next(iter(claim.sweep_values(arm)), None) for arm in claim.arms}
     for arm, measured in swept.items():
-        finite = {}
-        for value, metric in measured.items():
-            if metric is not None and metric == metric:
-                finite[value] = metric
-        if not finite:
-            raise claim.error(
-                f"arm {arm}: diverged at every {sweep_label(claim.sweep)} of its sweep; add smaller ones"
-            )
-        selected[arm] = float(better(finite, key=finite.__getitem__))
+        selected[arm] = _best(claim, arm, measured)
     return selected
+
+
+def _best(claim: Claim, arm: str, measured: Mapping[str, float | None]) -> float:
+    """The best of an arm's sweep. Raises RecipeError where it diverged everywhere."""
+    better = {"lowest": min, "highest": max}[claim.selection[0]]
+    finite = {}
+    for value, metric in measured.items():
+        if metric is not None and metric == metric:
+            finite[value] = metric
+    if not finite:
+        raise claim.error(
+            f"arm {arm}: diverged at every {sweep_label(claim.sweep)} of its sweep; add smaller ones"
+        )
+    return float(better(finite, key=finite.__getitem__))
 
 
 @dataclass
@@ -127,34 +176,55 @@ class Progress:
 
 @dataclass
 class Runner:
-    """Executes the runs of a claim, each in a folder of its own below `folder`."""
+    """Executes the runs of a claim, each in a folder of its own below `folder`; claims with an arm in common
+    share its runs.
+    """
 
     claim: Claim
     folder: Path
     progress: Progress
     seconds: float = 0.0  # of all runs, whenever they were done
 
+    def test(
+        self, runs: list[tuple[str, int]], values: Mapping[str, float | None]
+    ) -> dict[tuple[str, int], RunNumbers]:
+        """What is reported: the numbers of each (arm, seed), each arm with its selected value."""
+        return {(arm, seed): self.perform(arm, seed, values[arm]) for arm, seed in runs}
+
     def sweep(self, runs: list[tuple[str, int, float]]) -> dict[str, dict[str, float | None]]:
-        """arm -> swept value, as text -> the metric that selects; None where the run diverged."""
-        metric = self.claim.selection[1]
+        """arm -> swept value, as text -> the metric that selects; None where the run diverged. A sweep of
+        learning rates whose best is at its edge goes on beyond it, by EXTENSIONS values at most.
+        """
         measured: dict[str, dict[str, float | None]] = {}
         for arm, seed, value in runs:
-            label = f"{value:g}"
-            try:
-                run = self.perform(arm, seed, value)
-            except NotFinite:
-                measured.setdefault(arm, {})[label] = None
-            else:
-                measured.setdefault(arm, {})[label] = rounded(run.value(self.claim, arm, metric))
+            measured.setdefault(arm, {})[f"{value:g}"] = self.try_value(arm, seed, value)
+        if self.claim.sweep != "learning_rate":
+            return measured
+        for arm, values in measured.items():
+            for _ in range(EXTENSIONS):
+                best = _best(self.claim, arm, values)
+                if not at_edge(values, best):
+                    break
+                beyond = _beyond(values, best)
+                self.progress.total += 1
+                values[f"{beyond:g}"] = self.try_value(arm, TUNING_SEED, beyond)
+            measured[arm] = dict(sorted(values.items(), key=lambda item: float(item[0])))
         return measured
+
+    def try_value(self, arm: str, seed: int, value: float) -> float | None:
+        """The metric that selects, with one value of what is swept; None where the run diverged."""
+        try:
+            run = self.perform(arm, seed, value)
+        except NotFinite:
+            return None
+        return rounded(run.value(self.claim, arm, self.claim.selection[1]))
 
     def perform(self, arm: str, seed: int, value: float | None) -> RunNumbers:
         """One run. Raises NotFinite where it diverged, RecipeError where it failed otherwise."""
         keys = self.claim.recipe(arm, seed, value)
         text = json.dumps([keys, self.claim.fresh], sort_keys=True, default=str)
-        folder = (
-            self.folder / self.claim.name / f"{arm}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        )
+        # by what is run, not by who asks for it: claims share the arms that they have in common
+        folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         label = f"{arm}, seed {seed}"
         if value is not None:
             label += f", {sweep_label(self.claim.sweep)} {value:g}"
@@ -196,8 +266,9 @@ def read_numbers(folder: Path) -> RunNumbers:
     duration = 0.0
     if (folder / "took.json").is_file():
         duration = files.read_json(folder / "took.json")
-    log = read_log(Path(report["folder"]))
-    return RunNumbers(report["before"], report["after"], report["stats"], duration, log)
+    where = Path(report["folder"])
+    log = read_log(where)
+    return RunNumbers(report["before"], report["after"], report["stats"], duration, log, where)
 
 
 def _remove_weights(folder: Path) -> None:

@@ -21,6 +21,7 @@ from luthier.storage.toy import OLD_PREFIX, PREFIX, is_toy
 HOLDS, FAILS, UNDECIDED, UNTESTABLE = "held", "not held", "undecided", "not testable here"
 BEFORE = "before"  # the arm that is the other arm before training
 TUNING_SEED = 1000  # of the runs that pick a learning rate; test seeds are 0, 1, 2, ...
+PILOT_SEEDS = 8
 MAX_SEEDS = 20
 # of every arm, unless the file says otherwise
 DEFAULTS = {"save_steps": 100_000, "evaluate": ["loss", "accuracy"]}
@@ -89,10 +90,12 @@ class Claim(BaseModel):
     select: str = "lowest loss"  # by what a sweep picks: lowest or highest METRIC
     # A > B by X, A < B by X, A = B within X; `in METRIC` where it is another than `metric`
     expect: list[str] = []
-    seeds: Annotated[int, Field(ge=2, le=MAX_SEEDS)] = 3
+    # test seeds of the pilot, whose spread decides how many more are run where they do not decide it
+    seeds: Annotated[int, Field(ge=2, le=MAX_SEEDS)] = PILOT_SEEDS
     budget: str = ""  # what is equal between the arms, in words
     fresh: bool = False  # each run in a process of its own, so that its peak of memory is its own
     untestable: str = ""  # why it cannot be tried here, if so
+    attempts: str = ""  # of a claim that is not held: what was changed to make it hold, and what came of it
 
     @property
     def expectations(self) -> list[Expectation]:
@@ -152,6 +155,20 @@ class Claim(BaseModel):
             if key in keys:
                 keys[key] = _with_seed(keys[key], seed)
         return keys
+
+    def same_rows(self, metric: str) -> bool:
+        """Whether all seeds measure a metric on the same rows: those of other tasks, or fixed held-out
+        ones. Otherwise each seed draws its own.
+        """
+        from luthier.registry import evaluator_of
+
+        if evaluator_of(metric) == "forgetting":
+            return True
+        for arm in self.arms:
+            first, second = self.recipe(arm, 0), self.recipe(arm, 1)
+            if "eval_data" not in first or first["eval_data"] != second["eval_data"]:
+                return False
+        return True
 
     def runs(self, seeds: int) -> tuple[list[tuple[str, int, float]], list[tuple[str, int]]]:
         """The runs that pick a swept value, (arm, seed, value), and those that are reported, (arm, seed): the
