@@ -15,9 +15,11 @@ from helpers.forks import parent
 from helpers.models import make_llama, make_tokenizer
 from helpers.paths import DATA
 from helpers.rows import recipe_of
+from helpers.seeds import shift_seeds
 from luthier.toy.real import default_folder, is_there
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
+shift_seeds(int(os.environ.get("LUTHIER_TEST_SEED", "0")))  # tests/machines.py
 
 MARKERS = {
     "contracts": "contract",
