@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# for linear algebra and processes that tests start, as torch's below: more threads than cores wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -41,6 +43,14 @@ def pytest_collection_modifyitems(items):
     rank = {name: place for place, name in enumerate(LONG_FILES)}
     name_of = lambda item: item.path.relative_to(home).with_suffix("").as_posix()
     items.sort(key=lambda item: rank.get(name_of(item), len(rank)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unhurried():
+    """What is written need not outlast a power cut here: waiting for the disk is half of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -219,20 +219,6 @@ def test_no_use_of_the_library_changes_another_one(tmp_path: Path):
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
 
-def test_importing_neither_loads_tuners_nor_changes_how_modules_are_found():
-    code = (
-        "import sys\n"
-        "import luthier, luthier.registry; luthier.registry.cards()\n"
-        "assert not [m for m in sys.modules if m.startswith('luthier.methods.')]\n"
-        "import peft\n"
-        "assert not [m for m in sys.modules if m.startswith('luthier.methods.')]\n"
-        "assert [f for f in sys.meta_path if type(f).__module__.startswith('luthier')] == []\n"
-        "assert not [m for m in peft.PeftType if m.startswith('LUTHIER')]"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 def test_a_lasting_model_keeps_what_it_needs_and_no_more(monkeypatch):
     """Runs and models are counted apart; what one takes back is not what another needs."""
     from luthier import compat
@@ -256,13 +242,3 @@ def test_a_lasting_model_keeps_what_it_needs_and_no_more(monkeypatch):
         compat.on_exit(lambda: log.append("failed run"))
         raise KeyError
     assert log[-1] == "failed run"
-
-
-def test_register_peft_makes_every_delta_known():
-    code = (
-        "import luthier; luthier.register_peft()\n"
-        "from peft.utils.peft_types import PeftType\n"
-        "print('LUTHIER_SSF' in PeftType.__members__, 'LUTHIER_HOULSBY' in PeftType.__members__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split()[0] == "True", done.stderr[-2000:]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,10 +21,21 @@ from luthier.methods.searchers._base import (
     pareto_ranks,
 )
 from luthier.methods.searchers.bandit._brackets import cost, halving
+from luthier.methods.searchers.model_based import _acquire
 from luthier.registry import build, names
 from luthier.study.statistics import hypervolume
 
 pytest.importorskip("optuna")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uncompiled():
+    """BoTorch compiles a kernel for several goals when it is first used, which takes longer than all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("botorch"):
+            logei = import_module("botorch.acquisition.multi_objective.logei")
+            patch.setattr(logei, "_load_attempted", True, raising=False)
+        yield
 
 
 def zdt1(x):
@@ -35,22 +48,33 @@ def zdt2(x):
     return float(x[0]), float(g * (1 - (x[0] / g) ** 2))
 
 
+QUICK = {  # whose models wait long or cost much by default
+    "bayes": {"n_startup_trials": 4},
+    "botorch": {"n_startup_trials": 7, "prior": "plain", "candidates": 64, "climbs": 1, "samples": 16},
+    "cokriging": {"n_startup_trials": 4},
+    "tpe": {"n_startup_trials": 4},
+}
+
+
 @pytest.mark.parametrize("name", names("searcher"))
-def test_a_searcher_is_a_function_of_what_was_seen(name):
+def test_a_searcher_is_a_function_of_what_was_seen(name, monkeypatch):
     """Legal points on a conditional space, JSON in its marks, the same answer to the same history, another to
     another seed.
     """
+    monkeypatch.setattr(_acquire, "POOL", 40)
+    spec = {"name": name, **QUICK.get(name, {})}
+    most = 12 if name == "cokriging" else None
     f = lambda u: (float(((u - 0.3) ** 2).sum()), float(((u - 0.7) ** 2).sum()))
-    seen = play(name, f, 8, space=MIXED)
+    seen = play(spec, f, 8, space=MIXED, most=most)
     for s in seen:
         assert MIXED.active(s.point) == dict(s.point) and 0 < s.share <= 1
         assert all(d.has(s.point[d.name]) for d in MIXED.dims if d.name in s.point)
         assert ("a.r" in s.point) == (s.point["tuner"] == "a") and json.loads(json.dumps(s.marks)) == s.marks
-    again = play(name, f, 8, space=MIXED, seen=seen[:5])
+    again = play(spec, f, 8, space=MIXED, seen=seen[:5], most=most)
     assert [s.point for s in again] == [s.point for s in seen], "stopped in between, it asks the same"
-    assert [s.point for s in play(name, f, 8, seed=1, space=MIXED)] != [s.point for s in seen]
+    assert [s.point for s in play(spec, f, 8, seed=1, space=MIXED, most=most)] != [s.point for s in seen]
     broken = [*seen, Observation(99, MIXED.start(), (math.inf, math.inf))]
-    assert MIXED.active(build("searcher", name).ask(MIXED, broken, 2, Clock(0)).point)
+    assert MIXED.active(build("searcher", spec).ask(MIXED, broken, 2, Clock(0)).point)
 
 
 @pytest.mark.parametrize("name", ["tpe", "hyperband"])

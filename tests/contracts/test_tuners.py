@@ -48,6 +48,11 @@ from luthier.train.optimizer import Chain
 DELTAS = [n for n in TUNERS if issubclass(find("tuner", n), Delta)]
 
 
+@pytest.fixture(scope="session")
+def tiny(shallow) -> str:
+    return shallow
+
+
 @each
 @torch.no_grad()
 def test_starts_as_the_base(name):
@@ -349,18 +354,32 @@ def test_a_delta_that_starts_from_what_modules_read():
     assert torch.allclose(A.T @ A, want.T @ want, atol=1e-5)
 
 
-@pytest.mark.parametrize("first", ["import luthier; import peft", "import peft; import luthier"])
+# importing loads no tuner and changes nothing of how modules are found, until it is asked for
+OURS_FIRST = """
+import sys
+import luthier, luthier.registry; luthier.registry.cards()
+assert not [m for m in sys.modules if m.startswith('luthier.methods.')]
+import peft
+assert not [m for m in sys.modules if m.startswith('luthier.methods.')]
+assert [f for f in sys.meta_path if type(f).__module__.startswith('luthier')] == []
+assert not [m for m in peft.PeftType if m.startswith('LUTHIER')]
+"""
+EVERY_DELTA = """
+luthier.register_peft()
+from peft.utils.peft_types import PeftType
+assert {'LUTHIER_SSF', 'LUTHIER_HOULSBY'} <= PeftType.__members__.keys()
+"""
+
+
+@pytest.mark.parametrize("first", [OURS_FIRST, "import peft; import luthier"], ids=["luthier", "peft"])
 def test_a_fresh_process_loads_our_type_once_it_is_registered(first, tmp_path):
-    first += "; luthier.register_peft()"
     base().save_pretrained(tmp_path / "base")
     attached = train(put("ssf"))
     attached.save(tmp_path / "adapter")
-    run_fresh(
-        first
-        + LOAD.format(
-            base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "out")
-        )
+    load = LOAD.format(
+        base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "out")
     )
+    run_fresh(first + EVERY_DELTA + load)
     assert torch.allclose(torch.load(tmp_path / "out"), plain(attached.model), atol=1e-5)
 
 
@@ -415,7 +434,8 @@ def test_in_a_run(spec, base, tmp_path):
     assert again.step == last.step == 24 and all(
         torch.equal(v, again.tensors[k]) for k, v in last.tensors.items()
     )
-    further = luthier.tune(**recipe, start=str(folder), output_dir=str(tmp_path / "further"))
+    recipe |= {"max_steps": 4, "start": str(folder)}
+    further = luthier.tune(**recipe, output_dir=str(tmp_path / "further"))
     assert sum(further.losses[:4]) < sum(whole.losses[:4])
 
 

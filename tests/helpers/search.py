@@ -24,13 +24,15 @@ MIXED = Space(
 )
 
 
-def play(spec, f, trials, seed=0, space=PLANE, wanted=2, seen=None):
-    """Ask and answer without anything around it: what was seen, at equal budgets in full runs."""
+def play(spec, f, trials, seed=0, space=PLANE, wanted=2, seen=None, most=None):
+    """Ask and answer without anything around it: what was seen, at equal budgets in full runs; of `most`
+    observations no more.
+    """
     searcher, seen = build("searcher", spec), list(seen or [])
     paid: dict[int, float] = {}
     for s in seen:
         paid[s.number] = max(s.share, paid.get(s.number, 0))
-    while sum(paid.values()) < trials - 1e-9:
+    while sum(paid.values()) < trials - 1e-9 and (most is None or len(seen) < most):
         asked = searcher.ask(space, seen, wanted, Clock(seed))
         number = max(paid, default=-1) + 1 if asked.number is None else asked.number
         paid[number] = max(asked.share, paid.get(number, 0.0))

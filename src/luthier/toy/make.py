@@ -187,7 +187,7 @@ def write_probe(folder: Path, n: int = 40) -> None:
 def write_card(name: str, folder: Path) -> None:
     """Measure the saved model and say so in its README."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = score.load(folder)
+    model = score.load(folder, torch.bfloat16)
     rows_per_split = 200
     numbers = score.measure(model, tokenizer, rows_per_split, (*SPLITS, "instruct_test"))
     rounds = json.loads((folder / "rounds.json").read_text(encoding="utf-8"))

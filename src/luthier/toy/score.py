@@ -35,14 +35,16 @@ def tokens_of(row: dict, tokenizer) -> tuple[list[int], list[bool]]:
     return ids, [i >= len(prompt) for i in range(len(ids))]
 
 
-def load(folder):
-    """A toy model of any kind, for scoring."""
+def load(folder, dtype: torch.dtype | None = None):
+    """A toy model of any kind, for scoring; by default in the precision that the processor multiplies in."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    from luthier.model.load import pick_dtype
 
     kind = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}.get(
         AutoConfig.from_pretrained(folder).model_type, AutoModelForCausalLM
     )
-    return kind.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return kind.from_pretrained(folder, dtype=dtype or pick_dtype("auto", torch.device("cpu"))).eval()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from scipy.optimize import check_grad
 from helpers.search import MIXED, PLANE, play
 from luthier.clock import Clock
 from luthier.methods.searchers._base import Dim, Observation, Space
+from luthier.methods.searchers.model_based import _acquire
 from luthier.methods.searchers.model_based._surrogates import fit
 from luthier.methods.searchers.model_based.cokriging import levels as _levels
 from luthier.methods.searchers.model_based.cokriging.levels import Joint, Ladder, joint, on
@@ -23,6 +24,12 @@ LINE = Space((Dim("x"),))
 
 
 EXACT = {"deterministic_objective": True}
+
+
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch):
+    """Fewer than by default: what is found of them is found of more as well."""
+    monkeypatch.setattr(_acquire, "POOL", 100)
 
 
 def whole(x):
