@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# for linear algebra and processes that tests start, as torch's below: more threads than cores wait for each other
+# of linear algebra and of processes that tests start: more threads than cores wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -15,6 +15,11 @@ ESTIMATORS = [
 ]  # others want more than any moving tensors: tested where it is
 
 
+@pytest.fixture(scope="session")
+def tiny(shallow) -> str:
+    return shallow
+
+
 def skipped(cls, test: str) -> None:
     if test in cls.contract:
         pytest.skip(f"{cls.name}: {cls.contract[test]}")

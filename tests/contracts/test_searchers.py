@@ -30,7 +30,7 @@ pytest.importorskip("optuna")
 
 @pytest.fixture(scope="module", autouse=True)
 def uncompiled():
-    """BoTorch compiles a kernel for several goals when it is first used, which takes longer than all tests here."""
+    """BoTorch compiles a kernel for several goals at first use, which takes longer than all tests here."""
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("botorch"):
             logei = import_module("botorch.acquisition.multi_objective.logei")

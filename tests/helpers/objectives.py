@@ -51,6 +51,11 @@ def _network(seed: int) -> LlamaForCausalLM:
 
 def network(seed: int = 0, off_by: float = 0.0) -> LlamaForCausalLM:
     """A small random Llama; `off_by` moves every weight a little."""
+    return copy.deepcopy(_moved(seed, off_by))
+
+
+@functools.cache
+def _moved(seed: int, off_by: float) -> LlamaForCausalLM:
     net = copy.deepcopy(_network(seed))
     noise = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -65,15 +70,17 @@ def cast(**others) -> Roles:
     made = {
         "reference": network(off_by=0.05),
         "teacher": network(seed=7),
-        "memory": memory(),
-        "part_heads": heads(),
-        "generator": generator(),
-        "feature_pairs": pairs(),
+        "memory": copy.deepcopy(memory()),
+        "part_heads": copy.deepcopy(heads()),
+        "generator": copy.deepcopy(generator()),
+        "feature_pairs": copy.deepcopy(pairs()),
     } | others
+    torch.manual_seed(10)  # whatever was made now, and what before
     roles = {k: role(net, k) if isinstance(net, LlamaForCausalLM) else net for k, net in made.items()}
     return Roles(Policy(Causal(), policy, Untuned(policy)), Clock(), Renderer(tokenizer()), **roles)
 
 
+@functools.cache
 def heads() -> Heads:
     """As they begin, but for a little of what they will learn."""
     torch.manual_seed(9)
@@ -83,6 +90,7 @@ def heads() -> Heads:
     return made
 
 
+@functools.cache
 def generator() -> Made:
     """Of answers that begin with low tokens, which are known, and with high ones, which are not."""
     torch.manual_seed(10)
@@ -93,6 +101,7 @@ def generator() -> Made:
     return made
 
 
+@functools.cache
 def memory() -> Features:
     """Random features of rows like those of the contracts: other rows that answer the same."""
     rows = batch_of([{**r, "id": f"{r['id']}-before"} for k in (3, 6) for r in make_rows(4, k=k)])
@@ -103,6 +112,7 @@ def memory() -> Features:
     return made
 
 
+@functools.cache
 def pairs() -> Features:
     """Random features of both networks, for answers that begin with any token."""
     made, rng = Features(3 * V, 32), torch.Generator().manual_seed(11)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -90,7 +92,8 @@ TUNERS = {  # name -> settings that suit a tiny network
 }
 
 
-def base(kind: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
+@lru_cache
+def _made(kind: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     model = MADE[kind]()
     with torch.no_grad():
@@ -98,6 +101,10 @@ def base(kind: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
             if n.endswith("bias"):
                 p.normal_(std=0.1)
     return model.to(dtype).eval()
+
+
+def base(kind: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
+    return copy.deepcopy(_made(kind, dtype))
 
 
 def put(name: str, model: nn.Module | None = None, **settings):

@@ -45,8 +45,8 @@ def interrupted(recipe: dict, folder: Path, step: int = 5) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(tiny, tmp_path_factory):
-    recipe = recipe_of(tiny) | {"tuner": "lora", "evaluate": ["loss"]}
+def stopped(shallow, tmp_path_factory):
+    recipe = recipe_of(shallow) | {"tuner": {"name": "lora", "r": 1}, "evaluate": ["loss"]}
     folder = tmp_path_factory.mktemp("stopped")
     return recipe, interrupted(recipe, folder / "run"), luthier.tune(recipe, folder=folder / "whole")
 
@@ -69,6 +69,18 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_noticed(stopped, tmp_path):
             assert checkpoints.damage(newest) is not None, f"bit {bit} of {path.name}"
             path.write_bytes(whole)
     assert checkpoints.damage(newest) is None
+
+
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(stopped, tmp_path, monkeypatch):
+    """A power cut after the renaming loses nothing: every file was waited for, and then the folder."""
+    log, replace = [], os.replace
+    waited = lambda descriptor: log.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(os, "fsync", waited)
+    monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), log.append(Path(new))))
+    luthier.tune(stopped[0] | {"max_steps": 1}, folder=tmp_path)
+    place = log.index(tmp_path / "checkpoint-1")
+    assert {path.name for path in log[:place] if path.parent.name == "checkpoint-1.part"} >= {*FILES}
+    assert tmp_path in log[place:]
 
 
 @pytest.mark.parametrize("name", FILES)
