@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 import luthier.run.run, luthier.compat.lazy_imports
 luthier.compat.lazy_imports.import_models()
 import accelerate, peft, torch.fx.experimental.symbolic_shapes, transformers.models.llama.modeling_llama
+os.fsync = lambda descriptor: None  # a kill loses nothing that was written
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 for line in sys.stdin:
