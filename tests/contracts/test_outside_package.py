@@ -171,8 +171,8 @@ def test_methods_are_listed_without_being_imported(acme):
     assert not done.stderr
 
 
-def test_a_method_has_a_page_in_the_terminal(acme, facts):
-    assert luthier([acme], "methods", "certainty").stdout.rstrip() == facts["pages"]["certainty"].rstrip()
+def test_a_method_has_a_page_in_the_terminal(facts):
+    assert facts["terminal"].rstrip() == facts["pages"]["certainty"].rstrip()
     tuner, evaluator = facts["pages"]["gated"], facts["pages"]["certainty"]
     assert "Use it when one number for each output channel is enough." in tuner
     assert "`gates` (a tuner whose gates can be opened)" in tuner
