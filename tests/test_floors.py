@@ -23,6 +23,7 @@ FLOORS = (  # the lowest first
         "errors",
         "version",
         "clock",
+        "processes",
         "compat",
         "storage",
         "registry",

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -163,14 +164,15 @@ def tune(
     )
     if front:
         changes += ["plan.name=front", f"plan.points={front}"]
-    recipe = Recipe.load(source, changes)
-    from luthier.run.run import perform
+    with started_together() as main:
+        recipe = Recipe.load(source, changes)
+        from luthier.run.run import perform
 
-    callback = progress(quiet)
-    report = perform(recipe, callback=callback, stop_at=stop_at)
+        callback = progress(quiet or not main)
+        report = perform(recipe, callback=callback, stop_at=stop_at)
     if "paused_at" not in report.stats:
         callback.finish(report)
-    if quiet:
+    if quiet and main:
         typer.echo(report.folder)
 
 
@@ -736,6 +738,22 @@ def recipe_words(words: list[str] | None, **options: str | None) -> tuple[Path |
     if path.is_dir():
         path = path / "recipe.yaml"
     return path, changes
+
+
+@contextmanager
+def started_together() -> Iterator[bool]:
+    """Within a command that several processes may run: is this the one that talks? What one of them is
+    refused for, also before its run begins, all are.
+    """
+    from luthier.processes import launcher
+
+    if not launcher.several():
+        yield True
+        return
+    from luthier.processes import group
+
+    with group.together() as processes:
+        yield processes.main
 
 
 def progress(quiet: bool):

@@ -15,8 +15,8 @@ from helpers.objectives import (
     average,
     batch_of,
     cast,
+    contract_rows,
     gradients,
-    make_rows,
     network,
     same,
 )
@@ -29,24 +29,11 @@ from luthier.methods.stages._base import OLD_LOGPROBS
 from luthier.model.policy import Policy, Roles
 from luthier.model.quantized import quantize
 from luthier.model.quantized_linear import Quantized
-from luthier.registry import Capability, Column, build, card, find, helps, names, page, requires_of
+from luthier.registry import Capability, build, card, find, helps, names, page, requires_of
 from luthier.train.optimizer import Chain
 
 # those ask another kind of network
 OBJECTIVES = [n for n in names("objective") if "values" not in card("objective", n).requires]
-
-
-def contract_rows(objective) -> list[dict]:
-    """Rows with all that the objective wants; one of them has a completion that is only partly supervised."""
-    rows = make_rows(4, k=6 if "contrasts" in requires_of(objective) else 3)
-    rows[1]["supervised"] = [[True] * (len(c) - 1) + [j != 1] for j, c in enumerate(rows[1]["completions"])]
-    for word in sorted(requires_of(objective)):
-        if not isinstance(word, Column) or word in rows[0]:
-            continue
-        assert word.example, f"column '{word}' needs an example where it is declared"
-        for place, row in enumerate(rows):
-            row[word] = example_value(word, row, place)
-    return rows
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

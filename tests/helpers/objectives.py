@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import luthier
 from helpers.models import make_llama, make_tokenizer
-from helpers.rows import SUMS
+from helpers.rows import SUMS, example_value
 from luthier.clock import Clock
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.objectives.representation._features import classes
@@ -23,7 +23,7 @@ from luthier.methods.roles.networks.part_whole import Heads
 from luthier.methods.tuners._base import Untuned
 from luthier.model.batch import collate
 from luthier.model.policy import Policy, Roles
-from luthier.registry import build
+from luthier.registry import Column, build, requires_of
 from luthier.text.encode import Renderer
 
 V = 40  # tokens of the tiny vocabulary
@@ -146,6 +146,19 @@ def make_rows(n: int = 4, k: int = 2, seed: int = 0, **columns) -> list[dict]:
             }
         )
     return out
+
+
+def contract_rows(objective, n: int = 4) -> list[dict]:
+    """Rows with all that the objective wants; one of them has a completion that is only partly supervised."""
+    rows = make_rows(n, k=6 if "contrasts" in requires_of(objective) else 3)
+    rows[1]["supervised"] = [[True] * (len(c) - 1) + [j != 1] for j, c in enumerate(rows[1]["completions"])]
+    for word in sorted(requires_of(objective)):
+        if not isinstance(word, Column) or word in rows[0]:
+            continue
+        assert word.example, f"column '{word}' needs an example where it is declared"
+        for place, row in enumerate(rows):
+            row[word] = example_value(word, row, place)
+    return rows
 
 
 def encode(row: dict) -> SimpleNamespace:

@@ -18,7 +18,7 @@ from helpers.rows import UNPAIRED, recipe_of
 from helpers.runs import weights
 from luthier.errors import Damaged, RecipeError
 from luthier.report.console import Callback
-from luthier.storage import checkpoints, files, layout
+from luthier.storage import checkpoints, files
 
 FILES = ["manifest.json", "optimizer.safetensors", "state.json", "tensors.safetensors"]
 
@@ -224,16 +224,6 @@ def test_other_micro_batches_are_refused_where_they_count(base, tmp_path, why, c
     with pytest.raises(RecipeError, match=why) as error:
         luthier.tune(recipe | SPLIT, folder=tmp_path / "run")
     assert error.value.code == "another_run"
-
-
-def test_another_number_of_processes_is_refused(stopped, tmp_path):
-    """As if the run had been begun by two: a step read twice as many rows."""
-    recipe, source, _ = stopped
-    run = Path(shutil.copytree(source, tmp_path / "run"))
-    state = layout.read_state(run)
-    layout.write_state(run, {**state, "batches": {**state["batches"], "processes": 2}})
-    with pytest.raises(RecipeError, match="a step would read 4 rows instead of 8"):
-        luthier.tune(recipe, folder=run)
 
 
 def test_the_process_of_a_caller_is_as_it_was(base, tmp_path):

@@ -12,7 +12,7 @@ from luthier.recipe.recipe import Recipe
 from luthier.registry import build
 from luthier.train.checks import scaled_gaps
 from luthier.train.divergence import diverged
-from luthier.train.samples import equal_steps, sample_metrics
+from luthier.train.samples import averages, equal_steps, sample_sums
 
 ROWS = [{"prompt": f"Question: {i}+1=\nAnswer:", "answer": str(i + 1)} for i in range(8)]
 
@@ -22,14 +22,14 @@ def test_rewards_by_hand():
         {"scores": [1.0, 0.0], "completions": [[1, 2], [1]], "truncated": [True, False]},
         {"scores": [1.0, 1.0], "completions": [[1], [1, 2, 3, 4]], "truncated": [False, False]},
     ]
-    assert sample_metrics(rows, lambda x: x) == {
+    assert averages(sample_sums(rows)) == {
         "reward": 0.75,
         "reward_std": 0.25,
         "equal_rewards": 0.5,
         "completion_length": 2.0,
         "cut": 0.25,
     }
-    assert sample_metrics([{"prompt": "x"}], lambda x: x) == {}
+    assert averages(sample_sums([{"prompt": "x"}])) == {}
     assert not equal_steps([{"equal_rewards": 0.5}] * 9) and not equal_steps([{"loss": 1.0}])
     assert "in 3 of 4 logged steps" in equal_steps([{"equal_rewards": 1.0}] * 3 + [{"equal_rewards": 0.0}])
 

@@ -20,6 +20,7 @@ from luthier.errors import RecipeError
 from luthier.recipe.aliases import METHOD_KEYS, NAMES
 from luthier.recipe.recipe import Recipe
 from luthier.registry import Coverage, cards, coverage_of, did_you_mean, find, format_value, names, page
+from luthier.registry.describe import EXCEPTIONS
 from luthier.storage.bounded_yaml import load_yaml, read_yaml
 
 PAPERS = Path(__file__).with_name("papers.json")
@@ -202,7 +203,20 @@ def explain(source: Any, changes: Sequence[str] = ()) -> tuple[list[Value], tupl
             if key == "learning_rate" and origin == "default":
                 origin = f"default: {recipe.default_rate().reason}"
             values.append(Value(path, leaf, origin))
-    return values, recipe.warnings
+    return values, (*recipe.warnings, *dependencies(recipe))
+
+
+def dependencies(recipe: Recipe) -> list[str]:
+    """Sentences on methods whose results depend on how the rows of a step are divided."""
+    sentences = []
+    methods = [recipe.methods()[key] for key in ("tuner", "estimator")]
+    if recipe.objective is not None:
+        methods += [term for _, term in recipe.aim().terms()]
+    for method in methods:
+        for test, label in EXCEPTIONS.items():
+            if reason := getattr(method, "contract", {}).get(test):
+                sentences.append(f"{method.name}: {label[0].lower()}{label[1:]}: {reason}")
+    return sentences
 
 
 def _alone(source: Any) -> Recipe:

@@ -120,7 +120,9 @@ def declare(kind: str):
         removes: capabilities and columns (registry/words.py). metrics, artifacts: what an evaluator measures,
         which files it leaves. example: small settings with which tests build it, where the defaults do not
         suit a tiny model. former, former_settings: what it and its settings were once called; these names go
-        on working, with a warning. contract: contract tests that do not hold for it, each with the reason.
+        on working, with a warning. contract: contract tests that do not hold for it, each with the reason;
+        `accumulation` and `processes` are also told to users: results depend on the size of micro-batches, or
+        on the number of processes.
         covers, omits, tests: what of the papers in `row` is there, what is not, and the tests that show it
         ("methods/tuners/adapters/test_ssf.py::test_name", below tests/); a mapping where its rows differ.
         """

@@ -15,6 +15,12 @@ from luthier.registry.declare import INTERNAL
 from luthier.registry.kinds import KINDS
 from luthier.registry.words import Metric
 
+# contracts that say what a result depends on, where a method does not keep them
+EXCEPTIONS = {
+    "accumulation": "Depends on the size of micro-batches",
+    "processes": "Depends on the number of processes",
+}
+
 
 @cache
 def helps(cls: type) -> dict[str, str]:
@@ -104,6 +110,10 @@ def facts(cls: type) -> list[str]:
     for label, items in declared.items():
         if items:
             lines.append(f"- {label}: {', '.join(items)}.")
+    contract = getattr(cls, "contract", None)
+    for test, label in EXCEPTIONS.items():
+        if isinstance(contract, dict) and test in contract:
+            lines.append(f"- {label}: {contract[test]}.")
     if cls.paper:
         lines.append(f"- Paper: {paper_link(cls.paper)}")
     for row, coverage in cls.coverage.items():

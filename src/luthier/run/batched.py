@@ -21,6 +21,7 @@ from luthier import compat
 from luthier.compat import caller
 from luthier.errors import RecipeError
 from luthier.model.load import load_model
+from luthier.processes import group
 from luthier.recipe.recipe import Recipe
 from luthier.report.console import Callback
 from luthier.run.caches import SharedBase
@@ -65,6 +66,7 @@ def shared_key(recipe: Recipe) -> str | None:
 
 @compat.session()
 @caller.restored()
+@group.together()
 def perform(
     runs: Sequence[tuple[Recipe, Path]], callback: Any = None, stop_at: float | None = None
 ) -> list[Report]:

@@ -17,7 +17,7 @@ from luthier.errors import Damaged, RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.registry.metrics import metric as metric_of
 from luthier.run.prepare import Prepared
-from luthier.run.session import Session, broadcast
+from luthier.run.session import Session
 from luthier.storage import checkpoints, files
 from luthier.storage.layout import BEST, read_log
 
@@ -61,7 +61,7 @@ def evaluations(session: Session, metric: str) -> list[tuple[int, float]]:
         for line in read_log(session.folder):
             if f"eval_{metric}" in line:
                 values.append((line["step"], line[f"eval_{metric}"]))
-    return broadcast(values, session.accelerator)
+    return session.processes.broadcast(values)
 
 
 @dataclass

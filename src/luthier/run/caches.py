@@ -40,7 +40,7 @@ def cache_hidden_states(session: Session, trainer: Trainer, row_tokens: int) -> 
     readers = [policy for policy in roles.policies() if policy.model is roles.policy.model]
     cache: Any = trainer.no_reuse()
     if cache is None or (len(readers) > 1 and not trainer.batches.live):
-        path = session.folder / f"hidden_cache-{session.accelerator.process_index}.bin"
+        path = session.folder / f"hidden_cache-{session.processes.index}.bin"
         cache = hidden_cache.open_cache(
             roles.policy, sample_batch(roles, list(trainer.rows[:2])), path, row_tokens
         )
@@ -94,7 +94,7 @@ def _cache_role(session: Session, roles: Any, name: str, room: int, shared: Shar
     if name in caches:
         roles.players[name] = logprob_cache.CachedPolicy(player, caches[name])
         return None
-    path = session.folder / f"logprob_cache-{name}-{session.accelerator.process_index}.bin"
+    path = session.folder / f"logprob_cache-{name}-{session.processes.index}.bin"
     cached = logprob_cache.open_cache(player, path, room, json.dumps(spec(role), default=str))
     if isinstance(cached, str):
         return cached

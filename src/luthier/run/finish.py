@@ -61,14 +61,15 @@ def finish(trained: Trained) -> Finished:
     report = Report(
         str(session.folder), prepared.before, after, losses, stats, notes=list(session.callback.notes)
     )
+    session.check_folder()
+    _save_checkpoint(prepared)
     if session.main:
-        session.check_folder()
         _save(prepared)
         write_report(session.recipe, report, log, session.folder)
         report.write(session.folder)
         update_state(session.folder, finished=True)
         forget_best(session.folder)
-    session.accelerator.wait_for_everyone()
+    session.processes.wait_for_all()
     return Finished(report, paused=False)
 
 
@@ -108,9 +109,9 @@ def _pause(prepared: Prepared) -> Report:
     session, trainer = prepared.session, prepared.trainer
     clock, totals = trainer.roles.clock, trainer.totals
     metrics = session.evaluate(trainer.roles, prepared.eval_rows, "during")
+    session.check_folder()
+    resume.save(session, trainer)
     if session.main:
-        session.check_folder()
-        resume.save(session, trainer)
         stats = {
             "moving": prepared.stats["moving"],
             "seconds": totals.seconds,
@@ -148,6 +149,8 @@ def _stats(prepared: Prepared) -> dict[str, Any]:
         "auto_class": architecture.auto_class().__name__,
         "tokens_per_second": totals.tokens / max(totals.seconds, 1e-9),
         "peak_memory_mb": None if prepared.shared else _peak_memory(),  # side by side it is nobody's own
+        "processes": session.processes.count,
+        "rows_per_step": trainer.batches.per_step,
         "device": str(roles.device),
         "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
     }
@@ -159,14 +162,22 @@ def _on_turns(prepared: Prepared) -> bool:
     return bool(rows) and isinstance(rows[0]["prompt"], list)
 
 
+def _save_checkpoint(prepared: Prepared) -> None:
+    """A checkpoint of the last step, where training has not left one."""
+    session, trainer = prepared.session, prepared.trainer
+    total = trainer.roles.clock.total
+    needed = session.main and (bool(total) or session.recipe.init_from is not None)
+    latest = checkpoints.paths(session.folder)[-1:]
+    if needed and latest:
+        needed = checkpoints.read_meta(latest[0])["step"] != total
+    if session.processes.broadcast(needed):
+        resume.save(session, trainer)
+
+
 def _save(prepared: Prepared) -> None:
-    """What was trained, with the tokenizer, at the root of the folder; and a checkpoint of the last step."""
+    """What was trained, with the tokenizer, at the root of the folder."""
     session, trainer = prepared.session, prepared.trainer
     folder, roles = session.folder, trainer.roles
-    latest = checkpoints.paths(folder)[-1:]
-    if roles.clock.total or session.recipe.init_from is not None:
-        if not latest or checkpoints.read_meta(latest[0])["step"] != roles.clock.total:
-            resume.save(session, trainer)
     session.callback.stage("saving")
     with files.disk_errors(folder):
         roles.tuner.save(folder)

@@ -12,6 +12,7 @@ from typing import Any
 
 from luthier.data.load import sample_rows
 from luthier.errors import RecipeError
+from luthier.processes import group
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate
 from luthier.registry import build
@@ -30,18 +31,29 @@ def perform_plan(
     perform: how a recipe is run. overwrite: do again what is finished; a plan that was stopped goes on all
     the same. Raises RecipeError, before the first run where a later one cannot work.
     """
-    _make_room(recipe, folder, overwrite)
+    processes = group.current()
+    if processes.main:
+        _make_room(recipe, folder, overwrite)
+    processes.wait_for_all()
     validate(recipe, sample_rows(recipe), sample_rows)
-    (folder / FAILED).unlink(missing_ok=True)
+    if processes.main:
+        (folder / FAILED).unlink(missing_ok=True)
     plan = build("plan", recipe.plan_spec())
     try:
         report = _perform_runs(plan, replace(recipe, plan=None), folder, callback, perform)
     except Exception as error:
-        write_failure(folder, error)
-        raise
-    if page := plan.page(report):
-        files.write_text(folder / "report.html", page)
-    report.write(folder)
+        outcome = processes.agree(error)
+        if processes.main:
+            write_failure(folder, outcome)
+        processes.wait_before_leaving()
+        if outcome is error:
+            raise
+        raise outcome from error
+    if processes.main:
+        if page := plan.page(report):
+            files.write_text(folder / "report.html", page)
+        report.write(folder)
+    processes.wait_for_all()
     return report
 
 

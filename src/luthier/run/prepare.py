@@ -72,7 +72,7 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     checkpoint = resume.starting_point(session)
     with session.callback.working(f"loading the model{_size_of(session.recipe)}"):
         roles = _load_roles(session, shared)
-    check_batches(session, roles, checkpoint)
+    batches = check_batches(session, roles, checkpoint)
     training, held_out = load_rows(session, roles, checkpoint)
     training = describe_rows(session, roles, training)
     rows = training.rows
@@ -82,7 +82,7 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
         _initialize(session, roles, rows)
     for component in roles.tuner.components:
         component.ready(rows, roles)
-    length = run_length(session.recipe, session.methods, len(rows), session.accelerator.num_processes)
+    length = run_length(session.recipe, session.methods, len(rows), batches.per_step)
     trainer = _build_trainer(session, roles, rows, length)
     memory_need = _check_memory(session, trainer, training)
     cache_hidden_states(session, trainer, training.stats.get("row_tokens", 0))
@@ -196,9 +196,13 @@ def _check_model(session: Session, roles: Roles, rows: list[dict]) -> dict[str, 
     return parameters
 
 
-def run_length(recipe: Recipe, methods: Methods, rows: int, processes: int = 1) -> RunLength:
-    """From the recipe and the number of rows that can be used; no step where there is no objective."""
-    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes
+def run_length(recipe: Recipe, methods: Methods, rows: int, per_step: int | None = None) -> RunLength:
+    """From the recipe and the number of rows that can be used; no step where there is no objective.
+
+    per_step: rows of a step; by default those of one process.
+    """
+    if per_step is None:
+        per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     last_row, steps, epochs = None, recipe.max_steps, None
     if steps is None:
         epochs = recipe.num_train_epochs
@@ -257,7 +261,7 @@ def _build_trainer(session: Session, roles: Roles, rows: list[dict], length: Run
             methods.online_stages,
             recipe.num_iterations,
         ),
-        session.accelerator,
+        session.processes,
         warn=session.warn,
     )
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from luthier.errors import Damaged
+from luthier.errors import Damaged, RecipeError
 from luthier.run.folder import truncate_log, update_state
 from luthier.run.session import Session
 from luthier.storage import checkpoints, files, manifest
-from luthier.storage.layout import BEFORE, LOG, ROWS, constant_files
-from luthier.train.trainer import Totals, Trainer
+from luthier.storage.layout import BEFORE, LOG, ROWS, STATE, constant_files
+from luthier.train.trainer import Totals, Trainer, joined_shares, share
 
 
 def starting_point(session: Session) -> Path | None:
     """The checkpoint that a run goes on from; None where it begins. One that is damaged is said and left
-    aside; so is what the run made before its first step, and can make again.
+    aside; so is what the run made before its first step, and can make again. Raises RecipeError where
+    processes do not see the same folder.
     """
     folder = session.folder
     checkpoint = checkpoints.newest_intact(folder, session.warn)
+    _check_same_disk(session, checkpoint)
     if checkpoint is None:
         return None
     for name in manifest.changed_run_files(checkpoint, folder):
@@ -33,12 +35,28 @@ def starting_point(session: Session) -> Path | None:
     return checkpoint
 
 
+def _check_same_disk(session: Session, checkpoint: Path | None) -> None:
+    """Every process reads what the first one writes."""
+    view = "no run"
+    if (session.folder / STATE).is_file():
+        view = checkpoint.name if checkpoint else "no checkpoint"
+    views = session.processes.gather(view)
+    for rank, other in enumerate(views):
+        if other != views[0]:
+            raise RecipeError(
+                f"{session.folder} is not the same for all processes: rank 0 finds {views[0]} there and rank"
+                f" {rank} finds {other}; set output_dir to a folder on a disk that all machines share (if"
+                " they do, its changes were late: run the same command again)",
+                "disk",
+            )
+
+
 def evaluate_start(
     session: Session, trainer: Trainer, rows: list[dict], checkpoint: Path | None
 ) -> dict[str, float]:
     """Metrics before training: measured once, then read back."""
     path = session.folder / BEFORE
-    if checkpoint is not None and path.is_file():
+    if session.processes.broadcast(checkpoint is not None and path.is_file()):
         return read_metrics(path)
     metrics = session.evaluate(trainer.roles, rows, "before")
     if session.main:
@@ -63,7 +81,9 @@ def resume(session: Session, trainer: Trainer, checkpoint: Path | None) -> None:
         trainer.roles.tuner.load(moment.tensors)
         trainer.chain.load(moment.state)
         clock.step = clock.first = moment.step
-        trainer.drawn_rows = moment.draw
+        if moment.draw is not None:
+            processes = session.processes
+            trainer.drawn_rows = share(moment.draw, trainer.batches.micro, processes.index, processes.count)
         trainer.totals = Totals(**moment.totals)
         session.warn(f"resuming from {checkpoint.name} (of {clock.total} steps)")
     if session.main:
@@ -75,12 +95,16 @@ def resume(session: Session, trainer: Trainer, checkpoint: Path | None) -> None:
 
 
 def save(session: Session, trainer: Trainer) -> None:
-    """A checkpoint of this step."""
+    """A checkpoint of this step. Every process comes here; the main one writes it."""
     clock = trainer.roles.clock
+    # rows of the current draw are needed where the next step still trains on them
+    draw = None
+    if clock.step % trainer.batches.num_iterations:
+        draw = joined_shares(session.processes.gather(trainer.drawn_rows or []), trainer.batches.micro)
+    if not session.main:
+        return
     if marks := session.base.finish():
         update_state(session.folder, base=marks)
-    # rows of the current draw are needed where the next step still trains on them
-    draw = trainer.drawn_rows if clock.step % trainer.batches.num_iterations else None
     moment = checkpoints.Checkpoint(
         trainer.roles.tuner.state(), trainer.chain.state, clock.step, draw, asdict(trainer.totals)
     )

@@ -119,7 +119,7 @@ def _run_stages(session: Session, roles: Roles, path: Path) -> None:
         raise RecipeError(f"no rows are left after the stages {names}")
     if session.main:
         files.write_rows(path, rows)
-    session.accelerator.wait_for_everyone()
+    session.processes.wait_for_all()
 
 
 def _encode(session: Session, roles: Roles, rows: list[dict], label: str, max_bad_rows: float) -> EncodedRows:

@@ -14,6 +14,7 @@ from typing import Any
 from luthier import compat
 from luthier.compat import caller
 from luthier.errors import RecipeError
+from luthier.processes import group
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import build_methods, check_roles
 from luthier.report.console import Callback
@@ -28,6 +29,7 @@ from luthier.run.training import train
 
 @compat.session()
 @caller.restored()
+@group.together()
 def perform(
     recipe: Recipe,
     folder: str | Path | None = None,
@@ -95,4 +97,5 @@ def tune(
             "luthier.tune: the argument watch is now called callback", DeprecationWarning, stacklevel=2
         )
         callback = callback or watch
-    return perform(Recipe.load(recipe, settings), folder, callback, stop_at=stop_at)
+    with group.together():
+        return perform(Recipe.load(recipe, settings), folder, callback, stop_at=stop_at)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import json
-import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +14,14 @@ import torch
 from luthier.data.checks import unused_columns
 from luthier.data.load import ENOUGH, Data, load_data
 from luthier.data.quarantine import write_quarantine
-from luthier.errors import RecipeError, outcome_of
+from luthier.errors import RecipeError, from_code, outcome_of
 from luthier.methods.evaluators._base import read, run_all
 from luthier.model.base_mark import BaseMark
+from luthier.model.load import device, pick_dtype
 from luthier.model.policy import Roles
+from luthier.processes import group, launcher
+from luthier.processes.group import Processes
+from luthier.processes.lifeline import Fault, describe
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, check_trackers, dry_run
 from luthier.report.console import Callback
@@ -44,14 +45,15 @@ class Session:
     data: Data
     folder: Path
     callback: Any  # report.console.Callback or alike
-    accelerator: Any
+    processes: Processes
+    accelerator: Any  # its trackers
     stop_at: float | None = None  # pause at this step; below 1 a share of the run
     lock: files.FolderLock | None = None  # of the folder, in the main process
     base: BaseMark = field(default_factory=BaseMark)  # of the model that is tuned
 
     @property
     def main(self) -> bool:
-        return self.accelerator.is_main_process
+        return self.processes.main
 
     def warn(self, sentence: str) -> None:
         self.callback.warn(sentence)
@@ -78,7 +80,7 @@ class Session:
         roles.policy.eval()
         with self.working(roles, f"evaluating {when} training"):
             metrics = run_all(self.methods.evaluate, roles, rows, self.folder, when)
-        metrics = broadcast(metrics, self.accelerator)
+        metrics = self.processes.broadcast(metrics)
         self.accelerator.log({f"eval_{k}": v for k, v in metrics.items()}, step=roles.clock.step)
         return metrics
 
@@ -88,7 +90,7 @@ class Session:
         roles.policy.eval()
         stats = read(roles, rows, None, {"loss"}).values()
         total = sum(s.loss for s in stats) / max(1, sum(s.tokens for s in stats))
-        return broadcast(total, self.accelerator)
+        return self.processes.broadcast(total)
 
     @contextmanager
     def working(self, roles: Roles, name: str) -> Iterator[None]:
@@ -111,16 +113,6 @@ def step_count(steps: float | None, total: int) -> int:
     return max(1, int(steps))
 
 
-def save_interval(session: Session, total: int) -> int:
-    """Steps between checkpoints. With several processes only between draws, where no process holds rows that
-    the others do not know.
-    """
-    steps = step_count(session.recipe.save_steps, total)
-    if session.accelerator.num_processes > 1:
-        steps = math.lcm(steps, session.recipe.num_iterations)
-    return steps
-
-
 @contextmanager
 def open_session(
     recipe: Recipe,
@@ -137,8 +129,14 @@ def open_session(
 
     check_trackers(recipe.report_to)
     recipe = as_begun(folder, recipe)
-    accelerator = _join_processes(recipe, folder)
-    main = accelerator.is_main_process
+    processes = group.join()
+    main = processes.main
+    launcher.check_settings(
+        str(pick_dtype(recipe.dtype, device())).removeprefix("torch."),
+        recipe.gradient_accumulation_steps,
+        recipe.torch_compile,
+    )
+    accelerator = _accelerator(recipe, folder)
     if callback is None or not main:
         callback = Callback()
     for sentence in recipe.warnings:
@@ -149,10 +147,11 @@ def open_session(
     if sentence := unused_columns(data):
         callback.warn(sentence)
     methods = dry_run(recipe, data.rows[:100])
+    _check_same_run(processes, recipe, data)
     with open_folder(folder, recipe, data, main, overwrite) as state:
         for sentence in state.warnings:
             callback.warn(sentence)
-        if broadcast(state.finished, accelerator):
+        if processes.broadcast(state.finished):
             callback.warn(
                 f"{folder} already holds this run, finished; nothing to do (overwrite=true starts over)"
             )
@@ -163,16 +162,20 @@ def open_session(
                 f"this run was started by luthier {state.version} and is resumed by"
                 f" {__version__}: its results may match neither version"
             )
-        session = Session(recipe, methods, data, folder, callback, accelerator, stop_at, state.lock)
+        session = Session(
+            recipe, methods, data, folder, callback, processes, accelerator, stop_at, state.lock
+        )
         _quarantine(session)
         set_seed(recipe.seed)
         _start_trackers(session)
         try:
-            yield session
+            with processes.watching(lambda fault: _write_fault(session, fault)):
+                yield session
         except Exception as error:
-            outcome = outcome_of(error)
+            outcome = processes.agree(outcome_of(error))
             if main and session.has_folder():
                 write_failure(folder, outcome)
+            processes.wait_before_leaving()
             if outcome is error:
                 raise
             raise outcome from None
@@ -181,16 +184,33 @@ def open_session(
                 tracker.finish()
 
 
-def _join_processes(recipe: Recipe, folder: Path) -> Any:
-    """The accelerator, and what this process owes the others at its end."""
+def _check_same_run(processes: Processes, recipe: Recipe, data: Data) -> None:
+    """Raises RecipeError where processes would train with other settings, or on other rows."""
+    runs = processes.gather((recipe.fingerprint(), data.fingerprint))
+    for rank, (settings, rows) in enumerate(runs):
+        if settings != runs[0][0]:
+            raise RecipeError(f"rank {rank} has another recipe than rank 0: all processes need the same")
+        if rows != runs[0][1]:
+            raise RecipeError(
+                f"rank {rank} reads other rows than rank 0: data and eval_data must hold the same for all"
+                " processes"
+            )
+
+
+def _write_fault(session: Session, fault: Fault) -> None:
+    """Write down what another process failed of, where this one is ended in the middle of something."""
+    if session.main and session.has_folder():
+        processes = session.processes
+        message = describe(fault, processes.index, processes.count)
+        write_failure(session.folder, from_code(fault.code, message))
+
+
+def _accelerator(recipe: Recipe, folder: Path) -> Any:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not torch.cuda.is_available(), log_with=[*recipe.report_to] or None, project_dir=str(folder)
     )
-    atexit.unregister(_leave_processes)
-    atexit.register(_leave_processes)
-    return accelerator
 
 
 def _load_data(recipe: Recipe, folder: Path, main: bool) -> Data:
@@ -250,22 +270,3 @@ def _start_trackers(session: Session) -> None:
         elif not (isinstance(value, list) and key in ("data", "eval_data")):
             settings[key] = json.dumps(value)
     session.accelerator.init_trackers("luthier", settings)
-
-
-def broadcast(value: Any, accelerator: Any) -> Any:
-    """The main process's value, in every process: they must not part ways over it."""
-    if accelerator.num_processes == 1:
-        return value
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
-
-
-def _leave_processes() -> None:
-    """At the end of this process, not of a run: a plan's next run needs the others again. Who leaves first,
-    or leaves threads waiting, makes the others abort; after an error there is nobody to wait for.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if not hasattr(sys, "last_value"):
-            torch.distributed.barrier()
-        torch.distributed.destroy_process_group()

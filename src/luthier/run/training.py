@@ -12,7 +12,7 @@ from luthier.recipe.capabilities import requirements
 from luthier.run import resume
 from luthier.run.best import Best, eval_interval, load_best, open_best
 from luthier.run.prepare import Prepared
-from luthier.run.session import Session, save_interval, step_count
+from luthier.run.session import Session, step_count
 from luthier.storage import files
 from luthier.storage.layout import LOG, read_log
 from luthier.train.divergence import diverged, sentence
@@ -47,6 +47,7 @@ def train(prepared: Prepared) -> Trained:
 def recorded(prepared: Prepared) -> Iterator[None]:
     """While the trainer steps: logs, evaluations and checkpoints after each step."""
     losses = [line["loss"] for line in read_log(prepared.session.folder) if "loss" in line]
+    losses = prepared.session.processes.broadcast(losses)  # the main process has cut the log
     best = open_best(prepared)
 
     def after_step(trainer: Trainer, log: dict) -> None:
@@ -133,6 +134,6 @@ def _write_log(prepared: Prepared, log: dict) -> None:
 def _save(prepared: Prepared) -> None:
     """A checkpoint, every save_steps and at the end."""
     session, clock = prepared.session, prepared.trainer.roles.clock
-    every = save_interval(session, clock.total)
-    if session.main and (clock.step % every == 0 or _at_end(prepared)):
+    every = step_count(session.recipe.save_steps, clock.total)
+    if clock.step % every == 0 or _at_end(prepared):
         resume.save(session, prepared.trainer)

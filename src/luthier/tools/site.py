@@ -16,6 +16,7 @@ GUIDES = {
     "Forgetting and benchmarks": "measuring.md",
     "Comparing": "compare.md",
     "Searching": "search.md",
+    "Several processes": "processes.md",
     "Studio": "studio.md",
     "Python": "python.md",
     "Programs of prompts": "programs.md",

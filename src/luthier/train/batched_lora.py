@@ -39,7 +39,7 @@ class BatchedTrainer:
         for trainer in self.trainers:
             if not trainer.estimator.single_backward:
                 self.why_not_joint = "the estimator needs more than one backward pass"
-            elif trainer.accelerator.num_processes > 1:
+            elif trainer.processes.count > 1:
                 self.why_not_joint = "more than one process is running"
         if self.why_not_joint is None:
             self.why_not_joint = why_not_joined([t.roles.policy for t in self.trainers])

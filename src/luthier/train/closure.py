@@ -23,6 +23,9 @@ class MicroBatchTooLarge(MemoryError):
     """Memory ran out while a micro-batch was read: smaller ones may do."""
 
 
+LOSS = "\0loss"  # in a sum by names: none of an objective's
+
+
 def every_term(index: int, name: str) -> float:
     """The default of `only`: all terms of an objective, at their own weights."""
     return 1.0
@@ -45,7 +48,7 @@ class LossClosure:
             for i, (_, objective) in enumerate(trainer.objective.terms()):
                 row[i] = float(objective.divisor(batch))
             row[-3], row[-2], row[-1] = len(batch.ids), len(batch.owner), len(batch.rows)
-        *self.units, tokens, supervised, rows = trainer.all_reduce(sizes.sum(0)).tolist()
+        *self.units, tokens, supervised, rows = trainer.processes.sum(sizes.sum(0)).tolist()
         self.counts = {"tokens": int(tokens), "supervised": int(supervised), "rows": int(rows)}
 
     def note(self, metrics: Mapping[str, float]) -> None:
@@ -71,7 +74,6 @@ class LossClosure:
         """Clear the sums, and gradients if there are to be new ones."""
         self.total = 0.0
         self.term_totals = [0.0] * len(self.names)
-        self.term_losses: dict[str, float] = {}  # where there are several
         self.sums: dict[str, tuple[float, int]] = {}  # metric -> sum and count
         if grad:
             for p in self.trainer.roles.tuner.parameters().values():
@@ -88,8 +90,9 @@ class LossClosure:
         trainer, clock = self.trainer, self.trainer.roles.clock
         batch = self.batches[index].view(metrics={})
         batch.read.update(outputs or {})
-        # dropout: alike in every call of a step
-        torch.manual_seed(clock.derive_seed("noise", index, trainer.accelerator.process_index))
+        # dropout: alike in every call of a step, and on any number of processes
+        number = trainer.processes.index + index * trainer.processes.count  # in the global batch
+        torch.manual_seed(clock.derive_seed("noise", number, 0))
         with torch.set_grad_enabled(grad):
             loss: Any = 0.0
             for i, (weight, objective) in enumerate(trainer.objective.terms()):
@@ -102,9 +105,6 @@ class LossClosure:
                 term = values.sum() / (self.units[i] or 1.0)
                 loss = loss + float(factor) * weight * term
                 self.term_totals[i] += float(term.detach())
-                if len(self.names) > 1:
-                    name = f"loss/{objective.name}"
-                    self.term_losses[name] = self.term_losses.get(name, 0.0) + float(term.detach())
             if torch.is_tensor(loss):
                 self.total += float(loss.detach())
                 if grad and loss.requires_grad:
@@ -130,17 +130,31 @@ class LossClosure:
         """Sum over processes, check the first gradient of a run, and return the loss."""
         trainer, roles = self.trainer, self.trainer.roles
         # the averages are global already: gradients only add up
-        if grad and trainer.accelerator.num_processes > 1:
+        if grad and trainer.processes.count > 1:
             moving = []
             for group in roles.tuner.param_groups():
                 moving += [p for p in group.params.values() if p.requires_grad]
-            trainer.all_reduce_gradients(moving)
+            trainer.processes.sum_gradients(moving)
         if grad and only is every_term and not trainer.gradient_checked and self.counts["rows"]:
             trainer.gradient_checked = checks.check_gradient(roles.tuner, self._may_be_flat())
-        for name, (value, count) in self.sums.items():
-            self.metrics[name] = value / max(count, 1)
-        self.metrics.update(self.term_losses)
-        totals = torch.tensor([self.total, *self.term_totals], dtype=torch.float64)
-        loss, *terms = trainer.all_reduce(totals).tolist()
+        # one sum for the losses and for all that objectives noted
+        values: dict[str, tuple[float, float]] = {LOSS: (self.total, 1)}
+        for i, total in enumerate(self.term_totals):
+            values[f"{LOSS}{i}"] = (total, 1)
+        totals = trainer.processes.sum_named({**values, **self.sums}, trainer.names)
+        terms = [totals[f"{LOSS}{i}"][0] for i in range(len(self.names))]
         self.values = dict(zip(self.names, terms, strict=True))
-        return loss
+        for name, (value, count) in totals.items():
+            if not name.startswith(LOSS):
+                self.metrics[name] = value / max(count, 1)
+        if len(self.names) > 1:
+            self._note_terms(terms, only)
+        return totals[LOSS][0]
+
+    def _note_terms(self, terms: list[float], only: Callable[[int, str], float]) -> None:
+        """The loss of each term that was computed, for the log."""
+        losses: dict[str, float] = {}
+        for i, name in enumerate(self.names):
+            if only(i, name):
+                losses[f"loss/{name}"] = losses.get(f"loss/{name}", 0.0) + terms[i]
+        self.metrics.update(losses)

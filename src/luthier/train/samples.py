@@ -7,55 +7,46 @@ and their loss, which is about 0 in any case, does not show it.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 EQUAL = "equal_rewards"  # the share of groups, of two samples or more, whose rewards are all the same
 
 
-def sample_metrics(rows: Sequence[dict], reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+Sums = dict[str, tuple[float, float]]  # name -> sum of its values, and how many they are
+
+
+def sample_sums(rows: Sequence[dict]) -> Sums:
     """Of rows with `scores`: reward, reward_std (within a group, on average), equal_rewards,
     completion_length in tokens, cut (share of completions without a stop token), and `reward/NAME` of several
     rewards. Empty where rows have no scores.
-
-    reduce: the sum of a tensor over processes.
     """
-    names: tuple[str, ...] = ("reward", "reward_std", EQUAL, "completion_length", "cut")
-    sums: dict[str, float] = dict.fromkeys(names, 0.0)
-    counts: dict[str, int] = dict.fromkeys(names, 0)
+    sums: Sums = {}
     for row in rows:
         scores = row.get("scores") or []
-        add(sums, counts, "reward", scores)
+        add(sums, "reward", scores)
         if len(scores) > 1:
-            add(sums, counts, "reward_std", [statistics.pstdev(scores)])
-            add(sums, counts, EQUAL, [float(min(scores) == max(scores))])
+            add(sums, "reward_std", [statistics.pstdev(scores)])
+            add(sums, EQUAL, [float(min(scores) == max(scores))])
         if scores:
             completions = [ids for ids in row.get("completions") or [] if not isinstance(ids, str)]
-            add(sums, counts, "completion_length", [len(ids) for ids in completions])
-            add(sums, counts, "cut", row.get("truncated") or [])
-    totals = reduce(torch.tensor([*sums.values(), *counts.values()], dtype=torch.float64)).tolist()
-    metrics = {}
-    for i, name in enumerate(sums):
-        if totals[i + len(sums)]:
-            metrics[name] = totals[i] / totals[i + len(sums)]
-    return {**metrics, **named_rewards(rows)}
+            add(sums, "completion_length", [len(ids) for ids in completions])
+            add(sums, "cut", row.get("truncated") or [])
+        for name, values in (row.get("rewards") or {}).items():
+            add(sums, f"reward/{name}", values)
+    return sums
 
 
-def add(sums: dict[str, float], counts: dict[str, int], name: str, values: Sequence[float]) -> None:
+def add(sums: Sums, name: str, values: Sequence[float]) -> None:
     """Add values to one of the sums."""
-    sums[name] += float(sum(values))
-    counts[name] += len(values)
+    if values:
+        total, count = sums.get(name, (0.0, 0))
+        sums[name] = (total + float(sum(values)), count + len(values))
 
 
-def named_rewards(rows: Sequence[dict]) -> dict[str, float]:
-    """reward/NAME -> its mean over this process's completions, where there are several rewards."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        for name, scores in (row.get("rewards") or {}).items():
-            values.setdefault(f"reward/{name}", []).extend(scores)
-    return {name: statistics.fmean(scores) for name, scores in values.items() if scores}
+def averages(sums: Sums) -> dict[str, float]:
+    """Name -> mean."""
+    return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 def equal_steps(log: Sequence[dict[str, Any]]) -> str:

@@ -14,9 +14,10 @@ import torch
 
 from luthier.clock import Clock
 from luthier.methods.objectives._base import Objective
+from luthier.processes.group import ALONE, Processes
 from luthier.train.closure import LossClosure, MicroBatchTooLarge
 from luthier.train.optimizer import Chain
-from luthier.train.samples import sample_metrics
+from luthier.train.samples import averages, sample_sums
 
 
 @dataclass
@@ -65,6 +66,26 @@ def draw(
     return drawn
 
 
+def share(rows: Sequence[dict], micro: int, index: int, count: int) -> list[dict]:
+    """The rows of process `index` of `count`. Micro-batches of `micro` rows are dealt out in turn, so that a
+    run has the same ones on any number of processes.
+    """
+    own: list[dict] = []
+    for first in range(index * micro, len(rows), count * micro):
+        own += rows[first : first + micro]
+    return own
+
+
+def joined_shares(shares: Sequence[Sequence[dict]], micro: int) -> list[dict]:
+    """What `share` has dealt out, in order again."""
+    rows: list[dict] = []
+    longest = max(map(len, shares))
+    for first in range(0, longest, micro):
+        for own in shares:
+            rows += own[first : first + micro]
+    return rows
+
+
 @dataclass
 class Trainer:
     """One training run in progress."""
@@ -75,12 +96,15 @@ class Trainer:
     chain: Chain
     estimator: Any
     batches: BatchSchedule
-    accelerator: Any
+    processes: Processes = ALONE
     hooks: Sequence[Callable[[Trainer, dict], None]] = ()  # called after every step with its log
     warn: Callable[[str], None] = print
     drawn_rows: list[dict] | None = None  # this process's rows of the current draw
     totals: Totals = field(default_factory=Totals)
     gradient_checked: bool = False  # has a gradient reached what is trained?
+    # of sums and metrics that all processes know, in one order
+    names: list[str] = field(default_factory=list)
+    sample_names: list[str] = field(default_factory=list)
 
     def run(self, until: int | None = None) -> None:
         """Step until the clock's total, or stop before at `until`."""
@@ -114,7 +138,7 @@ class Trainer:
                 break
             except MicroBatchTooLarge:  # no weight has moved: the estimator was still computing losses
                 # other processes wait for this one's part
-                if self.batches.micro == 1 or self.accelerator.num_processes > 1:
+                if self.batches.micro == 1 or self.processes.count > 1:
                     raise
                 self.batches.micro = (self.batches.micro + 1) // 2
             self.release_memory()
@@ -131,11 +155,11 @@ class Trainer:
 
     def prepare_step(self) -> None:
         """Before a step: what moves in it, and its rows."""
-        clock, batches, accelerator = self.roles.clock, self.batches, self.accelerator
+        clock, batches, processes = self.roles.clock, self.batches, self.processes
         self.roles.tuner.begin_step(clock)
         if self.drawn_rows is None or clock.step % batches.num_iterations == 0:
             rows = draw(self.rows, clock, batches.per_step, batches.stop_at, batches.num_iterations)
-            rows = rows[accelerator.process_index :: accelerator.num_processes]
+            rows = share(rows, batches.micro, processes.index, processes.count)
             for stage in batches.live:
                 rows = list(stage(rows, self.roles))
             self.drawn_rows = rows
@@ -161,7 +185,8 @@ class Trainer:
         if self.chain.gradient_norm is not None:
             metrics = {"gradient_norm": self.chain.gradient_norm, **metrics}
         if self.batches.live:
-            metrics |= sample_metrics(self.drawn_rows or [], self.all_reduce)
+            sums = sample_sums(self.drawn_rows or [])
+            metrics |= averages(self.processes.sum_named(sums, self.sample_names))
         return {
             "step": clock.step + 1,
             "loss": loss,
@@ -177,16 +202,3 @@ class Trainer:
             p.grad = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def all_reduce_gradients(self, params: Sequence[torch.nn.Parameter]) -> None:
-        """Sum gradients over processes. A tensor that no process reached has none, as in one process."""
-        reached = self.all_reduce(torch.tensor([float(p.grad is not None) for p in params]))
-        for p, somewhere in zip(params, reached.tolist(), strict=True):
-            if somewhere:
-                p.grad = self.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over processes."""
-        if self.accelerator.num_processes == 1:
-            return x
-        return self.accelerator.reduce(x.to(self.accelerator.device), "sum").to(x.device)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from luthier.methods.tuners._base import Component, ParamGroup
+from luthier.processes import group
 from luthier.registry import Capability, family
 
 REFERENCE = Capability(
@@ -105,8 +105,4 @@ def width_of(policy: Any) -> int:
 
 def everyone(mine: list) -> list:
     """What each process says, one after the other: the same list in all of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mine
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, mine)
-    return [x for part in gathered for x in part]
+    return [x for part in group.current().gather(mine) for x in part]

@@ -34,7 +34,7 @@ def test_ggpo_noise_has_the_spread_it_says():
     want = (0.5 * (W.norm(dim=1).mean().square() + change.square()).sqrt() + 0.1 * rows.square()) / 32**0.5
     assert torch.allclose(size, want, atol=1e-6)
     x = torch.randn(1, 32, requires_grad=True)
-    said = torch.stack([noisy(x, torch.zeros(1, 32), size)[0] for _ in range(5000)]).detach()
+    said = torch.stack([noisy(x, torch.zeros(1, 32), size, k)[0] for k in range(5000)]).detach()
     assert float((said.std(0) / (x.norm() * size) - 1).abs().mean()) < 0.03
-    y = noisy(x, torch.zeros(1, 32), size)  # what backward draws is what forward drew
+    y = noisy(x, torch.zeros(1, 32), size, 0)  # what backward draws is what forward drew
     assert torch.allclose((torch.autograd.grad(y.sum(), x)[0] * x).sum(), y.sum(), atol=1e-5)

@@ -2,7 +2,7 @@
 gradients.
 
 Every LoRA module adds x E' to its output, with E = randn(out, in) * (sigma |W_row| + beta |G_row|^2) /
-sqrt(out), drawn anew in each forward pass. |W_row|^2 is the squared mean row norm of W plus the squared norm
+sqrt(out), drawn anew for each step. |W_row|^2 is the squared mean row norm of W plus the squared norm
 of the row of s B A; G is computed from the last step's gradients, s (B gA + gB A), so the first step has no
 noise. E is drawn again in the backward pass and not stored; only row norms of G are stored, in the optimizer
 state, so that a run resumes exactly. Evaluation is without noise. The paper's later revision, which perturbs
@@ -45,7 +45,7 @@ class GGPO(Estimator):
     beta: Annotated[float, Field(ge=0)] = 0.01  # noise relative to the squared norm of a row of the gradient
 
     def step(self, closure, chain, clock):
-        with self.noise(chain):
+        with self.noise(chain, clock):
             loss = closure()
         grads = gradients(chain)
         if self.sigma or self.beta:
@@ -56,13 +56,16 @@ class GGPO(Estimator):
         chain.step(grads)
         return loss
 
-    def noise(self, chain):
-        """For a while every module that has seen a gradient speaks under noise."""
+    def noise(self, chain, clock):
+        """For a while every module that has seen a gradient speaks under noise: of a step and a module, so
+        that all micro-batches have the same, on whatever process.
+        """
         changes = []
         for name, layer, group in lora_groups(chain) if self.sigma or self.beta else ():
             if "ggpo" in chain.state.get(name, {}):
                 size = self.size(layer, group.params, chain.state[name]["ggpo"]["rows"])
-                changes.append((layer, lambda x, y, size=size: noisy(x, y, size)))
+                seed = clock.derive_seed("ggpo", name)
+                changes.append((layer, lambda x, y, size=size, seed=seed: noisy(x, y, size, seed)))
         return modified_outputs(changes)
 
     @torch.no_grad()
@@ -77,9 +80,9 @@ class GGPO(Estimator):
         ) ** 0.5
 
 
-def noisy(x: Tensor, y: Tensor, size: Tensor) -> Tensor:
-    """y + x E'. The seed comes from torch's own generator, which a checkpointed layer finds as it was."""
-    return y + _Noise.apply(x, size, int(torch.randint(2**62, ())))
+def noisy(x: Tensor, y: Tensor, size: Tensor, seed: int) -> Tensor:
+    """y + x E'."""
+    return y + _Noise.apply(x, size, seed)
 
 
 class _Noise(torch.autograd.Function):

@@ -300,9 +300,7 @@ class PeftTunedModel(TunedModel):
         path = Path(folder) / "adapter_model.safetensors"
         if checkpoints.paths(Path(folder)) or not path.is_file():
             return super().read(folder)
-        self._same_settings(
-            files.read_object(Path(folder) / "adapter_config.json"), folder
-        )
+        self._same_settings(files.read_object(Path(folder) / "adapter_config.json"), folder)
         before = self.tensors()
         # PEFT adds the base's embeddings
         file = {k: v for k, v in load_file(str(path)).items() if not k.endswith(".base_layer.weight")}

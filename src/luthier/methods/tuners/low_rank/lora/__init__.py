@@ -46,7 +46,7 @@ class LoRA(TargetModules):
 
     r: Annotated[int, Range(4, 64, log=True)] = 8  # rank of the update
     lora_alpha: float = 16  # scale of the update, before division by r (by its square root with use_rslora)
-    lora_dropout: float = 0.0  # dropout on the input of A
+    lora_dropout: float = 0.0  # dropout on the input of A, drawn for each micro-batch
     use_rslora: bool = False  # divide lora_alpha by the square root of r
     use_dora: bool = False  # DoRA: the norm of each output's weights is trained separately from its direction
     # true (B = 0), gaussian, pissa, pissa_niter_16 (fast SVD), olora, orthogonal, lq, eva, corda, lora_ga

@@ -28,6 +28,7 @@ from luthier.registry import INTERNAL, tuner
     paper="arXiv:2110.07560",
     row="lt-sft",
     provides=[DISABLE_ADAPTER, MERGE],
+    contract={"accumulation": "a rank decides of each weight, and rounding of those that are about equal"},
     use_when="skills trained apart are to be combined by addition, such as a language and a task: it"
     " trains a sparse difference, and such differences add up.",
     costs="its first phase is full fine-tuning, memory included; only the second is sparse.",

@@ -29,6 +29,7 @@ from luthier.registry import tuner
     paper="arXiv:2307.15049",
     row="r-amt",
     provides=[DISABLE_ADAPTER, MERGE],
+    contract={"accumulation": "a threshold decides of each weight, and rounding of those that lie on it"},
     use_when="a task's copy is to be bits: it learns which weights to switch off and changes none of them.",
     costs="one trainable number for each masked weight while training; an eighth of a byte a weight"
     " when saved.",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
+from luthier.processes import group
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -47,9 +48,8 @@ class SaRAModel(PeftTunedModel):
                 self.sparse
             )
             name = large[int(torch.randint(len(large), (1,), generator=clock.rng("sara")))]
-            # whose gradients add up
-            processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-            self.pull = name, self.nuclear(name) * self.settings.lambda_rank / processes
+            if group.current().main:  # gradients of processes add up, and it has the first micro-batch
+                self.pull = name, self.nuclear(name) * self.settings.lambda_rank
 
     @torch.no_grad()
     def on_phase(self, clock):
