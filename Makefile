@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-real test test-fast test-all test-hostile check docs clean
+.PHONY: demo demo-real test test-fast test-all test-hostile test-peft check docs clean
 
 demo: $(VENV)/.installed            ## fine-tune the built-in model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
@@ -30,6 +30,9 @@ test-all: $(VENV)/.tested check     ## what is slow too: every built-in model ag
 
 test-hostile: $(VENV)/.tested       ## fuzzers and kills; LUTHIER_HOSTILE=N inputs each, _SEED another draw
 	$(BIN)/python -m pytest tests/hostile -q -s
+
+test-peft: $(VENV)/.tested          ## luthier's tuner types under PEFT's own test file: PEFT=checkout of huggingface/peft
+	LUTHIER_PEFT=$(PEFT) $(BIN)/python -m pytest tests/contracts/test_peft_sources.py -q
 
 check: $(VENV)/.tested              ## style, types, docs up to date, recipes valid
 	$(BIN)/ruff check .

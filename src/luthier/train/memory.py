@@ -32,7 +32,7 @@ SURE = 0.9
 class Need:
     """Bytes of a step, beyond what the process holds with its models loaded."""
 
-    gradients: int  # for estimators without gradients, a displaced copy of what is trained
+    gradients: int  # for estimators without gradients, the displaced copies that exist at once
     state: int  # of the optimizer, with masters of low-precision weights
     update: int  # intermediate tensors in the update of the largest tensor
     activations: int  # what backward keeps of a micro-batch
@@ -82,7 +82,7 @@ def predict(
         activations = _activations(roles, samples, tokens, recompute)
     supervised = len(samples[-1].owner) / max(1, len(samples[-1].ids))
     return Need(
-        gradients=size,
+        gradients=size if backward else estimator.displaced_bytes(chain),
         state=sum(map(_state, chain.transforms)) * count + 4 * low_precision,
         update=16 * stepped + (4 if backward else 8) * largest,
         activations=round(activations),
@@ -227,21 +227,33 @@ def _state(transform: Any) -> int:
     return sum(x.nbytes for x in state.values() if torch.is_tensor(x)) // 64**2
 
 
+def _dense_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold a tensor's numbers: of a sparse one its places and its values."""
+    if x.layout == torch.strided:
+        return (x,)
+    if x.layout == torch.sparse_coo:
+        return x._indices(), x._values()
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return x.crow_indices(), x.col_indices(), x.values()
+    return x.ccol_indices(), x.row_indices(), x.values()
+
+
 def _saved_for_backward(roles: Roles, batch: Batch) -> int:
     """Bytes that backward holds on to, weights apart."""
     model = roles.policy.model
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {d.untyped_storage().data_ptr() for p in model.parameters() for d in _dense_parts(p)}
     counted: dict[int, StorageWeakRef] = {}
     sizes: list[int] = []
 
     # nothing is stored, as nothing will be read back: counting takes less than a step does
     def pack(x: Tensor) -> None:
-        storage = x.untyped_storage()
-        address = storage.data_ptr()
-        if address in weights or address in counted and not counted[address].expired():
-            return
-        counted[address] = StorageWeakRef(storage)
-        sizes.append(storage.nbytes())
+        for dense in _dense_parts(x):
+            storage = dense.untyped_storage()
+            address = storage.data_ptr()
+            if address in weights or address in counted and not counted[address].expired():
+                continue
+            counted[address] = StorageWeakRef(storage)
+            sizes.append(storage.nbytes())
 
     training: bool = model.training
     checkpointed: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]

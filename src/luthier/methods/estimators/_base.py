@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -40,6 +41,17 @@ class Estimator:
         """
         raise NotImplementedError
 
+    def displaced_bytes(self, chain: Chain) -> int:
+        """Of the copies of moving tensors that exist at once where it displaces them instead of computing
+        gradients.
+        """
+        total = 0
+        for group in chain.param_groups():
+            for p in group.params.values():
+                if p.requires_grad:
+                    total += p.nbytes
+        return total
+
     def chain_warnings(self, chain: Sequence[Any]) -> list[str]:
         """What a person should know of the optimizer that follows: sentences, none where all is well."""
         return []
@@ -56,9 +68,47 @@ def gradients(chain: Chain) -> dict[str, Params]:
     return {name: slots for name, slots in grads.items() if slots}
 
 
+@dataclass
+class Rounding:
+    """How much of a perturbation weights of low precision take up."""
+
+    dtype: torch.dtype | None = None
+    intended: float = 0.0  # squared lengths
+    achieved: float = 0.0
+
+    def add(self, was: Tensor, now: Tensor, d: Tensor) -> None:
+        self.dtype = was.dtype
+        self.intended += float(d.square().sum())
+        self.achieved += float(((now.float() - was.float()) * d).sum())
+
+    def check(self) -> None:
+        """Raises Refused where hardly anything is left of what was intended."""
+        if self.achieved < self.intended / 10:
+            raise Refused(
+                f"{self.dtype} rounds off {1 - self.achieved / self.intended:.0%} of this"
+                " estimator's perturbation, so its measurement would be meaningless; use a"
+                " larger eps or rho, dtype: float32, or a tuner with few parameters"
+            )
+
+
+def displaced(was: Tensor, d: Tensor, rounding: Rounding | None = None) -> Tensor:
+    """was + d in the precision of `was`. d is given away: where it is as precise, it becomes the displaced
+    tensor. rounding: gathers what is lost.
+    """
+    if rounding is not None and was.dtype.itemsize < 4:
+        now, d = (was + d).to(was.dtype), d.float()
+        rounding.add(was, now, d)
+        return now
+    if was.dtype.itemsize <= d.dtype.itemsize:
+        return d.add_(was).to(was.dtype)
+    return was + d
+
+
 @contextmanager
 def perturbed(
-    chain: Chain, aside: Callable[[ParamGroup, str, Tensor], Tensor | None]
+    chain: Chain,
+    aside: Callable[[ParamGroup, str, Tensor], Tensor | None],
+    rounding: Rounding | None = None,
 ) -> Iterator[Callable[[], None]]:
     """The network with every moving tensor p at p + aside(site, slot, p), for a while (None: where it is).
     What is yielded, called once, brings it to the point opposite: p - (what p + aside was rounded to - p).
@@ -66,10 +116,12 @@ def perturbed(
     Tensors are exchanged, not written: p + d - d is not p in floating point, and memory may run out in
     between. So they come back bit for bit however the block ends, for one more copy of what moves; what is
     frozen is never copied. aside gives its tensor away: where it is as precise as what moves, it becomes the
-    displaced one.
+    displaced one. rounding: for a caller that checks it together with what it displaces itself.
     """
     originals: list[tuple[Any, Tensor]] = []
-    intended, achieved, first = 0.0, 0.0, chain.clock.step == chain.clock.first
+    watched = None
+    if chain.clock.step == chain.clock.first:
+        watched = Rounding() if rounding is None else rounding
 
     def flip() -> None:
         with torch.no_grad():
@@ -85,20 +137,9 @@ def perturbed(
                         continue
                     was = p.data
                     originals.append((p, was))
-                    if first and was.dtype.itemsize < 4:
-                        p.data, d = (was + d).to(was.dtype), d.float()
-                        intended += float(d.square().sum())
-                        achieved += float(((p.data.float() - was.float()) * d).sum())
-                    elif was.dtype.itemsize <= d.dtype.itemsize:
-                        p.data = d.add_(was).to(was.dtype)
-                    else:
-                        p.data = was + d
-        if achieved < intended / 10:
-            raise Refused(
-                f"{originals[0][1].dtype} rounds off {1 - achieved / intended:.0%} of this"
-                " estimator's perturbation, so its measurement would be meaningless; use a"
-                " larger eps or rho, dtype: float32, or a tuner with few parameters"
-            )
+                    p.data = displaced(was, d, watched)
+        if watched is not None and rounding is None:
+            watched.check()
         yield flip
     finally:
         for p, was in originals:

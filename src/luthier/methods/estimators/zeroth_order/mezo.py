@@ -5,9 +5,12 @@ Departs: a direction is determined by (seed, step, name) and regenerated on the 
 it is needed, so any optimizer chain can follow (the paper's is `optim: {name: sgd, max_grad_norm: 0}`; its
 constant schedule is `lr_scheduler_type: constant`). The paper adds and subtracts the perturbation in place,
 which accumulates rounding errors (large ones in bfloat16) and leaves perturbed weights after an exception.
-Here the trainable parameters are swapped for a perturbed copy: memory is that of inference plus one copy of
-the trainable parameters, which is small for LoRA or a prompt. The second perturbation is the exact mirror of
-the first as rounded, so z is drawn twice per step, for the perturbation and for the update. On a CPU, four
+Here they are swapped for perturbed ones and never written to, so that they come back bit for bit: under LoRA
+or a prompt all at once, for one more copy of them; where more moves (full tuning) layer by layer, each
+layer's while it computes. Memory is then that of inference, one layer, and what lies outside of layers
+(embeddings and head), with the weights in fp32; weights of low precision also have fp32 masters in the
+optimizer. The second perturbation is the exact mirror of the first as rounded, so z is drawn twice per step,
+for the perturbation and for the update; layer by layer once for each pass and for the update. On a CPU, four
 numbers at a time come from a table of 65,536 quadruples, in a quarter of torch's time; each number takes one
 of 65,536 equally likely values, the largest 4.3, and the four of a quadruple are uncorrelated. Half-precision
 weights are perturbed by z rounded to their dtype; the update uses z in fp32. The two forward passes are not
@@ -26,7 +29,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.methods.estimators._base import Estimator, perturbed
+from luthier.methods.estimators._base import Estimator
+from luthier.methods.estimators.zeroth_order._by_layer import perturbed_by_layer, places
 from luthier.methods.transforms._base import LazyGradients
 from luthier.registry import estimator
 
@@ -39,7 +43,8 @@ PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the
     use_when="memory suffices for inference but not for training, or the metric has no gradient worth"
     " following. It needs many more steps than backprop.",
     costs="two forward passes for each of `n_probes` directions, no backward pass and no kept"
-    " activations; memory of inference plus a copy of the trainable parameters.",
+    " activations; memory of inference plus a copy of the trainable parameters, under full tuning of one"
+    " layer and of what is outside of layers.",
     starting_rate="with `sgd` far smaller than Adam's rates: the paper takes 1e-7 to 1e-6 for all"
     " weights of OPT-13B.",
 )
@@ -62,6 +67,9 @@ class MeZO(Estimator):
                 ]
         return []
 
+    def displaced_bytes(self, chain):
+        return places(chain).displaced_bytes()
+
     def step(self, closure, chain, clock):
         losses, slopes = [], []
         for probe in range(self.n_probes):
@@ -78,7 +86,7 @@ class MeZO(Estimator):
                     p.dtype if p.dtype in WIDE else torch.float32,
                 )
 
-            with perturbed(chain, aside) as flip:
+            with perturbed_by_layer(chain, aside) as flip:
                 losses.append(closure(grad=False))
                 flip()
                 losses.append(closure(grad=False))

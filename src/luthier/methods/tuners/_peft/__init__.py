@@ -7,12 +7,14 @@ them (compat/peft.py triggers the import). Method files import it only inside `a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 from luthier.methods.tuners._delta import Delta
-from luthier.methods.tuners._peft.foreign import any_config, merges
+from luthier.methods.tuners._peft.foreign import PREFIX, VECTORS, any_config, place, type_of
 from luthier.methods.tuners._peft.io import plain_state, write_prompt
 from luthier.methods.tuners._peft.layer import ADAPTER, INITIAL, DeltaLayer, DeltaParams, sideways
+from luthier.methods.tuners._peft.prompts import attach_prompt
 from luthier.methods.tuners._peft.registration import (
     config_for,
     config_of,
@@ -20,9 +22,11 @@ from luthier.methods.tuners._peft.registration import (
     register,
     register_one,
 )
+from luthier.methods.tuners._peft.trial import merges
 from luthier.methods.tuners._peft.tuned import PeftTunedModel
 
 if TYPE_CHECKING:
+    from luthier.methods.tuners._base import TunedModel
     from luthier.model.network import Network
 
 __all__ = [
@@ -33,6 +37,7 @@ __all__ = [
     "PeftTunedModel",
     "any_config",
     "attach",
+    "attach_type",
     "config_for",
     "config_of",
     "merges",
@@ -48,3 +53,15 @@ __all__ = [
 def attach(settings: Delta, model: Network) -> PeftTunedModel:
     """A Delta put on a model, in place."""
     return PeftTunedModel(settings, model, config_for(settings, model))
+
+
+def attach_type(settings: Any, config: Any, model: Network) -> TunedModel:
+    """A type of PEFT's own put on a model, in place, under a copy of PEFT's config of it."""
+    config = copy.deepcopy(config)
+    if type_of(config) in VECTORS | {PREFIX}:
+        return attach_prompt(settings, config, model)
+    fresh = getattr(model, "fresh", ())
+    if fresh and hasattr(config, "modules_to_save"):  # a new head is trained along
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *fresh})
+    place(config, model)
+    return PeftTunedModel(settings, model, config)

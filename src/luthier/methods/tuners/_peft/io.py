@@ -59,7 +59,7 @@ def write_adapter(folder: Path, state: dict[str, Tensor], config: PeftConfig, mo
 
 def _shorten(path: Path, config: PeftConfig) -> None:
     """Leave out settings at their defaults that older readers (PEFT of last year, vLLM) may not know and
-    would refuse.
+    would refuse. Types whose readers require them (OFT) are left as they are.
     """
     usual = {f.name: f.default for f in fields(config)}
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -68,6 +68,10 @@ def _shorten(path: Path, config: PeftConfig) -> None:
         for k, v in settings.items()
         if k in ALWAYS_WRITTEN or k not in usual or v not in (usual[k], {}, [])
     }
+    try:
+        type(config).check_kwargs(**shortened)
+    except ValueError:
+        shortened = settings
     for key, value in shortened.items():
         if isinstance(getattr(config, key, None), (set, frozenset)):
             shortened[key] = sorted(value)  # PEFT lists a set, in another order in every process

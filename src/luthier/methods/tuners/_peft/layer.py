@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     """A module with one or several Deltas."""
 
     slot: str  # "luthier_ssf_tensors": the attribute that holds adapter name -> DeltaParams
+    other_param_names: tuple[str, ...] = ("methods",)
 
     def __init__(self, base: nn.Module, adapter: str, config: Any, name: str = ""):
         nn.Module.__init__(self)
@@ -133,16 +135,49 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.adapter_params:
                 continue
-            weight, bias = self.tuned(adapter)
-            if safe_merge and not weight.isfinite().all():
-                raise ValueError(f"the merged weight of adapter {adapter} is not finite")
+            method = self.methods[adapter]
+            if "merge" not in provides_of(method):
+                raise NotImplementedError(
+                    f"tuner '{method.name}' computes beside the weights and cannot be merged into them; keep"
+                    " the adapter, or take it off with unload()"
+                )
+            weight, bias = self._tuned_beside_merged(adapter) if self._undo else self.tuned(adapter)
+            finite = weight.isfinite().all() and (bias is None or bias.isfinite().all())
+            if safe_merge and not finite:
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
+                )
             old = getattr(base, "bias", None)
+            if bias is not None and old is None:
+                warnings.warn(
+                    f"merging tuner '{method.name}' gives modules a bias that they had not: save_pretrained"
+                    " writes it, and networks whose config has no biases do not read it",
+                    stacklevel=2,
+                )
             self._undo.append((base.weight.data, old))
             weight = weight.T if isinstance(base, SIDEWAYS) else weight
             base.weight.data = weight.to(base.weight.dtype).contiguous()
             if bias is not None:
                 base.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
             self.merged_adapters.append(adapter)
+
+    def _tuned_beside_merged(self, adapter: str) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in] and bias where other adapters are merged already: changes add up, as those of
+        several active adapters do in `forward`.
+        """
+        base: Any = self.get_base_layer()
+        merged, merged_bias = base.weight.data, getattr(base, "bias", None)
+        now = oriented(base).detach().float()
+        base.weight.data, bias_of_base = self._undo[0]
+        if merged_bias is not None:
+            base.bias = bias_of_base
+        weight, bias = self.tuned(adapter)
+        weight = now + weight - oriented(base).detach().float()
+        base.weight.data = merged
+        if merged_bias is None or bias is None:
+            return weight, bias
+        base.bias = merged_bias
+        return weight, merged_bias.float() + bias - (0.0 if bias_of_base is None else bias_of_base.float())
 
     def unmerge(self) -> None:
         base = self.get_base_layer()

@@ -94,20 +94,27 @@ def in_layers(settings: Any, model: Network) -> Any:
     layers, target = as_list(settings.layers_to_transform), settings.target_modules
     if not layers or not isinstance(target, str):
         return settings
+    inside = modules_in_layers(settings.name, target, layers, settings, model)
+    return replace(settings, target_modules=inside, layers_to_transform=None, layers_pattern=None)
+
+
+def modules_in_layers(tuner: str, target: str, layers: list[int], where: Any, model: Network) -> list[str]:
+    """The whole names of the modules in these layers that `target`, all-linear or a regular expression,
+    chooses. where: settings with a `layers_pattern`. Raises RecipeError where a layer has none.
+    """
     if target == "all-linear":
         head = model.get_output_embeddings()
         names = [name for name, module in linear_modules(model).items() if module is not head]
     else:
         names = [name for name, _ in model.named_modules() if re.fullmatch(target, name)]
-    depths = {name: _depth(name, settings.layers_pattern) for name in names}
+    depths = {name: _depth(name, where.layers_pattern) for name in names}
     for layer in layers:
         if layer not in depths.values():
             raise RecipeError(
-                f"tuner '{settings.name}': layers_to_transform {layer} matches none of the {len(names)}"
+                f"tuner '{tuner}': layers_to_transform {layer} matches none of the {len(names)}"
                 " modules that target_modules chooses"
             )
-    inside = [name for name in names if depths[name] in layers]
-    return replace(settings, target_modules=inside, layers_to_transform=None, layers_pattern=None)
+    return [name for name in names if depths[name] in layers]
 
 
 def _depth(name: str, patterns: Any) -> int | None:

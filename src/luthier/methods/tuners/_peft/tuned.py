@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
+from luthier.methods.tuners._peft.foreign import type_of
 from luthier.methods.tuners._peft.io import low_rank_factors, plain_state, write_adapter
 from luthier.methods.tuners._peft.layer import ADAPTER, INITIAL, SIDEWAYS, DeltaLayer, sideways
+from luthier.methods.tuners._peft.starts import starting_change
 from luthier.methods.tuners._peft.targets import (
     ModuleNames,
     as_list,
@@ -41,6 +43,10 @@ from luthier.storage import checkpoints, files
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
+
+
+ROUNDING = {4: 1e-5, 8: 1e-5}  # bytes of a number -> what of a layer's output rounding may change
+LOW_PRECISION = 2e-2  # the same in fewer bytes
 
 
 class PeftTunedModel(TunedModel):
@@ -68,12 +74,13 @@ class PeftTunedModel(TunedModel):
         bypassed = bypassed_modules(model, config)
         if bypassed:
             config.exclude_modules = bypassed
+        named = getattr(config, "target_modules", None) is not None  # else the modules are PEFT's usual ones
         mode = model.training
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
                 self.peft = get_peft_model(model, config)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, NotImplementedError, IndexError) as error:
                 hint = present.hint(present.missing(config))
                 raise RecipeError(
                     f"tuner '{settings.name}' on {type(model).__name__}: {first_line(error)}{hint}"
@@ -90,14 +97,16 @@ class PeftTunedModel(TunedModel):
         # biases that train: off() puts them back
         self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]
         self.biases = {id(p) for p, _ in self.start}
-        self._check(config, tied, present)
+        self._check(config, tied, present, named)
         self.warnings += self._left_out()
+        if not isinstance(settings, Delta):
+            self.warnings += self._starts_elsewhere(config)
 
-    def _check(self, config: PeftConfig, tied: list[list[str]], present: ModuleNames) -> None:
-        """What was asked for is there, and touches nothing else."""
+    def _check(self, config: PeftConfig, tied: list[list[str]], present: ModuleNames, named: bool) -> None:
+        """What was asked for is there, and touches nothing else. named: the settings name the modules."""
         tuner = self.placer
         hit = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
-        missing = present.missing(config)
+        missing = present.missing(config) if named else None
         if missing:
             raise RecipeError(
                 f"tuner '{self.settings.name}': target_modules '{missing}' matches"
@@ -218,6 +227,20 @@ class PeftTunedModel(TunedModel):
             ),
         )
 
+    def _starts_elsewhere(self, config: Any) -> tuple[str, ...]:
+        """A type whose fresh layers compute something else than the base; say so."""
+        change = starting_change(m for m in self.layers.values() if not isinstance(m, ParamWrapper))
+        if change <= ROUNDING.get(self.model.dtype.itemsize, LOW_PRECISION):
+            return ()
+        kind, advice = type_of(config).lower(), ""
+        if getattr(config, "init_weights", True) is not True:
+            advice = "; config: {init_weights: true} starts as the base model"
+        return (
+            f"type {kind} does not start as the base model: its layers change what they compute by"
+            f" {change:.2g} of its size before any step, so what is measured before training is not the base"
+            f" model{advice}",
+        )
+
     # --- starting from data
 
     def initialize(self, rows, roles):
@@ -265,21 +288,32 @@ class PeftTunedModel(TunedModel):
             yield from self._merged(bases)
 
     def _merged(self, bases: dict[int, nn.Module]) -> Iterator[nn.Module]:
-        originals = [(p, p.data) for b in bases.values() for p in b.parameters(recurse=False)]
-        for p, data in originals:
-            p.data = data.clone()
+        originals = [(t, t.data) for b in bases.values() for t in (*b.parameters(), *b.buffers())]
+        for tensor, data in originals:
+            tensor.data = data.clone()
         try:
             try:
                 self.peft.merge_adapter()
-            except NotImplementedError:
-                raise RecipeError(f"tuner '{self.settings.name}' cannot be merged into the weights") from None
+            except (NotImplementedError, ValueError, RuntimeError) as error:
+                reason = f": {first_line(error)}" if str(error) else ""
+                raise RecipeError(
+                    f"tuner '{self.settings.name}' cannot be merged into the weights{reason}"
+                ) from None
             yield self.model
         finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                self.peft.unmerge_adapter()
-            for p, data in originals:
-                p.data = data
+            self._unmerge()
+            for tensor, data in originals:
+                tensor.data = data
+
+    def _unmerge(self) -> None:
+        """Every layer stands beside its base again; the weights are put back by whoever kept them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            for module in self.model.modules():
+                layer: Any = module
+                if isinstance(module, BaseTunerLayer) and layer.merged:
+                    layer.unmerge()
+                    layer.merged_adapters.clear()  # OSF leaves it to others to restore weights
 
     # --- files
 

@@ -115,4 +115,4 @@ class Bottleneck(Delta):
         return y + through(x if self.parallel else y, down, p.down_bias, up, p.up_bias, self.non_linearity)
 
     def weight(self, W: Tensor, p) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"tuner '{self.name}' computes beside the weights and has no tuned weight")

@@ -1,18 +1,19 @@
-"""Any layer type of the PEFT library by its name, e.g. {name: peft, type: vera, config: {r: 256}}. Settings
-are PEFT's own.
+"""Any tuner type of the PEFT library by its name, e.g. {name: peft, type: vera, config: {r: 256}}. Settings
+and their defaults are PEFT's own, the modules that a type sits on among them; on a network that PEFT has no
+modules for, it is all linear ones.
 
-Types that put vectors before the text (prompt, prefix and p-tuning) need PEFT's own forward, which packed
-batches do not use, and are refused; so are types that need support from the trainer (AdaLoRA's allocator,
-X-LoRA, Poly). docs/tuners.md lists the methods of two surveys: these types, luthier's own, and what is not
-available.
+Vectors before the text (prompt_tuning, p_tuning, prefix_tuning) are put there by luthier's layouts and saved
+as PEFT's. Types that need support from the trainer (AdaLoRA's allocator, X-LoRA, Poly) are refused with the
+reason. Whether a type merges is tried, and a type that does not start as the base model says so.
+docs/tuners.md lists every type, the methods of two surveys, and what is not available.
 """
 
 from __future__ import annotations
 
-import copy
 from functools import cached_property
 from typing import Any, ClassVar
 
+from luthier.methods.architectures._base import SOFT_PROMPTS
 from luthier.methods.tuners._base import DISABLE_ADAPTER, FACTOR_B, LORA, LOW_RANK, MERGE, Tuner
 from luthier.registry import tuner
 
@@ -32,7 +33,7 @@ class PEFT(Tuner):
     on_quantized: ClassVar[bool] = True
 
     type: str = "lora"  # PEFT's name of the method: lora, vera, ia3, boft, loha, hra, fourierft, ...
-    # settings of PEFT's config class for it; target_modules is all-linear unless given
+    # settings of PEFT's config class for it, with PEFT's defaults
     config: dict[str, Any] | None = None
 
     def __post_init__(self):
@@ -43,6 +44,13 @@ class PEFT(Tuner):
         from luthier.methods.tuners._peft import any_config
 
         return any_config(self.type, self.config or {})
+
+    @property
+    def active_requires(self):
+        """Vectors before the text need a network that reads them."""
+        if self.type.upper() in ("PROMPT_TUNING", "P_TUNING"):
+            return frozenset({SOFT_PROMPTS})
+        return self.requires
 
     @property
     def active_provides(self):
@@ -59,10 +67,6 @@ class PEFT(Tuner):
         return frozenset(out)
 
     def attach(self, model):
-        from luthier.methods.tuners._peft import PeftTunedModel
+        from luthier.methods.tuners._peft import attach_type
 
-        config = copy.deepcopy(self.peft_config)
-        fresh = getattr(model, "fresh", ())
-        if fresh and hasattr(config, "modules_to_save"):  # a new head is trained along
-            config.modules_to_save = sorted({*(config.modules_to_save or ()), *fresh})
-        return PeftTunedModel(self, model, config)
+        return attach_type(self, self.peft_config, model)

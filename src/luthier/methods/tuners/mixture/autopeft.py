@@ -67,7 +67,7 @@ class AutoPEFT(Delta):
 
     kinds = (nn.Linear,)
     precise = False
-    part = None  # of the module that these settings are for; None: it gains nothing
+    part = None  # of the module that these settings are for; off: its layer gains nothing
     over = ("layers",)  # what a search goes over besides the sizes
 
     # width of the bottleneck behind the feed-forward block; 0: none
@@ -87,8 +87,10 @@ class AutoPEFT(Delta):
     def at(self, name):
         place = layer_of(f"{name}.")
         settings = placed(self, name)
-        if place is None or (self.insert is not None and not self.insert[place[1]]):
+        if place is None:
             object.__setattr__(settings, "part", None)
+        elif self.insert is not None and not self.insert[place[1]]:
+            object.__setattr__(settings, "part", "off")
         return settings
 
     def numbers(self, model) -> int:
@@ -140,6 +142,11 @@ class AutoPEFT(Delta):
         return attached
 
     def init(self, W):
+        if self.part not in ("down", "k", "qkv", "off"):
+            raise ValueError(
+                "tuner 'autopeft' sits on key projections and on the last matrix of a feed-forward block, and"
+                " a module of target_modules is neither"
+            )
         out_, in_ = W.shape
         tensors = {}
         if self.part == "down":

@@ -56,14 +56,19 @@ class APET(Sparse):
         return Delta.attach(replace(fitted, target_modules=names, layers_to_transform=None), model)
 
     def at(self, name):
-        return replace(
-            self,
-            n=(self.counts or {})[name],
-            selection_seed=Clock(self.selection_seed).derive_seed("apet", name),
-        )
+        """Counted over all chosen modules where luthier attached it; else `density` of this module."""
+        seed = Clock(self.selection_seed).derive_seed("apet", name)
+        if self.counts is not None:
+            return replace(self, n=self.counts[name], selection_seed=seed)
+        if self.n is not None:
+            raise ValueError(
+                "tuner 'apet' spreads n over all chosen modules before it is attached; leave n out and give"
+                " density"
+            )
+        return replace(self, selection_seed=seed)
 
     def count(self, W):
-        return self.n or 1
+        return super().count(W) if self.n is None else self.n
 
     def support(self, W):
         rng = torch.Generator().manual_seed(self.selection_seed)

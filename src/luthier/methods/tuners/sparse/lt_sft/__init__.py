@@ -52,7 +52,12 @@ class LTSFT(Sparse):
         return LotteryTicketModel(self, model)
 
     def at(self, name):
-        return replace(self, counts={"": (self.counts or {}).get(name, 0)})
+        if self.counts is None:
+            raise ValueError(
+                "tuner 'lt_sft' chooses its entries in the first phase of a run of luthier; PEFT loads what a"
+                " run saved, and cannot begin one"
+            )
+        return replace(self, counts={"": self.counts.get(name, 0)})
 
     def count(self, W):
         return (self.counts or {}).get("", 0)

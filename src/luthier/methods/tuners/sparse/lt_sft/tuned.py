@@ -29,7 +29,8 @@ class LotteryTicketModel(PeftTunedModel):
     """
 
     def __init__(self, settings: Any, model: Network):
-        super().__init__(settings, model, config_for(settings, model))
+        begun = replace(settings, counts=settings.counts or {})
+        super().__init__(settings, model, config_for(begun, model))
         self.sparse = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}
         coded = next((n for n, m in self.sparse.items() if isinstance(m.get_base_layer(), Quantized)), None)
         if coded and settings.counts is None:

@@ -70,7 +70,14 @@ class SPT(Sparse):
         return SPTModel(fitted, model)
 
     def at(self, name):
-        count = (self.plan or {}).get(name, 0)
+        if self.plan is None:  # outside a run: entries drawn at random, as before rows are read
+            if self.budget is not None:
+                raise ValueError(
+                    "tuner 'spt' spends its budget over all chosen modules before it is attached; leave"
+                    " budget out and give density"
+                )
+            return Entries(density=self.density)
+        count = self.plan.get(name, 0)
         return LowRank(r=-count) if count < 0 else Entries(n=count)
 
     def planned(self, scores: dict[str, torch.Tensor]) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
@@ -114,10 +121,10 @@ class Entries(Sparse):
     name: ClassVar[str] = "spt"
     provides: ClassVar[frozenset[str]] = frozenset({DISABLE_ADAPTER, MERGE})
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
-    n: int  # of them
+    n: int | None = None  # of them; not given: by density
 
     def count(self, W):
-        return self.n
+        return super().count(W) if self.n is None else self.n
 
 
 @family
