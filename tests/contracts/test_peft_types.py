@@ -17,6 +17,7 @@ import luthier
 from helpers.models import make_llama, make_tokenizer
 from helpers.rows import recipe_of
 from helpers.tuners import IDS, plain
+from helpers.tuners import base as make_base
 from luthier.errors import RecipeError
 from luthier.methods.tuners._peft.foreign import UNSUPPORTED
 from luthier.registry import build
@@ -48,6 +49,51 @@ def spec_of(kind: str) -> dict:
     return {"name": "peft", "type": kind.lower(), "config": SETTINGS.get(kind, {})}
 
 
+def test_places_are_peft_s_own():
+    """The modules that PEFT has for a type and kind of network; all linear ones where it has none."""
+
+    def places(kind: str, network="llama", **config) -> set[str]:
+        spec = {"name": "peft", "type": kind, "config": config}
+        attached = build("tuner", spec).attach(make_base(network))
+        return {name.removeprefix("model.layers.") for name in attached.layers}
+
+    norms = {"0.input_layernorm", "0.post_attention_layernorm", "1.input_layernorm"}
+    assert places("ln_tuning") == norms | {"1.post_attention_layernorm", "model.norm"}
+    ia3 = {
+        f"{i}.{name}" for i in (0, 1) for name in ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+    }
+    assert places("ia3") == ia3
+    both = {f"{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")}
+    assert places("vera") == both
+    assert places("vera", layers_to_transform=[1]) == {n for n in both if n.startswith("1.")}
+    every = places("miss", target_modules="all-linear")
+    assert len(every) == 14
+    assert places("miss", target_modules="all-linear", layers_to_transform=1) == {
+        n for n in every if n.startswith("1.")
+    }
+    down = {"0.mlp.down_proj", "1.mlp.down_proj"}
+    assert places("miss", target_modules="all-linear", exclude_modules=["down_proj"]) == every - down
+    assert places("miss", target_modules="all-linear", exclude_modules=r".*down_proj") == every - down
+    with pytest.raises(RecipeError, match="layers_to_transform 9 matches none"):
+        places("miss", target_modules="all-linear", layers_to_transform=[9])
+    with pytest.raises(RecipeError, match="has no setting 'layers_to_transform'"):
+        places("ln_tuning", layers_to_transform=[1])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*(k_proj|down_proj)"])
+def test_ia3_s_feedforward_modules_are_among_its_targets(targets, tmp_path):
+    spec = {"name": "peft", "type": "ia3", "config": {"target_modules": targets}}
+    attached = build("tuner", spec).attach(make_base())
+    with torch.no_grad():
+        for p in attached.parameters().values():
+            p.mul_(1.5)
+    attached.save(tmp_path)
+    read = PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    assert torch.allclose(plain(read), plain(attached.model), atol=1e-5)
+    scaled = {n.rpartition(".")[2] for n, m in attached.layers.items() if m.is_feedforward}
+    assert scaled == {"down_proj"}
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_type_from_a_run_to_an_export(kind, wide, tmp_path):
     spec = spec_of(kind)
@@ -62,6 +108,8 @@ def test_a_type_from_a_run_to_an_export(kind, wide, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(wide).eval()
     attached = build("tuner", spec).attach(copy.deepcopy(base))
     attached.load(attached.read(tmp_path / "run"))
+    starts = [w for w in attached.warnings if "does not start as the base model" in w]
+    assert len(starts) == (kind in ELSEWHERE), attached.warnings
     kept = {n: t.clone() for n, t in attached.model.state_dict().items()}
     attached.save(tmp_path / "adapter")
     with torch.no_grad():

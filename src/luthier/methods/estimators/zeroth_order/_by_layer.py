@@ -49,11 +49,11 @@ def places(chain: Chain) -> Places:
     moving: list[Moving] = []
     for group in chain.param_groups():
         moving += [(group, slot, p) for slot, p in group.params.items() if p.requires_grad]
-    found = Places(outside={id(p): p for _, _, p in moving})
-    size = sum(p.nbytes for p in found.outside.values())
+    where = Places(outside={id(p): p for _, _, p in moving})
+    size = sum(p.nbytes for p in where.outside.values())
     compiled = any(m._compiled_call_impl is not None for m in model.modules())
     if compiled or SMALL * size < sum(p.nbytes for p in model.parameters()):
-        return found
+        return where
     owners: dict[int, set[str]] = {}  # parameter -> the layers that hold it, "" for what is none
     for name, module in model.named_modules(remove_duplicate=False):
         at = layer_of(f"{name}.")
@@ -63,9 +63,9 @@ def places(chain: Chain) -> Places:
         layers = owners.get(id(p), {""})
         if len(layers) == 1 and "" not in layers:
             layer = model.get_submodule(min(layers))
-            found.layers.setdefault(layer, []).append((group, slot, p))
-            del found.outside[id(p)]
-    return found
+            where.layers.setdefault(layer, []).append((group, slot, p))
+            del where.outside[id(p)]
+    return where
 
 
 class LayerByLayer:
@@ -95,7 +95,7 @@ class LayerByLayer:
                 p.data.lerp_(was, 2.0)
             self.displaced.add(id(p))
 
-    def end(self, layer: nn.Module, *_: Any) -> None:
+    def end(self, layer: nn.Module, *args: Any) -> None:
         for _, _, p in self.layers[layer]:
             if id(p) in self.displaced:
                 p.data = self.originals[id(p)]

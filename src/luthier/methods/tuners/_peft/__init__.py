@@ -11,7 +11,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from luthier.methods.tuners._delta import Delta
-from luthier.methods.tuners._peft.foreign import PREFIX, VECTORS, any_config, place, type_of
+from luthier.methods.tuners._peft.foreign import NOTES, PREFIX, VECTORS, any_config, place, type_of
 from luthier.methods.tuners._peft.io import plain_state, write_prompt
 from luthier.methods.tuners._peft.layer import ADAPTER, INITIAL, DeltaLayer, DeltaParams, sideways
 from luthier.methods.tuners._peft.prompts import attach_prompt
@@ -22,6 +22,7 @@ from luthier.methods.tuners._peft.registration import (
     register,
     register_one,
 )
+from luthier.methods.tuners._peft.starts import start_warnings
 from luthier.methods.tuners._peft.trial import merges
 from luthier.methods.tuners._peft.tuned import PeftTunedModel
 
@@ -64,4 +65,8 @@ def attach_type(settings: Any, config: Any, model: Network) -> TunedModel:
     if fresh and hasattr(config, "modules_to_save"):  # a new head is trained along
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *fresh})
     place(config, model)
-    return PeftTunedModel(settings, model, config)
+    attached = PeftTunedModel(settings, model, config)
+    attached.warnings += start_warnings(config, attached.layers.values())
+    if note := NOTES.get(type_of(config)):
+        attached.warnings += (note,)
+    return attached

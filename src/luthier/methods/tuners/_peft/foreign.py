@@ -36,6 +36,12 @@ UNSUPPORTED = {  # tuners of PEFT that need more of a run than layers in a model
     "CARTRIDGE": "its keys and values are computed from a document by PEFT's own code; use tuner 'prefix'",
     "CPT": "it weights the loss of examples inside its prompt by PEFT's own forward; use tuner 'prompt'",
 }
+NOTES = {  # what a run with a type says
+    "LILY": (
+        "type lily averages its router over all tokens that are computed together, so its answers depend on"
+        " what else is in a batch"
+    ),
+}
 # vectors before the text: what luthier's own layouts put there is saved as PEFT's
 VECTORS, PREFIX = {"PROMPT_TUNING", "P_TUNING"}, "PREFIX_TUNING"
 # types that are not for linear modules at large: PEFT lists their modules by kind of network
@@ -108,10 +114,10 @@ def place(config: PeftConfig, model: Network) -> None:
     kind = type_of(config)
     if not hasattr(config, "target_modules") or kind == "TRAINABLE_TOKENS":
         return
-    known = _usual_modules(config)
-    network = getattr(model.config, "model_type", None)
+    usual = _usual_modules(config)
+    network = getattr(model.config, "model_type", "")
     named = config.target_modules is not None or getattr(config, "target_parameters", None)
-    if not named and network not in known:
+    if not named and network not in usual:
         if kind in OWN_MODULES:
             raise RecipeError(
                 f"type: PEFT does not know where {kind.lower()} sits in {type(model).__name__}; name the"
@@ -139,7 +145,7 @@ def _fit_feedforward(config: Any, model: Network) -> None:
     """
     if config.feedforward_modules is not None or config.target_modules is None:
         return
-    network = getattr(model.config, "model_type", None)
+    network = getattr(model.config, "model_type", "")
     usual = as_list(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(network))
     _maybe_include_all_linear_layers(config, model)
     if isinstance(config.target_modules, str):

@@ -53,7 +53,7 @@ class EncodedPrompt(SoftPrompt):
     def __init__(self, settings: Any, model: Network, config: Any):
         TunedModel.__init__(self, settings, model.requires_grad_(False))
         words = model.get_input_embeddings()
-        kind = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
+        kind: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
         inputs = (config, words) if type_of(config) == "PROMPT_TUNING" else (config,)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

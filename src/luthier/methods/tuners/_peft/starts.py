@@ -6,30 +6,52 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.methods.tuners._peft.foreign import type_of
+
 TRIED = 8  # layers that are tried
+ROUNDING = 1e-5  # what of a layer's output rounding may change in fp32
+LOW_PRECISION = 2e-2  # and in fewer bits
+
+
+def start_warnings(config: Any, layers: Iterable[BaseTunerLayer]) -> tuple[str, ...]:
+    """What a run with fresh layers of a type should say: that they compute something else than their base."""
+    layers = [m for m in layers if not isinstance(m, ParamWrapper)]
+    change = starting_change(layers)
+    wide = all(p.dtype.itemsize >= 4 for m in layers for p in m.get_base_layer().parameters())
+    if change <= (ROUNDING if wide else LOW_PRECISION):
+        return ()
+    advice = ""
+    if getattr(config, "init_weights", True) is not True:
+        advice = "; config: {init_weights: true} starts as the base model"
+    return (
+        f"type {type_of(config).lower()} does not start as the base model: before any step its layers change"
+        f" what they compute by {change:.2g} of its size, so what is measured before training is not the base"
+        f" model{advice}",
+    )
 
 
 @torch.no_grad()
-def starting_change(layers: Iterable[nn.Module]) -> float:
+def starting_change(layers: Iterable[BaseTunerLayer]) -> float:
     """How far layers under a fresh adapter are from their base, as a share of what the base computes of
     random input; 0 where they start as it. The first `TRIED` layers tell.
     """
     largest = 0.0
-    for layer in list(layers)[:TRIED]:
-        x = _input(cast(Any, layer))
+    for each in list(layers)[:TRIED]:
+        layer, x = cast(Any, each), _input(each)
         if x is None:
             continue
         mode = layer.training
         layer.eval()
         with torch.random.fork_rng(devices=[]):
             tuned = layer(x)
-        cast(Any, layer)._disable_adapters = True
+        layer._disable_adapters = True
         base = layer(x)
-        cast(Any, layer)._disable_adapters = False
+        layer._disable_adapters = False
         layer.train(mode)
         change = (tuned - base).float().norm() / base.float().norm().clamp(min=1e-30)
         largest = max(largest, float(change))

@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
-from luthier.methods.tuners._peft.foreign import type_of
 from luthier.methods.tuners._peft.io import low_rank_factors, plain_state, write_adapter
 from luthier.methods.tuners._peft.layer import ADAPTER, INITIAL, SIDEWAYS, DeltaLayer, sideways
-from luthier.methods.tuners._peft.starts import starting_change
 from luthier.methods.tuners._peft.targets import (
     ModuleNames,
     as_list,
@@ -43,10 +41,6 @@ from luthier.storage import checkpoints, files
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
-
-
-ROUNDING = {4: 1e-5, 8: 1e-5}  # bytes of a number -> what of a layer's output rounding may change
-LOW_PRECISION = 2e-2  # the same in fewer bytes
 
 
 class PeftTunedModel(TunedModel):
@@ -99,8 +93,6 @@ class PeftTunedModel(TunedModel):
         self.biases = {id(p) for p, _ in self.start}
         self._check(config, tied, present, named)
         self.warnings += self._left_out()
-        if not isinstance(settings, Delta):
-            self.warnings += self._starts_elsewhere(config)
 
     def _check(self, config: PeftConfig, tied: list[list[str]], present: ModuleNames, named: bool) -> None:
         """What was asked for is there, and touches nothing else. named: the settings name the modules."""
@@ -225,20 +217,6 @@ class PeftTunedModel(TunedModel):
                 f"all-linear leaves out {len(fused + coded)} fused expert weights ({(fused + coded)[0][0]},"
                 f" ...; {share:.0%} of all parameters), which are not linear modules; {reach}"
             ),
-        )
-
-    def _starts_elsewhere(self, config: Any) -> tuple[str, ...]:
-        """A type whose fresh layers compute something else than the base; say so."""
-        change = starting_change(m for m in self.layers.values() if not isinstance(m, ParamWrapper))
-        if change <= ROUNDING.get(self.model.dtype.itemsize, LOW_PRECISION):
-            return ()
-        kind, advice = type_of(config).lower(), ""
-        if getattr(config, "init_weights", True) is not True:
-            advice = "; config: {init_weights: true} starts as the base model"
-        return (
-            f"type {kind} does not start as the base model: its layers change what they compute by"
-            f" {change:.2g} of its size before any step, so what is measured before training is not the base"
-            f" model{advice}",
         )
 
     # --- starting from data
