@@ -66,16 +66,16 @@ def test_places_are_peft_s_own():
     both = {f"{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")}
     assert places("vera") == both
     assert places("vera", layers_to_transform=[1]) == {n for n in both if n.startswith("1.")}
-    every = places("miss", target_modules="all-linear")
+    every = places("miss", r=4, target_modules="all-linear")
     assert len(every) == 14
-    assert places("miss", target_modules="all-linear", layers_to_transform=1) == {
+    assert places("miss", r=4, target_modules="all-linear", layers_to_transform=1) == {
         n for n in every if n.startswith("1.")
     }
     down = {"0.mlp.down_proj", "1.mlp.down_proj"}
-    assert places("miss", target_modules="all-linear", exclude_modules=["down_proj"]) == every - down
-    assert places("miss", target_modules="all-linear", exclude_modules=r".*down_proj") == every - down
+    assert places("miss", r=4, target_modules="all-linear", exclude_modules=["down_proj"]) == every - down
+    assert places("miss", r=4, target_modules="all-linear", exclude_modules=r".*down_proj") == every - down
     with pytest.raises(RecipeError, match="layers_to_transform 9 matches none"):
-        places("miss", target_modules="all-linear", layers_to_transform=[9])
+        places("miss", r=4, target_modules="all-linear", layers_to_transform=[9])
     with pytest.raises(RecipeError, match="has no setting 'layers_to_transform'"):
         places("ln_tuning", layers_to_transform=[1])
 

@@ -241,5 +241,5 @@ def test_a_run_with_mezo_takes_the_memory_of_inference_and_of_what_is_displaced(
     for peak, inference, aside, moving, largest in found["mezo"]:
         # three: a direction, its length, and their sum with one tensor
         assert aside <= peak <= inference + aside + 3 * largest
-        assert aside < 0.6 * moving if tuner == "full" else aside == moving
+        assert aside < 0.6 * moving  # one layer, and what is outside of layers
     assert max(m[0] for m in found["mezo"]) < min(b[0] for b in found["backprop"])

@@ -78,7 +78,7 @@ def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
     _check_start(key, settings)
     settings = dict(settings)
     later = {}  # what PEFT refuses beside a regular expression, and `place` carries out
-    if isinstance(settings.get("target_modules"), str):
+    if isinstance(settings.get("target_modules"), str) and settings.get("layers_to_transform") is not None:
         later = {k: settings.pop(k) for k in LAYER_SETTINGS if k in settings}
     try:
         with warnings.catch_warnings():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,6 @@ from luthier.methods.tuners._peft.io import write_adapter
 from luthier.methods.tuners._peft.registration import config_for
 from luthier.methods.tuners._peft.targets import first_line
 from luthier.methods.tuners._peft.tuned import PeftTunedModel
-from luthier.methods.tuners.prompts._prompt import SoftPrompt
 from luthier.registry import build
 from luthier.storage import checkpoints
 
@@ -47,11 +48,11 @@ def attach_prompt(settings: Any, config: Any, model: Network) -> TunedModel:
     return EncodedPrompt(settings, model, config)
 
 
-class EncodedPrompt(SoftPrompt):
+class EncodedPrompt(TunedModel):
     """Vectors that a prompt encoder of PEFT computes, from its own embeddings."""
 
     def __init__(self, settings: Any, model: Network, config: Any):
-        TunedModel.__init__(self, settings, model.requires_grad_(False))
+        super().__init__(settings, model.requires_grad_(False))
         words = model.get_input_embeddings()
         kind: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
         inputs = (config, words) if type_of(config) == "PROMPT_TUNING" else (config,)
@@ -67,6 +68,14 @@ class EncodedPrompt(SoftPrompt):
     def all_param_groups(self):
         return [ParamGroup("prompt", dict(self.encoder.named_parameters()), self.settings)]
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        virtual, self.virtual = self.virtual, 0
+        try:
+            yield
+        finally:
+            self.virtual = virtual
+
     def save(self, folder):
         config = _for_reading(self.config)
         with torch.no_grad():
@@ -75,7 +84,7 @@ class EncodedPrompt(SoftPrompt):
     def read(self, folder):
         vectors = _saved_vectors(folder)
         if vectors is None:
-            return TunedModel.read(self, folder)
+            return super().read(folder)
         if type_of(self.config) != "PROMPT_TUNING":
             raise RecipeError(
                 f"the adapter in {folder} holds what its encoder computed and not the encoder; start from the"
