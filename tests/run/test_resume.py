@@ -202,6 +202,33 @@ def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(base, tmp_path,
     assert len(luthier.tune(base, folder=tmp_path).losses) == 6
 
 
+LIMITED = """
+import json, resource, sys
+import luthier
+from luthier.errors import DiskError
+from luthier.train.trainer import Trainer
+step = Trainer.step
+def stepping(self):
+    if self.roles.clock.step == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    return step(self)
+Trainer.step = stepping
+try:
+    luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
+except DiskError as error:
+    open("sentence", "w").write(str(error))
+"""
+
+
+def test_a_limit_on_the_size_of_files_is_a_sentence_and_the_last_checkpoint_stays(base, tmp_path, forks):
+    (tmp_path / "recipe.json").write_text(json.dumps(base))
+    process = forks(LIMITED, tmp_path, "recipe.json", "run")
+    assert process.wait() == 0, process.said()
+    assert "ulimit -f" in (tmp_path / "sentence").read_text()
+    assert [p.name for p in checkpoints.paths(tmp_path / "run")] == ["checkpoint-2"]
+    assert len(luthier.tune(base, folder=tmp_path / "run").losses) == 6
+
+
 def test_old_checkpoints_leave(base, tmp_path):
     luthier.tune(base | {"save_steps": 1, "save_total_limit": 3}, folder=tmp_path)
     assert [p.name for p in checkpoints.paths(tmp_path)] == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
