@@ -151,7 +151,7 @@ def attempt(tally: Tally, label: str, ask) -> None:
 def test_spoiled_bodies(client):
     chance = random.Random(SEED)
     tally = Tally("studio, bodies")
-    for i in range(COUNT):
+    for i in range(max(1, COUNT // 4)):
         path = chance.choice([*ENDPOINTS])
         content = as_body(spoiled(ENDPOINTS[path], chance), chance)
         kind = chance.choice(("application/json",) * 8 + ("text/plain", ""))
@@ -168,7 +168,7 @@ def test_spoiled_bodies(client):
 def test_odd_addresses(client):
     chance = random.Random(SEED)
     tally = Tally("studio, addresses")
-    for i in range(COUNT):
+    for i in range(max(1, COUNT // 4)):
         path = chance.choice(READS)
         path = path.format(*(chance.choice(WORDS) for _ in range(path.count("{}"))))
         method = chance.choice(("GET", "GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"))

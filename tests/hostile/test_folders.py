@@ -150,7 +150,7 @@ def test_damaged_folders(home, tmp_path):
     tally = Tally("run folders")
     expected = {name: tensors(source / "runs" / name) for name in ("finished", "stopped")}
     whole = luthier.Report.read(source / "runs" / "finished")
-    for i in range(max(1, COUNT // 4)):
+    for i in range(max(1, COUNT // 10)):
         name, command = chance.choice(("finished", "finished", "stopped")), chance.choice([*COMMANDS])
         place = tmp_path / str(i)
         run = Path(shutil.copytree(source / "runs" / name, place / "runs" / "r"))

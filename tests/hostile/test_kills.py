@@ -141,7 +141,8 @@ class Harness:
         self.forks, self.folder, self.code = forks, folder, code
         folder.mkdir()
         (folder / "recipe.json").write_text(json.dumps(recipe))
-        self.start("whole", -1, "before", "count").wait()
+        process = self.start("whole", -1, "before", "count")
+        assert process.wait() == 0, process.said()
         self.operations = int((folder / "count").read_text())
         began = time.monotonic()
         process = forks(self.plain(), folder, "recipe.json", "again")
@@ -185,10 +186,8 @@ RECIPES = {
     },
     "dpo": {"tuner": {"name": "lora", "r": 2}, "objective": "dpo", "data": PAIRS[:12]},
     "two runs": {
-        "plan": [
-            {"tuner": {"name": "lora", "r": 2}},
-            {"learning_rate": 1e-4, "evaluate": ["loss", "accuracy"]},
-        ]
+        "tuner": {"name": "lora", "r": 2},
+        "plan": [{"seed": 3}, {"learning_rate": 1e-4, "evaluate": ["loss", "accuracy"]}],
     },
 }
 

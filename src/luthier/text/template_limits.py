@@ -249,7 +249,7 @@ class Counted(NodeTransformer):
         return node
 
 
-def _through(name: str, node: nodes.Expr) -> nodes.Expr:
+def _through(name: str, node: Any) -> nodes.Expr:
     """An expression whose value goes through one of the counts."""
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
 
@@ -321,7 +321,7 @@ class CountingEnvironment(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # `format` is wrapped by the sandbox
         owner = getattr(method, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
-            args = _check_call(budget, method.__name__, owner, args, kwargs)
+            args = tuple(_check_call(budget, method.__name__, owner, args, kwargs))
         return budget.count(super().call(__context, __obj, *args, **kwargs))
 
 
@@ -373,7 +373,7 @@ def _check_call(
     elif name in ("format", "format_map"):
         _check_format(budget, str(owner), "%" if is_filter else "{", options)
     elif name == "expandtabs":
-        budget.check((owner.count("\t" if isinstance(owner, str) else b"\t") + 1) * max([8, *numbers]))
+        budget.check(len(owner) * max([8, *numbers]))
     elif name == "indent":
         budget.check((str(owner).count("\n") + 1) * max([4, *numbers, *lengths]))
     elif name == "tojson":
