@@ -150,6 +150,7 @@ def test_damaged_folders(home, tmp_path):
     tally = Tally("run folders")
     expected = {name: tensors(source / "runs" / name) for name in ("finished", "stopped")}
     whole = luthier.Report.read(source / "runs" / "finished")
+    fingerprint = load(source / "runs" / "finished").recipe.fingerprint()
     for i in range(max(1, COUNT // 10)):
         name, command = chance.choice(("finished", "finished", "stopped")), chance.choice([*COMMANDS])
         place = tmp_path / str(i)
@@ -165,7 +166,10 @@ def test_damaged_folders(home, tmp_path):
                 if (
                     command == "load"
                     and not outcome.notes
-                    and not same(outcome.roles.tuner.state(), expected[name])
+                    and not (
+                        same(outcome.roles.tuner.state(), expected[name])
+                        and outcome.recipe.fingerprint() == fingerprint
+                    )
                 ):
                     tally.add("silently different", label)
                 if command == "tune":

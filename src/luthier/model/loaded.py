@@ -25,6 +25,7 @@ from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.registry import build
 from luthier.storage import files
 from luthier.storage.layout import (
+    CHECKSUM,
     REPORT,
     STATE,
     read_state,
@@ -198,8 +199,9 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     if recipe.plan is not None:
         runs = ", ".join(run.name for run in run_folders(folder))
         raise RecipeError(f"{folder} holds a plan; choose one of its runs: {runs}")
+    state = read_state(folder)
     if "model" not in settings:
-        base_mark.check(recipe.model, read_state(folder).get("base"), folder)
+        base_mark.check(recipe.model, state.get("base"), folder)
     roles = assemble(recipe, build_methods(recipe), saved_network(folder), folder)
     roles.tuner.load(tensors_of(folder, roles.tuner))
     roles.policy.eval()
@@ -209,8 +211,11 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         turns, ends = stats.get("turns", turns), stats.get("ends", ends)
     else:
         notes.append(f"{folder} is not finished; using its last checkpoint")
-    if not state_is_unchanged(read_state(folder)):
+    if not state_is_unchanged(state):
         notes.append(f"{folder / STATE} was changed after it was written: its checksum differs")
+    # version 0.1 wrote no checksum, and its recipes have other fingerprints
+    if CHECKSUM in state and Recipe.load(folder / "recipe.yaml").fingerprint() != state["fingerprint"]:
+        notes.append(f"{folder / 'recipe.yaml'} is not what the run was begun with: its fingerprint differs")
     return Loaded(str(folder), roles, recipe, turns, notes, ends, saved_rendering(folder).get("system", ""))
 
 
