@@ -66,6 +66,7 @@ class Tally:
         self.counts[outcome] += 1
         if detail:
             self.failures.append(f"{outcome}: {detail}")
+            print(f"\n{self.failures[-1]}", flush=True)
 
     def close(self) -> None:
         """Print the figures; fail where anything but a result or a sentence came out."""

@@ -185,7 +185,7 @@ RECIPES = {
         "stages": [{"name": "ifd", "share": 0.9}],
     },
     "dpo": {"tuner": {"name": "lora", "r": 2}, "objective": "dpo", "data": PAIRS[:12]},
-    "two runs": {
+    "two": {
         "tuner": {"name": "lora", "r": 2},
         "plan": [{"seed": 3}, {"learning_rate": 1e-4, "evaluate": ["loss", "accuracy"]}],
     },

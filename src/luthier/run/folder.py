@@ -101,6 +101,8 @@ def open_folder(
             warnings.append(f"{folder / STATE} was changed after it was written: its checksum differs")
         (folder / FAILED).unlink(missing_ok=True)
         finished = state["finished"] and _is_readable(folder, warnings)
+        if finished:  # it may have been killed before it could
+            shutil.rmtree(folder / BEST, ignore_errors=True)
         yield FolderState(finished, state.get("version", "(unknown)"), lock, tuple(warnings))
 
 
@@ -176,8 +178,9 @@ def clear(folder: Path) -> None:
     """Leave nothing of a run. run.json goes last: while it stands, a folder that is half cleared is still the
     old run's.
     """
-    for path in (*checkpoints.paths(folder), folder / BEST):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints.numbered(folder):
+        checkpoints.remove(path)
+    shutil.rmtree(folder / BEST, ignore_errors=True)
     patterns = [*PATTERNS]
     for kind in KINDS:
         for card in cards(kind):

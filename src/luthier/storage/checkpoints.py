@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -34,17 +35,17 @@ class Checkpoint:
 
 def paths(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    return [path for path in _numbered(folder) if (path / STATE).is_file()]
+    return [path for path in numbered(folder) if (path / STATE).is_file()]
 
 
-def _numbered(folder: Path) -> list[Path]:
+def numbered(folder: Path) -> list[Path]:
     """Every folder that is called as a checkpoint is, oldest first."""
-    numbered = []
+    steps = []
     for path in folder.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if match and path.is_dir():
-            numbered.append((int(match[1]), path))
-    return [path for _, path in sorted(numbered)]
+            steps.append((int(match[1]), path))
+    return [path for _, path in sorted(steps)]
 
 
 def newest_intact(folder: Path, warn: Callable[[str], object]) -> Path | None:
@@ -52,7 +53,7 @@ def newest_intact(folder: Path, warn: Callable[[str], object]) -> Path | None:
 
     warn: hears of each later one what is wrong with it.
     """
-    for path in reversed(_numbered(folder)):
+    for path in reversed(numbered(folder)):
         why = damage(path)
         if why is None:
             return path
@@ -64,15 +65,15 @@ def load_newest(folder: Path) -> Checkpoint | None:
     """The last checkpoint of a run; None where it has none. Raises Damaged: an earlier one would be another
     model.
     """
-    numbered = _numbered(folder)
-    if not numbered:
+    every = numbered(folder)
+    if not every:
         return None
-    if why := damage(numbered[-1]):
+    if why := damage(every[-1]):
         raise Damaged(
-            f"{numbered[-1]} cannot be used: {why}; run the recipe of {folder} again: it goes on from the"
+            f"{every[-1]} cannot be used: {why}; run the recipe of {folder} again: it goes on from the"
             " checkpoint before"
         )
-    return load(numbered[-1])
+    return load(every[-1])
 
 
 def damage(path: Path) -> str | None:
@@ -113,8 +114,21 @@ def save(folder: Path, moment: Checkpoint, limit: int, run_files: Iterable[Path]
         files.write_json(beside / STATE, meta)
         manifest.write(beside, run_files)
     for old in paths(folder)[:-limit]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return path
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint. It goes under another name first: half deleted it is a leftover, and no
+    checkpoint.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
+    beside = path.with_name(path.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    os.replace(path, beside)
+    shutil.rmtree(beside, ignore_errors=True)
 
 
 def load(path: Path) -> Checkpoint:

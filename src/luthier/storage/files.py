@@ -193,7 +193,7 @@ def remove_leftovers(folder: Path) -> list[str]:
         if path.suffix == ".old" and not former.exists():
             os.replace(path, former)
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
