@@ -9,6 +9,7 @@ from luthier.tools.docs import families
 
 GUIDES = {
     "Start here": "index.md",
+    "A real model, a real day": "real_model.md",
     "The idea": "idea.md",
     "Recipes": "recipes.md",
     "Data": "data.md",

@@ -58,6 +58,7 @@ def recipe(word: str) -> dict:
         "data": {"path": f"toy:{task}/{split}", "n": 4000 if objective == "sft" else 1600},
         "objective": objective,
         "learning_rate": 1e-2 if objective == "sft" else 1e-3,
+        "num_train_epochs": 1.0,
         "per_device_train_batch_size": 32,
     }
     return {**data, "eval_data": {"path": f"toy:{task}/{test}", "n": 200}} if test else data
