@@ -88,7 +88,7 @@ def learning_rate(card: registry.Card, cls: type) -> list[str]:
         if card.kind == "tuner" and card.name not in COMPARED:
             compared = [f"that of `{name}` {tuner_rate(name)}" for name in COMPARED]
         lines.append(", ".join([text, *compared]) + "; larger models take smaller ones.")
-    elif not cls.starting_rate:
+    elif not cls.starting_rate and cls.default_rate is None and cls.rate_factor == 1:
         lines.append("No learning rate is recommended for it: start with that of the recipe's tuner.")
     return [*lines, ""]
 
