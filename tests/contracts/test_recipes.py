@@ -30,8 +30,10 @@ def small(given: dict) -> dict:
         "save_steps": 100,
     }
     plan = given.get("plan")
-    if isinstance(plan, dict) and "max_new_tokens" in {f.name for f in fields(find("plan", plan["name"]))}:
-        plan["max_new_tokens"] = 8
+    if isinstance(plan, dict):
+        settings = {f.name for f in fields(find("plan", plan["name"]))}
+        few = {"max_new_tokens": 8, "points": 3, "judged": 8}
+        plan |= {key: value for key, value in few.items() if key in settings}
     for some in (given, *(plan["of"] if isinstance(plan, dict) and "of" in plan else ())):
         for key in {"data", "eval_data"} & some.keys():
             if isinstance(some[key], dict):
