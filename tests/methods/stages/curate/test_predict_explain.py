@@ -60,7 +60,7 @@ def student() -> Roles:
 
 
 def test_an_encoder_decoder_weighs_two_forward_passes():
-    """alpha * L_predict + (1 - alpha) * L_explain, each of rows of its own; alpha 1 has the gradients of SFT."""
+    """alpha * L_predict + (1 - alpha) * L_explain, each of rows of its own; alpha 1 is SFT."""
     answers = [{**row, "tasks": ["answer"]} for row in make_rows(4, k=1)]
     reasons = [{**row, "id": f"{row['id']}/r", "tasks": ["rationale"]} for row in make_rows(4, k=1, seed=1)]
 

@@ -21,8 +21,8 @@ from luthier.registry import stage
     use_when="rows have answers and rationales (for example from a large model) and a small model"
     " should answer better without writing rationales (distilling step by step).",
     costs="twice as many rows.",
-    covers="two tasks by prefixes with a weight for each, on encoder-decoders and causal models; a rationale in"
-    " front of the answer is plain `sft` on such rows.",
+    covers="two tasks by prefixes with a weight for each, on encoder-decoders and causal models; a rationale"
+    " in front of the answer is plain `sft` on such rows.",
     omits="the gain: on the small models here rationales as a second task have not made answers five points"
     " better (claim `distilling_step_by_step`; an encoder-decoder of one layer learns 200 labels by heart"
     " either way). Rationales by a large model are yours to bring.",
