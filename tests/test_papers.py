@@ -14,10 +14,10 @@ IMPLEMENTED = [paper for paper in catalogue.papers(own=True) if paper["by"]]
 # rows whose declarations do not say it yet
 PENDING = set(
     """
-    apet cofitune compacter corda distilling-step-by-step dsee eva hft intrinsic-dimension lion lisa
+    apet cofitune compacter corda dsee eva hft intrinsic-dimension lion lisa
     llm-compression-survey loldu lora-ggpo lora-sb lq-lora lt-sft mezo owlore pareto-da
     peft-fm-survey peft-survey personalized-unit-test-models pv-tuning qlora r-amt s2ft sara-sparse
-    spiel spt-sensitivity ssf stable-ft-biomedical telly-k tint-noise
+    spiel spt-sensitivity ssf stable-ft-biomedical telly-k
     """.split()
 )
 

@@ -20,6 +20,7 @@ from luthier.registry import stage
     omits="the paper's single-task data sets (poetry, recipes, chess) are not shipped.",
     tests=[
         "methods/stages/curate/test_drop_prompt.py::test_response_only_shows_no_question",
+        "methods/stages/curate/test_drop_prompt.py::test_responses_alone_teach_the_form_of_answers",
     ],
 )
 class DropPrompt(Stage):
