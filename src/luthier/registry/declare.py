@@ -65,10 +65,11 @@ def coverage_of(
     """Row -> what a declaration says of it: one value for all of its rows, or a mapping by row."""
     out = {}
     for row in rows:
-        there, absent, evidence = (
-            value.get(row, "") if isinstance(value, Mapping) else value for value in (covers, omits, tests)
-        )
-        evidence = evidence.split() if isinstance(evidence, str) else evidence
+        there = covers.get(row, "") if isinstance(covers, Mapping) else covers
+        absent = omits.get(row, "") if isinstance(omits, Mapping) else omits
+        evidence = tests.get(row, "") if isinstance(tests, Mapping) else tests
+        if isinstance(evidence, str):
+            evidence = evidence.split()
         coverage = Coverage(there, absent, tuple(evidence))
         if coverage != Coverage():
             out[row] = coverage

@@ -21,15 +21,18 @@ from luthier.text.encode import Encoded
 class Denoiser(nn.Module):
     """A sampler of pairs of numbers by `steps` Gaussian steps."""
 
+    signal: Tensor
+
     def __init__(self, steps: int = 20, width: int = 32, spread: float = 0.5):
         """spread: standard deviation of the data, whose mean is 0."""
         super().__init__()
         self.steps, self.spread = steps, spread
         betas = torch.linspace(1e-3, 0.35, steps + 1)
         self.register_buffer("signal", (1 - betas).cumprod(0))  # [steps + 1] share of the signal's variance
-        self.learned = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
-        nn.init.zeros_(self.learned[2].weight)
-        nn.init.zeros_(self.learned[2].bias)
+        last = nn.Linear(width, 2)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.learned = nn.Sequential(nn.Linear(3, width), nn.Tanh(), last)
         # of the last trajectories: [N * steps, 2] before and after each step, [N * steps] its time
         self.before = self.after = torch.zeros(0, 2)
         self.time = torch.zeros(0, dtype=torch.long)

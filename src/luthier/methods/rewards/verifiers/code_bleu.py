@@ -14,6 +14,7 @@ import keyword
 import math
 import re
 from collections import Counter
+from typing import Any
 
 from luthier.methods.formats._base import ANSWER
 from luthier.methods.rewards._base import Reward
@@ -49,8 +50,11 @@ def score(text: str, reference: str) -> float:
     ours, theirs = TOKENS.findall(text), TOKENS.findall(reference)
     parts = [bleu(ours, theirs, even=True), bleu(ours, theirs, even=False)]
     tree, reference_tree = parsed(text), parsed(reference)
-    for of in (subtrees, edges):
-        expected, present = of(reference_tree), of(tree)
+    both: list[tuple[Counter[Any], Counter[Any]]] = [
+        (subtrees(reference_tree), subtrees(tree)),
+        (edges(reference_tree), edges(tree)),
+    ]
+    for expected, present in both:
         shared = sum((expected & present).values())
         # a reference without any asks for nothing
         parts.append(shared / expected.total() if expected else float(tree is not None))
