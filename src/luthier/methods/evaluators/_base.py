@@ -76,7 +76,10 @@ def run_all(
 def read(roles: Any, rows: Sequence[dict], size: int | None, asks: Set[str]) -> dict[str, TokenStats]:
     """Of each row's best completion, by its name."""
     out: dict[str, TokenStats] = {}
+    progress = getattr(roles.policy, "progress", None)  # a stand-in of a policy may have none
     for batch in batches(roles, liked(rows), size):
+        if progress is not None:
+            progress(len(out), len(rows), "rows")
         outputs, sizes = roles.policy.outputs(batch), [int(n) for n in batch.lengths.tolist()]
         losses = firsts = [math.nan] * len(sizes)
         if "loss" in asks:
@@ -105,12 +108,10 @@ def batches(roles: Any, rows: Sequence[dict], size: int | None = None) -> Iterat
     def length(row: dict) -> int:
         return len(str(row["prompt"])) + sum(len(str(c)) for c in row["completions"])
 
-    some, letters, done = [], 0, 0
+    some, letters = [], 0
     for row in sorted(rows, key=length):
         if len(some) >= ROWS and letters + length(row) > LETTERS if size is None else len(some) == size:
             yield roles.batch(some)
-            done += len(some)
-            roles.policy.progress(done, len(rows), "rows")
             some, letters = [], 0
         some.append(row)
         letters += length(row)
