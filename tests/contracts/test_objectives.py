@@ -34,6 +34,8 @@ from luthier.train.optimizer import Chain
 
 # those ask another kind of network
 OBJECTIVES = [n for n in names("objective") if "values" not in card("objective", n).requires]
+# those that have one, and are not only for estimators that compare values
+GRADIENTS = [n for n in OBJECTIVES if "forward_only" not in card("objective", n).requires]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -57,7 +59,7 @@ def test_every_unit_is_of_a_row(name):
             assert len(rows) == term.count(batch) and bool((rows < len(batch.rows)).all())
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_gradient_reaches_the_policy_and_nobody_else(name):
     objective, roles = build("objective", name), cast()
     average(objective, roles, batch_of(contract_rows(objective))).backward()
@@ -68,7 +70,7 @@ def test_gradient_reaches_the_policy_and_nobody_else(name):
         assert all(p.grad is None for p in other.parameters())
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_accumulation_changes_nothing(name):
     objective = build("objective", name)
     if "accumulation" in objective.contract:
@@ -103,7 +105,7 @@ def test_order_of_rows_does_not_matter(name):
 LAYOUTS = (Causal(), Causal(share_prompts=False), Causal(packing=False, share_prompts=False))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_packing_and_shared_prompts_change_nothing(name):
     objective, found = build("objective", name), []
     for layout in LAYOUTS:
@@ -135,7 +137,7 @@ def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora", "prompt"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
     objective, roles = build("objective", name), tuned(tuner)
     rows = contract_rows(objective)
@@ -167,7 +169,7 @@ def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
 def in_turn(tuner: str) -> list[str]:
     """One objective of each family for a tuner, another one for the next tuner."""
     families: dict[str, list[str]] = {}
-    for name in OBJECTIVES:
+    for name in GRADIENTS:
         families.setdefault(card("objective", name).module.split(".")[-2], []).append(name)
     turn = names("tuner").index(tuner)
     return [members[turn % len(members)] for members in families.values()]
@@ -202,7 +204,7 @@ def test_every_tuner_takes_two_steps_on_an_objective_of_every_family(tuner):
         assert any(k not in before or not torch.equal(t, before[k]) for k, t in after.items()), name
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_learns_on_a_quantized_base(name):
     objective, roles = build("objective", name), tuned("lora", copy.deepcopy(_codes()))
     average(objective, roles, batch_of(contract_rows(objective))).backward()

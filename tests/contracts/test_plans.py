@@ -22,6 +22,7 @@ from luthier.storage import checkpoints
 from luthier.train.trainer import Trainer
 
 NEEDED = {
+    "apet": {"structures": {"random": [{"name": "apet", "n": 10}], "lora": [{"name": "lora", "r": 1}]}},
     "preference_losses": {"objectives": ["sft", "dft"]},  # rows without pairs will do for these
     "projects": {"of": [{"learning_rate": 1e-4}]},  # settings without a default
     "sequence": {"acts": [{"objective": "sft"}, {"learning_rate": 1e-4}]},

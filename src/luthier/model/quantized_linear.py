@@ -92,6 +92,8 @@ class Quantized(nn.Module):
             self._parameters.pop("weight", None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.quantizer is not None:
+            x = self.quantizer.inputs(x, self.codes)
         if "weight" in self._parameters:
             return super().forward(x)
         if self.on_gradient is not None:

@@ -221,6 +221,19 @@ def _input_norms(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Te
     return squares
 
 
+def _input_maxima(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tensor]:
+    maxima: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        largest = x.abs().amax(0)
+        maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
+
+    with _watch_inputs(modules, see):
+        for batch in _batches(rows, roles, MICRO):
+            _answers(roles, batch)
+    return maxima
+
+
 # ---------------------------------------------------------------------- how the loss depends on them
 
 
@@ -275,6 +288,8 @@ STATISTICS = {
     "hessian": Statistic(_hessian, lambda out, width: width * width),
     # [in] the 2-norm of each input over all tokens; modules that no row reaches are left out
     "input_norms": Statistic(_input_norms, lambda out, width: width),
+    # [in] the largest magnitude of each input; modules that no row reaches are left out
+    "input_maxima": Statistic(_input_maxima, lambda out, width: width),
     # [out, in] of the mean -log p of the supervised tokens
     "gradients": Statistic(_gradients, lambda out, width: out * width),
     # [out, in] squared gradients of the mean -log p, summed over batches

@@ -44,7 +44,7 @@ class Chain:
     @property
     def rate(self) -> float:
         """The learning rate of this step."""
-        return self.learning_rate * self.factor(self.clock.step)
+        return self.learning_rate * self.factor(self.attached.schedule_step(self.clock))
 
     def param_groups(self) -> list[ParamGroup]:
         """The groups that move now; the state of all others is dropped."""
@@ -133,16 +133,22 @@ class Chain:
         """Forget the state of entries that the tuner has reset, and count their steps from here."""
         for name in group.params:
             mask = self.attached.resets.pop(f"{group.name}.{name}", None)
+            moments = self.attached.moments.pop(f"{group.name}.{name}", None)
             if mask is None:
                 continue
             born = state.setdefault("born", {})
             if name not in born:
                 born[name] = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
             born[name][mask] = state["step"] - 1
-            for i in range(len(self.transforms)):
-                for tensor in state.get(str(i), {}).get(name, {}).values():
+            steps = 0
+            for i, transform in enumerate(self.transforms):
+                of_tensor = state.get(str(i), {}).get(name, {})
+                for tensor in of_tensor.values():
                     if torch.is_tensor(tensor) and tensor.shape == mask.shape:
                         tensor[mask] = 0
+                if moments is not None and of_tensor and isinstance(transform, Each):
+                    steps = max(steps, transform.seed(of_tensor, mask, moments))
+            born[name][mask] -= steps
 
     def _updates(self, grads: Params, state: dict, group: ParamGroup) -> Params:
         born, step = state.get("born", {}), state["step"]

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 GRADIENT = Capability("grad", says="an estimator that computes a true gradient")
 
+FORWARD_ONLY = Capability(
+    "forward_only",
+    says="an estimator that compares values of the loss, since this one has no gradient",
+    advice="set `estimator: mezo`",
+)
+
 Closure = Callable[..., float]
 
 

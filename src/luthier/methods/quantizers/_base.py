@@ -61,6 +61,10 @@ class Quantizer:
         """The way back: [out, in] in dtype."""
         raise NotImplementedError
 
+    def inputs(self, x: Tensor, codes: Mapping[str, Tensor]) -> Tensor:
+        """x [..., in] as the weight reads it; quantizers of inputs round it here."""
+        return x
+
     def bits(self, shape: tuple[int, int]) -> float:
         """Bits that a weight of this shape takes, divided by its numbers: by formula."""
         raise NotImplementedError

@@ -5,6 +5,7 @@ group into its update; a chain applies several in turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from luthier.methods.tuners._base import ParamGroup, TunedModel
 
 Params = dict[str, Tensor]  # parameter of a group -> tensor
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """What is known of the gradients of entries that begin to train, one number for each of them."""
+
+    mean: Tensor  # [n]
+    square: Tensor  # [n] mean of the squares
+    steps: int  # over which they were gathered
 
 
 @family
@@ -55,6 +65,12 @@ class Each(Transform):
 
     def update(self, grad: Tensor, state: dict, param: Tensor, step: int) -> Tensor:
         raise NotImplementedError
+
+    def seed(self, state: dict, entries: Tensor, gradients: GradientMoments) -> int:
+        """Some entries (a mask) of a tensor begin anew, and what their gradients were before is known: put it
+        into the state, which is zero there. Returns as how many steps that counts.
+        """
+        return 0
 
     def apply(self, grads, state, group, step):
         updates = {}

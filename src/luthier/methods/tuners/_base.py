@@ -19,6 +19,7 @@ from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.clock import Clock
+    from luthier.methods.transforms._base import GradientMoments
     from luthier.model.batch import Batch
     from luthier.model.network import Network
 
@@ -116,6 +117,18 @@ class Component:
         is. It holds until the next call, since backward may read again.
         """
 
+    def gradient_moments(self) -> dict[str, GradientMoments]:
+        """Name of a tensor -> what is known of the gradients of the entries that `on_phase` has just named,
+        for optimizers whose state can begin there.
+        """
+        return {}
+
+    def entry_places(self, group: str, slot: str) -> tuple[Tensor, tuple[int, int]] | None:
+        """Where the numbers of a parameter are entries of a matrix: their flat places in it, and its shape
+        [out, in].
+        """
+        return None
+
     def extra_grads(self, group: str) -> dict[str, Tensor]:
         """slot -> the gradient of a term of its own beside the loss (a penalty), when a group is stepped."""
         return {}
@@ -140,6 +153,7 @@ class TunedModel(Component):
         self.settings, self.model = settings, model
         self.others: list[Component] = []  # not this one itself: a circle would keep the model in memory
         self.resets: dict[str, Tensor] = {}  # masks of entries that the optimizer has yet to forget
+        self.moments: dict[str, GradientMoments] = {}  # of these entries, where they are known
 
     @property
     def components(self) -> list[Component]:
@@ -226,7 +240,13 @@ class TunedModel(Component):
             component.after_phase(resets)
         self.resets |= resets
         for component in self.components:
+            self.moments |= component.gradient_moments()
+        for component in self.components:
             component.before_step(clock)
+
+    def schedule_step(self, clock: Clock) -> int:
+        """The step of the run whose learning rate holds now: this one, unless phases begin it anew."""
+        return clock.step
 
     def end_step(self, clock: Clock) -> None:
         """After the update, gradients still there."""

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network
 
 
+class _AnyRMSNorm(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        return type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight")
+
+
+class RMSNorm(metaclass=_AnyRMSNorm):
+    """Any module of a class that is called RMSNorm, for `kinds`: each family of networks has its own."""
+
+
 def frozen(tensor: Tensor) -> tuple[str, Tensor]:
     """A tensor of a layer that is saved and never trained."""
     return ("frozen", tensor)
@@ -103,6 +112,10 @@ class Delta(TargetModules):
         """
         b = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, self.weight(oriented(layer).to(x.dtype), p), self.bias(b, p))
+
+    def entry_places(self, slot: str, p: SimpleNamespace) -> Tensor | None:
+        """[n] where the numbers of a trained tensor are entries of W: their places in W.flatten()."""
+        return None
 
     def enter(self, model: Network) -> None:
         """Make a network ready for this method, just before its layers are put in. Raises ValueError where it

@@ -130,6 +130,35 @@ def test_mezo_takes_one_copy_of_what_moves_and_nothing_of_what_is_frozen():
     assert live.largest <= 32 * 32 and moving <= live.peak <= moving + 5 * one
 
 
+@pytest.mark.parametrize("of", ["accuracy", "f1"])
+def test_mezo_raises_a_metric(of):
+    """A linear readout of features that it can separate, under a loss that is constant almost everywhere."""
+    from helpers.objectives import batch_of
+
+    torch.manual_seed(0)
+    answers = {"accuracy": [[6], [7]], "f1": [[6, 8], [7, 9]]}[of]
+    rows = [{"id": i, "prompt": [3], "completions": [answers[i % 2]]} for i in range(16)]
+    batch = batch_of(rows)
+    kinds = torch.nn.functional.one_hot(batch.labels[batch.supervised] - 6, 4).float()
+    features = kinds @ torch.randn(4, 8) + 0.1 * torch.randn(len(kinds), 8)
+    model = nn.Linear(8, 12, bias=False)
+    tuner = TunedWeights(SimpleNamespace(name="toy"), model, lambda name, p: True)
+    outputs = SimpleNamespace(first=lambda: model(features).argmax(1))
+    roles = SimpleNamespace(policy=SimpleNamespace(outputs=lambda batch: outputs))
+    objective = build("objective", {"name": "metric", "of": of})
+
+    def closure(grad: bool = False) -> float:
+        assert not grad
+        return float(objective.loss(roles, batch).mean())
+
+    mezo = build("estimator", {"name": "mezo", "eps": 1.0, "n_probes": 8})
+    chain = Chain((build("transform", "adam"),), tuner, Clock(), 0.05)
+    before = closure()
+    for chain.clock.step in range(100):
+        mezo.step(closure, chain, chain.clock)
+    assert before >= 0.5 and closure() < 0.1
+
+
 class Held(TorchDispatchMode):
     """How many bytes of storage, besides what already exists, are held at most."""
 

@@ -66,7 +66,7 @@ def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
             },
         )
         play = plan.recipes(Recipe.load({"model": tiny}))
-        asked, said = next(play), SimpleNamespace(after={"accuracy": 0.8}, folder="full")
+        asked, said = next(play), SimpleNamespace(after={"accuracy": 0.8}, folder="full", stats={})
         try:
             while True:
                 asked = play.send(said)
@@ -74,6 +74,7 @@ def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
                     SimpleNamespace(
                         after={"accuracy": r.tuner["d"] / 1000 + r.learning_rate / 100},
                         folder=str(r.tuner["d"]),
+                        stats={},
                     )
                     for r in asked
                 ]
@@ -82,6 +83,27 @@ def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
 
     ds = [found(share) for share in (0.9, 0.4, 0.2, 0.1)]
     assert ds == sorted(ds, reverse=True) and ds == [800, 400, 200, 100]
+
+
+def test_d90_by_model(tiny):
+    """Two models, of which the larger one needs less: each is searched by itself."""
+    from luthier.recipe.recipe import Recipe
+
+    settings = {"dimensions": [100, 200, 400], "learning_rates": [0.1], "models": ["small", "large"]}
+    play = build("plan", {"name": "intrinsic_dimension", **settings}).recipes(Recipe.load({"model": tiny}))
+    needs, request = {"small": 400, "large": 200}, next(play)
+
+    def answer(one):
+        accuracy = 1.0 if one.tuner == "full" else min(1.0, one.tuner["d"] / needs[one.model])
+        return SimpleNamespace(after={"accuracy": accuracy}, folder=one.model, stats={"moving": 7})
+
+    with pytest.raises(StopIteration) as end:
+        while True:
+            request = play.send(
+                [answer(r) for r in request] if isinstance(request, list) else answer(request)
+            )
+    table = end.value.value.stats["table"]
+    assert [(line["model"], line["d90"]) for line in table] == [("small", 400), ("large", 200)]
 
 
 def test_nothing_of_the_size_of_the_network_is_kept_for_the_backward_pass():

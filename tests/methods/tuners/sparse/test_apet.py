@@ -35,3 +35,23 @@ def test_apet_moves_as_many_as_it_says():
     assert torch.allclose(say(whole.model), say(full.model), atol=1e-4)
     with pytest.raises(RecipeError, match="parameters, but the chosen modules have"):
         put("apet", n=10**9)
+
+
+def test_apet_at_all_biases_is_bitfit():
+    """Positions at all biases of the linear modules: the trajectory of BitFit on these."""
+    biases = sum(m.nf for m in base("gpt2").modules() if type(m).__name__ == "Conv1D")
+    mask, bitfit = put("apet", base("gpt2"), n=biases, of="biases"), put("bitfit", base("gpt2"))
+    for name, p in bitfit.model.named_parameters():
+        p.requires_grad_(name.endswith("bias") and "ln_" not in name)
+    train(mask), train(bitfit)
+    assert torch.allclose(say(mask.model), say(bitfit.model), atol=1e-5)
+    with mask.merged():
+        own = {n.replace(".base_layer", ""): p for n, p in mask.model.named_parameters()}
+        moved = {n for n, p in base("gpt2").named_parameters() if not torch.equal(own[n], p)}
+    assert moved == {n for n, p in bitfit.model.named_parameters() if p.requires_grad}
+    some = put("apet", base("gpt2"), n=50, of="all")
+    assert sum(p.numel() for p in some.parameters().values()) == 50
+    train(some)
+    assert changed(some, base("gpt2")) == 50
+    with pytest.raises(RecipeError, match="no biases"):
+        put("apet", n=10, of="biases")

@@ -4,6 +4,8 @@ of a place; ma scores are the outer product of sm3.
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -78,7 +80,14 @@ def test_spiel_at_full_density_is_adam_on_the_weights():
 def test_spiel_forgets_what_the_optimizer_knew_of_a_place():
     torch.manual_seed(0)
     attached = build(
-        "tuner", {"name": "spiel", "density": 0.1, "reselection_steps": 6, "selection_accumulation_steps": 2}
+        "tuner",
+        {
+            "name": "spiel",
+            "density": 0.1,
+            "selection_algorithm": "ma",
+            "reselection_steps": 6,
+            "selection_accumulation_steps": 2,
+        },
     ).attach(base())
     clock = Clock(seed=3, total=12)
     chain = Chain([build("transform", "adam")], attached, clock, 0.01)
@@ -101,6 +110,117 @@ def test_spiel_forgets_what_the_optimizer_knew_of_a_place():
                 known["v"][new], 0.001 * grad[new].square()
             )
     assert "born" in chain.state[Q]
+
+
+def test_spiel_seeds_the_moments_of_a_new_place():
+    """With growth `ag` Adam begins as if it had run over the gathered gradients: m is their mean corrected
+    for the zero start, and the next correction is that of one step more.
+    """
+    torch.manual_seed(0)
+    interval = dict(reselection_steps=6, selection_accumulation_steps=2)
+    attached = put("spiel", density=0.1, seed_moments=True, **interval)
+    clock = Clock(seed=3, total=12)
+    chain = Chain([build("transform", "adam")], attached, clock, 0.01)
+    dense, values = [], attached.layers[Q].tensors("default").values
+    for clock.step in range(3):
+        attached.begin_step(clock)
+        params = attached.layers[Q].adapter_params["default"]
+        if params.watch is not None:  # the gradient of the whole weight, as it goes by
+
+            def watch(G, gather=params.watch):
+                dense.append(G.clone())
+                gather(G)
+
+            params.watch = watch
+        new = attached.resets.get(f"{Q}.values")
+        for p in attached.parameters().values():
+            p.grad = None
+        logprobs(attached).mean().neg().backward()
+        before, grad = values.detach().clone(), values.grad.clone()
+        chain.step(gradients(chain))
+        attached.end_step(clock)
+    places = attached.layers[Q].tensors("default").indices.long()[new]
+    first, second = (G.flatten()[places] for G in dense)
+    mean, square = (first + second) / 2, (first**2 + second**2) / 2
+    m = 0.9 * mean * (1 - 0.9**2) + 0.1 * grad[new]
+    v = 0.999 * square * (1 - 0.999**2) + 0.001 * grad[new] ** 2
+    known = chain.state[Q]["0"]["values"]
+    assert new.any() and torch.allclose(known["m"][new], m) and torch.allclose(known["v"][new], v)
+    step = (m / (1 - 0.9**3)) / ((v / (1 - 0.999**3)).sqrt() + 1e-8)
+    assert torch.allclose((values.detach() - before)[new], -0.01 * step, atol=1e-6)
+
+
+class Threads:
+    """Two threads in the place of two processes, for what collectives `agree` uses."""
+
+    def __init__(self):
+        self.rank, self.barrier, self.sent = threading.local(), threading.Barrier(2), [None, None]
+
+    is_available = is_initialized = staticmethod(lambda: True)
+
+    def get_world_size(self) -> int:
+        return 2
+
+    def all_gather(self, out, tensor):
+        self.sent[self.rank.number] = tensor.clone()
+        self.barrier.wait()
+        for own, other in zip(out, self.sent, strict=True):
+            own.copy_(other)
+        self.barrier.wait()
+
+    def all_reduce(self, tensor):
+        both = [torch.empty_like(tensor), torch.empty_like(tensor)]
+        self.all_gather(both, tensor)
+        tensor.copy_(sum(both))
+
+
+def test_spiel_grows_alike_in_all_processes(monkeypatch):
+    """Two processes with half of a gradient each agree with one that has all of it; from the second step on
+    whatever their rows are, and where the first candidates are the same, in all of them.
+    """
+    from luthier.methods.tuners.sparse.spiel import tuned
+
+    method = build("tuner", {"name": "spiel", "seed_moments": True})
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 20, 30) for _ in range(3)]
+    parts[0][1] = parts[0][0]
+
+    def grown(ranks: list[int]) -> tuple:
+        stats = method.nothing((20, 30), 12, torch.int32)
+        for both in parts:
+            method.gather(both[ranks].sum(0), stats)
+            tuned.agree([stats])
+            method.close(stats)
+        values, indices = torch.zeros(12), torch.arange(12, dtype=torch.int32)
+        mask = method.exchange(1.0, values, indices, stats)
+        return indices, method.moments(indices[mask], stats)
+
+    alone, together, threads = grown([0, 1]), [], Threads()
+    monkeypatch.setattr(tuned, "distributed", threads)
+
+    def run(rank: int) -> None:
+        threads.rank.number = rank
+        together.append(grown([rank]))
+
+    both = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert len(together) == 2
+    for indices, moments in together:
+        assert torch.equal(indices, alone[0]) and moments.steps == 3
+        assert torch.allclose(moments.mean, alone[1].mean, atol=1e-6)
+        assert torch.allclose(moments.square, alone[1].square, atol=1e-5)
+
+
+def test_spiel_draws_its_values_toward_zero():
+    attached = put("spiel", l1=0.5)
+    attached.layers[Q].tensors("default").values.data.copy_(
+        torch.linspace(-1, 1, len(attached.layers[Q].tensors("default").values))
+    )
+    pull = attached.extra_grads(Q)["values"]
+    assert torch.equal(pull, 0.5 * attached.layers[Q].tensors("default").values.detach().sign())
 
 
 def test_spiel_ma_scores_are_the_outer_product_of_sm3():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from peft import PeftModel
 
 from helpers.subset_tuners import ROWS, base, batch, put, roles_of, say, train
+from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._base import Untuned
 from luthier.registry import find
@@ -84,3 +86,54 @@ def test_a_plan_with_low_rank_parts_is_exported_as_lora(tmp_path):
     attached.export_lora(tmp_path)
     again = PeftModel.from_pretrained(base(), tmp_path).eval()
     assert torch.allclose(say(again), say(attached.model), atol=1e-4)
+
+
+def test_spt_trains_vectors_whole(tmp_path):
+    """Norms and biases take part: whole where a fifth of their numbers is marked, else entry by entry."""
+    spt = find("tuner", "spt")
+    scores = {"w": torch.zeros(8, 8), "n.weight": torch.zeros(10), "w.bias": torch.zeros(10)}
+    scores["w"][0] = 1.0
+    scores["n.weight"][:2], scores["w.bias"][4] = 2.0, 2.0
+    plan, places = spt(budget=15, alpha=0.0, vectors=True).planned(scores)
+    assert plan == {"w": 4, "n.weight": 10, "w.bias": 1} and places["w.bias"].tolist() == [4]
+    assert places["n.weight"].tolist() == list(range(10))
+    plan, _ = spt(budget=15, alpha=0.0, beta=0.0, vectors=True).planned(scores)
+    assert plan["n.weight"] == 2
+    for kind in ("gpt2", "llama"):
+        attached = put("spt", base(kind), budget=900, vectors=True, r=2)
+        attached.initialize(ROWS, roles_of(attached))
+        moving = sum(p.numel() for p in attached.parameters().values())
+        assert abs(moving - 900) <= 0.02 * 900
+        plan = attached.settings.plan
+        assert any(v > 0 for n, v in plan.items() if n.endswith(".weight"))
+        assert kind == "llama" or any(v > 0 for n, v in plan.items() if n.endswith(".bias"))
+        assert torch.allclose(say(attached.model), say(base(kind)), atol=1e-5)
+        train(attached)
+        tuned = say(attached.model)
+        with attached.merged():
+            assert torch.allclose(say(attached.model), tuned, atol=1e-4)
+        attached.save(tmp_path / kind)
+        again = PeftModel.from_pretrained(base(kind), tmp_path / kind).eval()
+        assert torch.allclose(say(again), tuned, atol=1e-5)
+        other = put("spt", base(kind), budget=900, vectors=True, r=2)
+        other.load(attached.tensors())
+        assert torch.equal(say(other.model), tuned)
+
+
+def test_spt_with_adapters(tmp_path):
+    attached = put("spt", budget=1200, alpha=100.0, r=2, structure="adapter")
+    attached.initialize(ROWS, roles_of(attached))
+    adapters = [n for n, v in attached.settings.plan.items() if v == -2]
+    assert adapters and torch.equal(say(attached.model), say(base()))
+    out = attached.layers[adapters[0]].get_base_layer().out_features
+    own = attached.layers[adapters[0]].adapter_params["default"]
+    assert sum(p.numel() for p in own.parameters()) == 2 * 2 * out + 2 + out
+    train(attached)
+    assert own.up.any() and own.down_bias.any()
+    attached.save(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.allclose(say(again), say(attached.model), atol=1e-5)
+    with pytest.raises(RecipeError, match="cannot be merged"), attached.merged():
+        pass
+    with pytest.raises(RecipeError, match="no LoRA form"):
+        attached.export_lora(tmp_path)

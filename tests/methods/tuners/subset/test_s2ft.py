@@ -141,3 +141,32 @@ def test_s2ft_counts():
     moving = sum(p.numel() for p in attached.parameters().values())
     assert moving == 4 * (32 * 16 + 32 * 2 * 8)
     assert moving == sum(p.numel() for p in attached.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("selection", ["weight", "activation", "gradient"])
+@pytest.mark.parametrize("extreme", ["largest", "smallest"])
+def test_s2ft_selects_by_weights_activations_and_gradients(selection, extreme):
+    """The channels with the largest norms over up, gate and down together, and the heads over v and o."""
+    from helpers.subset_tuners import ROWS, batch, roles_of
+
+    attached = put("s2ft", d_ratio=0.1, o_ratio=0.5, v_ratio=0.5, selection=selection, extreme=extreme)
+    attached.initialize(ROWS, roles_of(attached))
+    model = base()
+    mlp, attn = model.model.layers[1].mlp, model.model.layers[1].self_attn
+    read = {}
+    for name, module in (("down", mlp.down_proj), ("o", attn.o_proj)):
+        module.register_forward_hook(lambda m, x, y, name=name: read.__setitem__(name, x[0].detach()))
+    roles = roles_of(build("tuner", "full").attach(model))
+    roles.policy.outputs(batch()).logprobs.mean().neg().backward()
+    if selection == "activation":
+        channels, heads = (read[part].flatten(0, -2).square().sum(0) for part in ("down", "o"))
+    else:
+        X = lambda m: (m.weight.grad if selection == "gradient" else m.weight).detach().square()
+        channels = X(mlp.up_proj).sum(1) + X(mlp.gate_proj).sum(1) + X(mlp.down_proj).sum(0)
+        heads = X(attn.o_proj).sum(0).view(2, -1).sum(1) + X(attn.v_proj).sum(1).view(2, -1).sum(1)
+    k, largest = round(0.1 * len(channels)), extreme == "largest"
+    at = lambda n: attached.layers[f"model.layers.1.{n}"].tensors("default").indices
+    assert at("mlp.down_proj").tolist() == channels.topk(k, largest=largest).indices.sort().values.tolist()
+    first = int(heads.view(2, -1).sum(1).topk(1, largest=largest).indices)  # a group of two heads of eight
+    assert at("self_attn.o_proj").tolist() == list(range(16 * first, 16 * first + 16))
+    assert at("self_attn.v_proj").tolist() == list(range(8 * first, 8 * first + 8))

@@ -28,6 +28,10 @@ from luthier.registry import estimator
     " than be added to it.",
     costs="two backward passes a step.",
     starting_rate="that of the tuner.",
+    covers="gradient dropout by a term that gates.",
+    tests=[
+        "methods/estimators/first_order/test_gradient_dropout.py::test_gradient_dropout",
+    ],
 )
 class GradientDropout(Estimator):
     """One term of the objective decides which entries of the others' gradient are used."""

@@ -30,6 +30,14 @@ from luthier.registry import estimator
     " weights of the others.",
     costs="one backward pass and one stored gradient for each term.",
     starting_rate="that of the tuner.",
+    covers="the program of the weights: on the simplex, within its bounds, for gradients of any lengths;"
+    " a guide that falls where a plain sum raises it (objective `tcm` is the paper's).",
+    omits="heads trained by their own losses alone; images.",
+    tests=[
+        "methods/estimators/multi_objective/test_pareto_da.py::test_the_pareto_program_keeps_its_bounds",
+        "methods/estimators/multi_objective/test_pareto_da.py::test_a_guide_goes_down_where_a_plain_sum_would_raise_it",
+        "methods/estimators/multi_objective/test_pareto_da.py::test_a_small_task_keeps_its_bound_beside_a_large_one",
+    ],
 )
 class ParetoDA(Terms):
     """The step is the combination times the number of `terms`, so that its scale is that of a plain sum."""

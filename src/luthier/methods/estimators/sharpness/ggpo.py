@@ -37,6 +37,11 @@ from luthier.registry import estimator
     " any cost.",
     costs="one forward and backward pass; the noise is drawn again in the backward pass and not stored.",
     starting_rate="that of `lora`.",
+    covers="noise scaled by the rows of weights and gradients.",
+    tests=[
+        "methods/estimators/sharpness/test_ggpo.py::test_ggpo_without_noise_is_lora",
+        "methods/estimators/sharpness/test_ggpo.py::test_ggpo_noise_has_the_spread_it_says",
+    ],
 )
 class GGPO(Estimator):
     """Gradient-guided perturbation of LoRA."""

@@ -35,6 +35,12 @@ from luthier.registry import estimator
     use_when="a LoRA overfits and SAM's second pass is too slow: it perturbs along the momentum.",
     costs="one forward and backward pass; running means of the factors' gradients.",
     starting_rate="that of `lora`.",
+    covers="the later revision, which moves along the momentum.",
+    omits="the authors' code descends along it; here the sign is a setting.",
+    tests=[
+        "methods/estimators/sharpness/test_mgpo.py::test_mgpo_takes_one_gradient_where_the_momentum_leads",
+        "methods/estimators/sharpness/test_mgpo.py::test_noise_and_displacement_lead_to_flatter_places",
+    ],
 )
 class MGPO(Estimator):
     """Momentum-guided perturbation of LoRA."""

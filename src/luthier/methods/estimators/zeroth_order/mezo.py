@@ -29,7 +29,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.methods.estimators._base import Estimator
+from luthier.methods.estimators._base import FORWARD_ONLY, Estimator
 from luthier.methods.estimators.zeroth_order._by_layer import perturbed_by_layer, places
 from luthier.methods.transforms._base import LazyGradients
 from luthier.registry import estimator
@@ -40,6 +40,7 @@ PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the
 @estimator(
     paper="arXiv:2305.17333",
     row="mezo",
+    provides=[FORWARD_ONLY],
     use_when="memory suffices for inference but not for training, or the metric has no gradient worth"
     " following. It needs many more steps than backprop.",
     costs="two forward passes for each of `n_probes` directions, no backward pass and no kept"
@@ -47,6 +48,20 @@ PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the
     " layer and of what is outside of layers.",
     starting_rate="with `sgd` far smaller than Adam's rates: the paper takes 1e-7 to 1e-6 for all"
     " weights of OPT-13B.",
+    covers="the estimate is the finite difference along its directions; its mean over 5000 directions "
+    "points along the gradient (cosine > 0.95); a run is replayed bit for bit from its losses; no"
+    " backward pass; parameters are back where they were, bit for bit; accuracy and F1 rise on a"
+    " separable task.",
+    omits="directions scaled by each tensor's norm or variance; Adam by replaying the history (any "
+    "optimizer may follow, with its state); prefixes that start from real activations; a "
+    "checkpoint of seeds alone.",
+    tests=[
+        "methods/estimators/zeroth_order/test_mezo.py::test_mezo_is_the_finite_difference_along_its_directions",
+        "methods/estimators/zeroth_order/test_mezo.py::test_mezo_points_along_the_gradient_on_average",
+        "methods/estimators/zeroth_order/test_mezo.py::test_mezo_is_replayed_from_its_losses_alone",
+        "methods/estimators/zeroth_order/test_mezo.py::test_mezo_solves_a_quadratic_without_a_single_backward_pass",
+        "methods/estimators/zeroth_order/test_mezo.py::test_mezo_raises_a_metric",
+    ],
 )
 class MeZO(Estimator):
     """g = (L(p + eps z) - L(p - eps z)) / (2 eps) * z, the mean over `n_probes` directions z."""

@@ -32,6 +32,11 @@ from luthier.registry import Artifact, Metric, evaluator
     requires=[COMPLETIONS, LOGPROBS],
     use_when="you ask which layers training changed, for example to freeze the others (tuner `telly`).",
     costs="one forward pass over `n` rows, before and after.",
+    covers="how alike layers are before and after.",
+    tests=[
+        "methods/evaluators/representation/test_rsa.py::test_rsa_is_pearsons_correlation_of_likenesses",
+        "methods/evaluators/representation/test_rsa.py::test_rsa_sees_which_layers_changed",
+    ],
 )
 class RSA(Evaluator):
     """`rsa/N` of layer N counted from the input, and their mean `rsa`: 1 at the start."""

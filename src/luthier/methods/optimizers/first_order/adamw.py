@@ -19,7 +19,14 @@ class AdamW(Optimizer):
     adam_beta1: float = 0.9  # decay rate of the mean
     adam_beta2: float = 0.999  # decay rate of the mean square
     adam_epsilon: float = 1e-8  # added to the denominator
+    # correct both means for their zero start; false: as in BERT's optimizer, whose first steps are larger
+    bias_correction: bool = True
 
     def chain(self):
-        adam = Adam(adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2, adam_epsilon=self.adam_epsilon)
+        adam = Adam(
+            adam_beta1=self.adam_beta1,
+            adam_beta2=self.adam_beta2,
+            adam_epsilon=self.adam_epsilon,
+            bias_correction=self.bias_correction,
+        )
         return Clip(max_grad_norm=self.max_grad_norm), adam, WeightDecay(weight_decay=self.weight_decay)

@@ -14,6 +14,10 @@ from luthier.registry import optimizer
     costs="one fp32 number for each trainable parameter.",
     starting_rate="a third to a tenth of AdamW's.",
     rate_factor=0.2,
+    covers="with clipping and decoupled decay, of matrices alone.",
+    tests=[
+        "methods/optimizers/first_order/test_lion.py::test_lion_by_its_closed_form",
+    ],
 )
 class Lion(Optimizer):
     """The same as `optim: [clip, lion, weight_decay]`."""

@@ -30,6 +30,10 @@ TREE: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {  # a set of matrice
     use_when="you want to know which layers and matrices to train so that a specialist forgets little,"
     " and can afford about ten runs.",
     costs="seven to eleven runs.",
+    covers="the search down the tree of layers and matrices.",
+    tests=[
+        "methods/tuners/subset/test_cofitune.py::test_cofitune_search_finds_the_planted_best",
+    ],
 )
 class CoFiTune(Plan):
     """Search over tuner 'cofitune', its layer_range and modules, whatever tuner the recipe names."""

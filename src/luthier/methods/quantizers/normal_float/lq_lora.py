@@ -40,6 +40,18 @@ Bits = Literal[2, 3, 4, 8]
     " error, with `init_lora_weights: lq`.",
     costs="`target_bits` bits a weight on average plus the low-rank part; minutes of decompositions at"
     " the start for large models.",
+    covers="errors that fall until they rise, weighted by Fisher information on request; bits allocated "
+    "by an integer program; the low-rank part trained by tuner `lora`.",
+    omits="the low-rank part without its copy: it stands in the base and, negated, beside the adapter, "
+    "so that disabling the adapter gives the start; all 432 formats unless they are listed; 7B "
+    "models.",
+    tests=[
+        "methods/quantizers/normal_float/test_lq_lora.py::test_lq_error_falls_until_it_stops_and_beats_plain_quantization",
+        "methods/quantizers/normal_float/test_lq_lora.py::test_lq_of_a_matrix_of_that_rank_is_exact",
+        "methods/quantizers/normal_float/test_lq_lora.py::test_lq_weights",
+        "methods/quantizers/normal_float/test_lq_lora.py::test_bits_are_allocated_as_the_best_of_all_allocations",
+        "methods/quantizers/normal_float/test_lq_lora.py::test_lq_keeps_its_budget_over_a_network_and_trains_its_low_rank_part",
+    ],
 )
 class LQLoRA(Quantizer):
     """Low-rank plus quantized."""

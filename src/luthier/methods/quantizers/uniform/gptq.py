@@ -26,6 +26,10 @@ from luthier.registry import quantizer
     use_when="you want few bits with less error than rounding, and can read some rows first.",
     costs="`bits_per_weight` bits plus 32 bits for each group; one pass over `init_rows` rows and a"
     " Cholesky factor per layer.",
+    covers="errors of columns compensated in those that follow.",
+    tests=[
+        "methods/quantizers/uniform/test_gptq.py::test_gptq_errs_less_on_what_the_layer_reads",
+    ],
 )
 class GPTQ(RTN):
     """Rounding with second-order error compensation."""

@@ -27,6 +27,11 @@ from luthier.registry import quantizer
     use_when="you want the plainest quantization: as a baseline, or as the base of `pv_tuning`. It"
     " reads no rows.",
     costs="`bits_per_weight` bits plus 32 bits for each group.",
+    covers="round to nearest: eight bits keep perplexity, two do not.",
+    tests=[
+        "methods/quantizers/uniform/test_rtn.py::test_round_to_nearest_by_its_formula",
+        "methods/quantizers/uniform/test_rtn.py::test_eight_bits_are_enough_and_two_are_not",
+    ],
 )
 class RTN(Quantizer):
     """Round to nearest, per group of a row's weights."""

@@ -11,9 +11,14 @@ from luthier.registry import transform
     use_when="you write a chain of your own: it is the rescaling within `adamw`.",
     costs="two fp32 numbers for each trainable parameter.",
     starting_rate="that of the tuner; AdamW's rates are meant everywhere in these pages.",
+    row="stable-ft-biomedical",
+    covers="without bias correction the first step is (1 - beta1) / sqrt(1 - beta2) times as long.",
+    tests=[
+        "methods/optimizers/first_order/test_adamw.py::test_adam_without_bias_correction",
+    ],
 )
 class Adam(Each):
-    """m / (sqrt(v) + eps), both corrected for their zero start."""
+    """m / (sqrt(v) + eps), both corrected for their zero start unless that is switched off."""
 
     pointwise = True
     rescales = True
@@ -21,6 +26,8 @@ class Adam(Each):
     adam_beta1: float = 0.9  # decay rate of the mean
     adam_beta2: float = 0.999  # decay rate of the mean square
     adam_epsilon: float = 1e-8  # added to the denominator
+    # correct both means for their zero start; false: as in BERT's optimizer, whose first steps are larger
+    bias_correction: bool = True
 
     def init(self, like):
         return {"m": torch.zeros_like(like), "v": torch.zeros_like(like)}
@@ -28,5 +35,13 @@ class Adam(Each):
     def update(self, grad, state, param, step):
         m, v = state["m"].lerp_(grad, 1 - self.adam_beta1), state["v"].mul_(self.adam_beta2)
         v.addcmul_(grad, grad, value=1 - self.adam_beta2)
+        if not self.bias_correction:
+            return m / v.sqrt().add_(self.adam_epsilon)
         root = (v / (1 - self.adam_beta2**step)).sqrt_().add_(self.adam_epsilon)
         return (m / (1 - self.adam_beta1**step)).div_(root)
+
+    def seed(self, state, entries, gradients):
+        # so that the correction for the zero start gives the means back
+        state["m"][entries] = gradients.mean * (1 - self.adam_beta1**gradients.steps)
+        state["v"][entries] = gradients.square * (1 - self.adam_beta2**gradients.steps)
+        return gradients.steps

@@ -11,6 +11,11 @@ from luthier.registry import transform
     costs="one fp32 number for each trainable parameter.",
     starting_rate="a third to a tenth of AdamW's.",
     rate_factor=0.2,
+    covers="the sign of the mixed momentum.",
+    tests=[
+        "methods/optimizers/first_order/test_lion.py::test_lion_by_its_closed_form",
+        "methods/optimizers/first_order/test_lion.py::test_lion_moves_every_weight_alike_and_without_memory_is_the_sign",
+    ],
 )
 class Lion(Each):
     """sign(beta1 m + (1 - beta1) g) with the old m, which then becomes beta2 m + (1 - beta2) g."""

@@ -27,6 +27,10 @@ BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
     use_when="you fine-tune a pretrained encoder on few rows and lower layers should change less.",
     costs="nothing.",
     starting_rate="that of `full`, for the top layer.",
+    covers="the learning rate of each layer.",
+    tests=[
+        "methods/transforms/test_layerwise_decay.py::test_layerwise_rates_are_the_formula",
+    ],
 )
 class LayerwiseDecay(Transform):
     """update * decay^(layers above)."""

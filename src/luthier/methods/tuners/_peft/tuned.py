@@ -34,7 +34,7 @@ from luthier.methods.tuners._peft.targets import (
     tied_modules,
 )
 from luthier.model.experts import stacked
-from luthier.model.quantized_linear import QuantizedMatrix, modules, numbers, opened
+from luthier.model.quantized_linear import Quantized, QuantizedMatrix, modules, numbers, opened
 from luthier.model.statistics import statistics
 from luthier.registry import did_you_mean
 from luthier.storage import checkpoints, files
@@ -235,6 +235,17 @@ class PeftTunedModel(TunedModel):
                         oriented(layers[name].get_base_layer()).detach(), stats
                     ).items():
                         own[slot].copy_(value)
+
+    def entry_places(self, group, slot):
+        layer = self.layers.get(group)
+        if not isinstance(layer, DeltaLayer):
+            return None
+        places = layer.methods[ADAPTER].entry_places(slot, layer.tensors(ADAPTER))
+        if places is None:
+            return None
+        base = layer.get_base_layer()
+        out, width = base.size if isinstance(base, Quantized) else oriented(base).shape
+        return places, (out, width)
 
     # --- other readings
 

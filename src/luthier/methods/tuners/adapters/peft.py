@@ -26,6 +26,13 @@ from luthier.registry import tuner
     costs="that of the PEFT type.",
     starting_rate="that of the PEFT type; its recipe here (`vera`) takes 0.01 on a toy model.",
     default_rate=2e-4,
+    covers="the adapters of the surveys by PEFT's own types, beside the tuners here.",
+    omits="types that change PEFT's own forward pass.",
+    tests=[
+        "contracts/test_peft_types.py::test_a_type_from_a_run_to_an_export",
+        "contracts/test_surveyed_tuners.py::test_named",
+        "contracts/test_surveyed_tuners.py::test_counts_are_the_formulas",
+    ],
 )
 class PEFT(Tuner):
     """PEFT's layers on a model; saved and loaded as PEFT does."""

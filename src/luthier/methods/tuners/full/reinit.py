@@ -4,8 +4,9 @@ The top of a pretrained network is most specific to its pretraining task, which 
 rows: it then fails with some seeds and not with others. Layers are re-initialised by the network's own rule
 (normal with its initializer range, norms at one, biases at zero; a pooler as well) when a run begins, so the
 tuner itself starts as the base. The study's other stabilisers: `telly` freezes the lowest layers, transform
-`layerwise_decay` slows them, `max_steps` trains longer. Departs from the study: layers are counted in the
-network's list of layers; in an encoder-decoder in that of the decoder.
+`layerwise_decay` slows them, `max_steps` trains longer, `optim: {name: adamw, bias_correction: false}` is the
+optimizer that it warns of, and estimator `mixout` is a neighbour. Departs from the study: layers are counted
+in the network's list of layers; in an encoder-decoder in that of the decoder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ from luthier.registry import Range, tuner
     costs="as full fine-tuning.",
     starting_rate="start with that of `full`.",
     default_rate=2e-5,
+    covers="lower layers are left as they are.",
+    omits="the study's domains (vocabulary and pretraining on biomedical text), its ELECTRA models and "
+    "the size of BERT-large: none is here. Pretraining of another vocabulary is not a switch but "
+    "another model.",
+    tests=[
+        "methods/tuners/full/test_reinit.py::test_reinit_leaves_what_lies_below",
+    ],
 )
 class Reinit(Tuner):
     """Full fine-tuning with re-initialised top layers. On small data sets one or two layers help most."""

@@ -29,6 +29,11 @@ from luthier.registry import Range, tuner
     " the decomposition takes time at the start.",
     starting_rate="several times LoRA's: its recipe here takes 0.01 where that of `lora` has 0.002.",
     default_rate=1e-3,
+    covers="LDU factors of a weight, of which the diagonal is trained.",
+    omits="starts other than the LU decomposition.",
+    tests=[
+        "methods/tuners/low_rank/test_loldu.py::test_loldu",
+    ],
 )
 class LoLDU(Delta):
     """Low-rank adaptation by lower-diagonal-upper decomposition."""

@@ -29,6 +29,16 @@ from luthier.registry import Range, tuner
     " a few layers at a time.",
     starting_rate="start with that of `lora`.",
     default_rate=2e-4,
+    covers="orthonormal factors of the first full step, R's gradient B' G A', full tuning where all "
+    "directions are there; merged to float32 where bfloat16 would lose the update (`export "
+    "--dtype float32`).",
+    omits="lower loss than LoRA on the toy language model, as its claim says; the paper's models.",
+    tests=[
+        "methods/tuners/low_rank/test_lora_sb.py::test_lora_sb_starts_as_the_first_full_step",
+        "methods/tuners/low_rank/test_lora_sb.py::test_lora_sb_with_all_directions_is_full_tuning",
+        "methods/tuners/low_rank/test_lora_sb.py::test_lora_sb_exports_exactly",
+        "methods/tuners/low_rank/test_lora_sb.py::test_lora_sb_is_ahead_of_factors_of_the_weight",
+    ],
 )
 class LoRASB(Delta):
     """r * r trainable parameters per module, in the directions of full fine-tuning's first step."""

@@ -42,6 +42,9 @@ class Sparse(Delta):
         places = self.support(W).sort().values
         return {"indices": frozen(places.to(place_type(W.numel()))), "values": torch.zeros(len(places))}
 
+    def entry_places(self, slot, p):
+        return p.indices if slot == "values" else None
+
     def weight(self, W, p):
         return W + spread(p.values, p.indices, W.shape).to(W.dtype)
 

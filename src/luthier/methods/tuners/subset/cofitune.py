@@ -51,6 +51,13 @@ Edge = Annotated[float, Field(ge=0, le=1)]
     " before the first step.",
     starting_rate="start with that of `full`.",
     default_rate=2e-5,
+    covers="a range of layers, and the soft mask of its important units.",
+    omits="a mask that Adam's rescaling leaves alone: it counters a soft mask; heads are not masked.",
+    tests=[
+        "methods/tuners/subset/test_cofitune.py::test_cofitune_moves_the_second_quarter",
+        "methods/tuners/subset/test_cofitune.py::test_cofitune_soft_mask",
+        "methods/tuners/subset/test_cofitune.py::test_cofitune_importance",
+    ],
 )
 class CoFiTune(Tuner):
     """Coarse-to-fine selection of weights."""

@@ -32,6 +32,14 @@ DRAWS = 32  # random halves of which the best balanced one is taken
     costs="about half of the gradients and optimizer state of full fine-tuning.",
     starting_rate="start with that of `full`.",
     default_rate=2e-5,
+    covers="half of every layer's parameters, redrawn.",
+    omits="less forgetting than full fine-tuning: its claim is undecided.",
+    tests=[
+        "methods/tuners/subset/test_hft.py::test_hft_moves_half_of_the_layers",
+        "methods/tuners/subset/test_hft.py::test_hft_counts_as_the_paper_does",
+        "methods/tuners/subset/test_hft.py::test_hft_rests_and_redraws",
+        "methods/tuners/subset/test_hft.py::test_hft_with_everything_is_full_tuning",
+    ],
 )
 class HFT(Tuner):
     """Half fine-tuning."""

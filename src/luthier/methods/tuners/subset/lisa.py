@@ -28,6 +28,12 @@ from luthier.registry import tuner
     costs="optimizer state of embeddings, head and `n_layers` layers; activations as in full fine-tuning.",
     starting_rate="start with that of `full`.",
     default_rate=2e-5,
+    covers="layers drawn anew, evenly, and optimizer state of those that move.",
+    tests=[
+        "methods/tuners/subset/test_lisa.py::test_lisa_moves_what_it_says",
+        "methods/tuners/subset/test_lisa.py::test_lisa_draws_evenly_and_forgets_nothing_when_all_move",
+        "methods/tuners/subset/test_lisa.py::test_lisa_keeps_state_of_what_moves_only",
+    ],
 )
 class LISA(Tuner):
     """Layerwise importance sampling."""

@@ -34,6 +34,13 @@ from luthier.registry import tuner
     " `galore` less optimizer state.",
     starting_rate="start with that of `full`.",
     default_rate=2e-5,
+    covers="layers drawn by their outliers; with transform `galore` the paper's projected gradients.",
+    omits="GaLore by itself: the recipe must name it.",
+    tests=[
+        "methods/tuners/subset/test_owlore.py::test_owlore_draws_by_outliers",
+        "methods/tuners/subset/test_owlore.py::test_owlore_density_is_its_formula",
+        "methods/tuners/subset/test_owlore.py::test_owlore_forgets_frozen_layers",
+    ],
 )
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""

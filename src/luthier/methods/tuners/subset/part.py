@@ -24,6 +24,10 @@ from luthier.registry import tuner
     costs="gradients and optimizer state of that part; `last_layer` needs no backward pass below it.",
     starting_rate="start with that of `full`.",
     default_rate=2e-5,
+    covers="embeddings and output, or the last layer, alone.",
+    tests=[
+        "methods/tuners/subset/test_part.py::test_part_moves_exactly_what_it_names",
+    ],
 )
 class Part(Tuner):
     """Embeddings and output, or the last layer."""

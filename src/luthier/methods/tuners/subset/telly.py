@@ -29,6 +29,11 @@ from luthier.registry import tuner
     costs="falls with K: no gradients, optimizer state or kept activations below the first trained layer.",
     starting_rate="start with that of `full`.",
     default_rate=2e-5,
+    covers="the lowest layers frozen.",
+    omits="the probing studies of the paper's first part.",
+    tests=[
+        "methods/tuners/subset/test_telly.py::test_telly",
+    ],
 )
 class Telly(Tuner):
     """The top of the network. The paper's best trade-off is about K = 9 of 12 layers."""

@@ -35,6 +35,11 @@ from luthier.registry import tuner
     starting_rate="start with that of `houlsby`; its recipe here takes five times as much on the same"
     " toy model.",
     default_rate=1e-3,
+    covers="Kronecker sums with shared factors, behind attention and feed-forward.",
+    tests=[
+        "methods/tuners/adapters/test_compacter.py::test_compacter_is_its_kronecker_sums",
+        "methods/tuners/adapters/test_compacter.py::test_compacter_learns_what_an_adapter_learns_with_few_numbers",
+    ],
 )
 class Compacter(Bottleneck):
     """Two serial adapters per layer, of Kronecker products that share a factor."""

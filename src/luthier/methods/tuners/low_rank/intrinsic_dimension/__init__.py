@@ -38,6 +38,14 @@ from luthier.registry import INTERNAL, tuner
     costs="`d` trainable numbers, but random maps are drawn again at every forward pass: slower than LoRA.",
     starting_rate="far above other tuners': plan `intrinsic_dimension` tries 0.03, 0.1 and 0.3.",
     default_rate=3e-2,
+    covers="Fastfood as its dense matrix, lengths kept on average, d numbers with or without scales; "
+    "nothing of the network's size is kept.",
+    omits="one projection over all weights at once (DID is drawn module by module); embeddings and norms.",
+    tests=[
+        "methods/tuners/low_rank/test_intrinsic_dimension.py::test_fastfood_is_its_dense_matrix",
+        "methods/tuners/low_rank/test_intrinsic_dimension.py::test_intrinsic_dimension_moves_d_numbers",
+        "methods/tuners/low_rank/test_intrinsic_dimension.py::test_nothing_of_the_size_of_the_network_is_kept_for_the_backward_pass",
+    ],
 )
 class IntrinsicDimension(Delta):
     """d trainable parameters for a whole network."""

@@ -7,8 +7,9 @@ The others keep their code: rounding all of them (straight-through) stalls, sinc
 Updates that are not applied are carried to the next step (`delta_decay`). The paper's objective is `kl` with
 the unquantized model as teacher.
 
-Departs from the paper: codes that would not change do not count among the few, and new codes are the nearest
-ones (beam size 1). In addition to the codes, training stores two numbers per weight.
+New codes are the nearest ones; where a weight is a sum of vectors of several code books (quantizer `vq`),
+they are found by its beam search (`beam_size`). Departs from the paper: codes that would not change do not
+count among the few. In addition to the codes, training stores two numbers per weight.
 """
 
 from __future__ import annotations
@@ -34,6 +35,16 @@ from luthier.registry import tuner
     costs="beside the codes, two numbers a weight while it trains.",
     starting_rate="its recipe here takes 3e-4 for the continuous part; the codes have `code_lr`.",
     default_rate=3e-4,
+    covers="V steps that never raise a quadratic loss, end near the best codes and change few of them; "
+    "scales and books by gradients; a beam search over several code books (quantizer `vq`).",
+    omits="QuIP#'s codes; several processes; the paper's models.",
+    tests=[
+        "methods/tuners/quantized/test_pv_tuning.py::test_a_v_step_never_raises_a_quadratic_loss",
+        "methods/tuners/quantized/test_pv_tuning.py::test_v_steps_end_near_the_best_codes_of_twelve_weights",
+        "methods/tuners/quantized/test_pv_tuning.py::test_pv_tuning_lowers_the_loss_and_few_codes_change",
+        "methods/tuners/quantized/test_pv_tuning.py::test_pv_tuning_ends_lower_than_straight_through",
+        "methods/quantizers/codebook/test_vq.py::test_a_beam_over_code_books_finds_the_best_sums",
+    ],
 )
 class PVTuning(Tuner):
     """Trains the codes and their continuous parameters."""

@@ -40,6 +40,12 @@ Share = Annotated[float, Field(ge=0, lt=1)]
     costs="as LoRA of rank `r`, plus a mask of one byte a weight while training where `sparsity` is set.",
     starting_rate="start with that of `lora`.",
     default_rate=2e-4,
+    covers="a sparse and a low-rank part, and heads and units that are taken out.",
+    tests=[
+        "methods/tuners/sparse/test_dsee.py::test_dsee",
+        "methods/tuners/sparse/test_dsee.py::test_dsee_takes_heads_and_units_out",
+        "methods/tuners/sparse/test_dsee.py::test_dsee_pulls_coefficients_and_is_written_small",
+    ],
 )
 class DSEE(Delta):
     """Dually sparsity-embedded efficient tuning."""

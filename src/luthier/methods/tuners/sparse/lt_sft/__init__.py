@@ -6,9 +6,15 @@ trained on a language's text and one trained on a task in another language are a
 active, or one merged into the model on which the other is trained). K is counted over all chosen modules
 together.
 
-Departs: both phases are one run and share its learning-rate schedule (constant is closest to the paper's
-two), and an adapter saved before the selection has the K largest differences at that point. K is selected at
-once, not in several rounds, and without the L1 term. Norms are frozen unless named.
+With `rounds: n` K grows by a share of K/n in each: all weights are trained from where the last round's sparse
+phase ended, those of the others that are furthest from their initial values are added, the weights go back to
+where the round began, and what has been chosen so far is trained. `l1` and `sparse_l1` penalise the mean
+distance from the initial weights in the two kinds of phases. `phase_schedule` begins the learning-rate
+schedule anew in each phase, as the authors' code does, at the pace of the phase's length.
+
+Departs: all phases are one run, and an adapter saved before a selection has the K largest differences at that
+point. The mean of the penalty is over all parameters of the network, as in the authors' code, and the sum
+over the chosen modules. Norms are frozen unless named.
 """
 
 from __future__ import annotations
@@ -34,6 +40,20 @@ from luthier.registry import INTERNAL, tuner
     costs="its first phase is full fine-tuning, memory included; only the second is sparse.",
     starting_rate="start with that of `full`, with a constant schedule.",
     default_rate=2e-5,
+    covers="exactly the K entries move that moved furthest before; with K = all it is full fine-tuning "
+    "from the start; each of n rounds adds K/n entries and goes back to where it began; the L1 "
+    "term is the penalty's gradient in both phases; each phase has a schedule of its own; "
+    "differences add up in any order.",
+    omits="drawing one of several source languages for each batch (multi-source); a source's difference"
+    " is merged into the base instead.",
+    tests=[
+        "methods/tuners/sparse/test_lt_sft.py::test_lt_sft_chooses_what_moved_furthest_and_begins_again",
+        "methods/tuners/sparse/test_lt_sft.py::test_lt_sft_with_all_places_is_full_tuning_from_the_start",
+        "methods/tuners/sparse/test_lt_sft.py::test_lt_sft_chooses_in_rounds",
+        "methods/tuners/sparse/test_lt_sft.py::test_lt_sft_penalises_the_distance",
+        "methods/tuners/sparse/test_lt_sft.py::test_lt_sft_begins_the_schedule_anew",
+        "methods/tuners/sparse/test_sparse.py::test_sparse_deltas_add_up",
+    ],
 )
 class LTSFT(Sparse):
     """Lottery-ticket sparse fine-tuning."""
@@ -41,10 +61,29 @@ class LTSFT(Sparse):
     on_quantized: ClassVar[bool] = False  # its first phase moves whole weights
     changes_phase: ClassVar[bool] = True
 
-    # share of the run's steps in which all weights are trained
+    # share of a round's steps in which all weights are trained
     dense_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    rounds: Annotated[int, Field(ge=1)] = 1  # selections, each of an equal share of the entries
+    # weight of the mean |theta - theta_0| in dense phases (the paper's languages: 0.1)
+    l1: Annotated[float, Field(ge=0)] = 0.0
+    sparse_l1: Annotated[float, Field(ge=0)] = 0.0  # the same in sparse phases
+    phase_schedule: bool = False  # begin the learning-rate schedule anew in each phase
     # entries of each module; filled in when they are chosen
     counts: Annotated[dict[str, int] | None, INTERNAL] = None
+
+    def phase(self, step: int, total: int) -> tuple[int, bool, int, int]:
+        """The round of a step, whether all weights are trained in it, and the phase's first step and the one
+        behind its last.
+        """
+        turn, first = 0, 0
+        while turn + 1 < self.rounds and step >= round((turn + 1) * total / self.rounds):
+            turn += 1
+            first = round(turn * total / self.rounds)
+        end = round((turn + 1) * total / self.rounds)
+        middle = first + round(self.dense_share * (end - first))
+        if step < middle:
+            return turn, True, first, middle
+        return turn, False, middle, end
 
     def attach(self, model):
         from luthier.methods.tuners.sparse.lt_sft.tuned import LotteryTicketModel

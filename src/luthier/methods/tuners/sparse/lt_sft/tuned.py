@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import ParamGroup
+from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
-from luthier.methods.tuners.sparse._sparse import largest, place_type
+from luthier.methods.tuners.sparse._sparse import largest, place_type, spread
 from luthier.model.linear import is_transposed
 from luthier.model.quantized_linear import Quantized
 from luthier.storage import files
@@ -37,18 +39,30 @@ class LotteryTicketModel(PeftTunedModel):
             raise RecipeError(
                 f"tuner 'lt_sft' first trains full weights, but {coded} is quantized; leave quantization out"
             )
-        # module -> where its weight began; empty once the places are chosen
+        # module -> where its weight began; empty while the chosen places train
         self.began: dict[str, Tensor] = {}
+        # module -> the places that earlier rounds chose, and their values as this round began
+        self.earlier: dict[str, tuple[Tensor, Tensor]] = {}
+        self.parameters_of_all = sum(p.numel() for p in model.parameters())
         if settings.counts is None:
             self._dense()
 
     # --- the two phases
 
-    def _dense(self) -> None:
+    @torch.no_grad()
+    def _dense(self, earlier: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
+        """All weights train, from the initial ones with what earlier rounds have learned."""
         self._set_counts(None)
+        self.earlier = dict(earlier or {})
         for name, layer in self.sparse.items():
-            weight = layer.get_base_layer().weight.requires_grad_(True)
+            base = layer.get_base_layer()
+            weight = base.weight
             self.began[name] = weight.detach().clone()
+            if name in self.earlier:
+                places, values = self.earlier[name]
+                change = spread(values, places, oriented(base).shape).to(weight.dtype)
+                weight.add_(change.T if is_transposed(base) else change)
+            weight.requires_grad_(True)
             self._hold(
                 layer,
                 torch.zeros(0, dtype=place_type(weight.numel()), device=weight.device),
@@ -57,6 +71,7 @@ class LotteryTicketModel(PeftTunedModel):
 
     def _sparse(self, places: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> None:
         """Put all weights back; these places move from here on."""
+        self.earlier = {}
         self._set_counts({n: len(p) for n, p in places.items()})
         for name, layer in self.sparse.items():
             weight, at = layer.get_base_layer().weight, places[name]
@@ -81,17 +96,60 @@ class LotteryTicketModel(PeftTunedModel):
         return delta.T if is_transposed(base) else delta
 
     @torch.no_grad()
-    def choose(self, rewind: bool = True) -> None:
-        """The places that moved furthest, over all modules together; rewind: their values start at zero."""
-        total = sum(w.numel() for w in self.began.values())
-        k = max(1, round(self.settings.density * total))
-        places = largest({n: lambda n=n: self._moved(n).abs().flatten() for n in self.began}, k)
-        values = None if rewind else {n: self._moved(n).flatten()[p] for n, p in places.items()}
-        self._sparse({n: p.to(place_type(self.began[n].numel())) for n, p in places.items()}, values)
+    def choose(self, turn: int | None = None, rewind: bool = True) -> None:
+        """Add to the places of earlier rounds those that moved furthest, over all modules together, up to
+        what round `turn` has (None: the last). rewind: values are those with which the round began.
+        """
+        settings = self.settings
+        total = max(1, round(settings.density * sum(w.numel() for w in self.began.values())))
+        last = settings.rounds - 1 if turn is None else turn
+        before = sum(len(places) for places, _ in self.earlier.values())
+        target = max(1, total * (last + 1) // settings.rounds)
+        new = largest({n: partial(self._distances, n) for n in self.began}, max(target - before, 0))
+        places, values = {}, {}
+        for name, added in new.items():
+            own, start = self.earlier.get(name, (added[:0], self.began[name].new_zeros(0).float()))
+            every = torch.cat([own.long(), added])
+            if rewind:
+                value = torch.cat([start, start.new_zeros(len(added))])
+            else:
+                value = self._moved(name).flatten()[every]
+            order = every.argsort()
+            places[name] = every[order].to(place_type(self.began[name].numel()))
+            values[name] = value[order]
+        self._sparse(places, values)
+
+    def _distances(self, name: str) -> Tensor:
+        """[out * in] how far each entry has moved; below zero where an earlier round chose it."""
+        distances = self._moved(name).abs().flatten()
+        if name in self.earlier:
+            distances[self.earlier[name][0].long()] = -1.0
+        return distances
 
     def on_phase(self, clock):
-        if self.began and clock.step >= round(self.settings.dense_share * clock.total):
-            self.choose()
+        turn, dense, *_ = self.settings.phase(clock.step, clock.total)
+        if self.began and not dense:
+            self.choose(turn)
+        elif dense and not self.began and turn:
+            tensors = {n: m.tensors(ADAPTER) for n, m in self.sparse.items()}
+            self._dense({n: (p.indices.clone(), p.values.detach().clone()) for n, p in tensors.items()})
+        return {}
+
+    def schedule_step(self, clock):
+        if not self.settings.phase_schedule:
+            return clock.step
+        _, _, first, end = self.settings.phase(clock.step, clock.total)
+        return (clock.step - first) * clock.total // max(end - first, 1)
+
+    def extra_grads(self, group):
+        name, _, leaf = group.rpartition(".")
+        if self.began and leaf == "base_layer" and name in self.began and self.settings.l1:
+            layer = self.sparse[name].get_base_layer()
+            sign = (layer.weight.detach().float() - self.began[name].float()).sign()
+            return {"weight": self.settings.l1 / self.parameters_of_all * sign}
+        if not self.began and group in self.sparse and self.settings.sparse_l1:
+            sign = self.sparse[group].tensors(ADAPTER).values.detach().sign()
+            return {"values": self.settings.sparse_l1 / self.parameters_of_all * sign}
         return {}
 
     # --- what moves
@@ -109,6 +167,12 @@ class LotteryTicketModel(PeftTunedModel):
     def frozen_tensors(self):
         return {} if self.began else super().frozen_tensors()
 
+    def memory(self):
+        memory = {}
+        for name, (places, values) in self.earlier.items():
+            memory |= {f"{name}.earlier_places": places, f"{name}.earlier_values": values}
+        return memory
+
     @torch.no_grad()
     def prepare_load(self, tensors):
         """Into the phase of what is loaded: it shows in the names, and in how many places were chosen."""
@@ -119,8 +183,27 @@ class LotteryTicketModel(PeftTunedModel):
                 weight = self.sparse[name].get_base_layer().weight
                 places[name] = torch.zeros(k, dtype=place_type(weight.numel()), device=weight.device)
             self._sparse(places)
-        elif not counts and not self.began:
-            self._dense()
+        elif not counts:
+            self._prepare_dense(tensors)
+
+    def _prepare_dense(self, tensors: Mapping[str, Tensor]) -> None:
+        """Into a dense phase whose earlier rounds chose as many places as `tensors` has."""
+        earlier = {}
+        for name in self.sparse:
+            places = tensors.get(f"{name}.earlier_places")
+            if places is not None:
+                values = tensors[f"{name}.earlier_values"]
+                device = self.sparse[name].get_base_layer().weight.device
+                earlier[name] = (
+                    torch.zeros_like(places, device=device),
+                    torch.zeros_like(values, device=device),
+                )
+        sizes = {n: len(places) for n, (places, _) in earlier.items()}
+        if self.began and sizes == {n: len(places) for n, (places, _) in self.earlier.items()}:
+            return
+        if self.began:
+            self._sparse({n: w.new_zeros(0, dtype=torch.int32) for n, w in self.began.items()})
+        self._dense(earlier)
 
     @contextmanager
     def using(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:

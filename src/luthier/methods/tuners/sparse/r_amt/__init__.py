@@ -34,6 +34,12 @@ from luthier.registry import tuner
     costs="one trainable number for each masked weight while training; an eighth of a byte a weight"
     " when saved.",
     default_rate=1e-3,
+    covers="masks of the attention's matrices, kept as bits.",
+    omits="CLIP and images.",
+    tests=[
+        "methods/tuners/sparse/test_r_amt.py::test_r_amt_masks",
+        "methods/tuners/sparse/test_r_amt.py::test_r_amt_is_kept_as_bits",
+    ],
 )
 class RAMT(Delta):
     """Regularized mask tuning."""

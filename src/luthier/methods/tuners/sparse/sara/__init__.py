@@ -32,6 +32,13 @@ from luthier.registry import tuner
     " then reduced to them.",
     starting_rate="start with that of `lora`.",
     default_rate=2e-4,
+    covers="small weights trained, with state for them alone, and the nuclear norm's pull.",
+    omits="diffusion models.",
+    tests=[
+        "methods/tuners/sparse/test_sara.py::test_sara_support_state_and_rest",
+        "methods/tuners/sparse/test_sara.py::test_sara_threshold_and_nuclear_norm",
+        "methods/tuners/sparse/test_sara.py::test_small_weights_carry_little",
+    ],
 )
 class SaRA(Sparse):
     """Progressive sparse low-rank adaptation."""

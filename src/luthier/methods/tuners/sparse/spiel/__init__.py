@@ -2,15 +2,18 @@
 dropped and as many promising positions are added.
 
 Growth `ag`: in the first steps of every interval the gradient of the whole weight is examined as it is
-computed; the k largest entries of the first one are the candidates, whose gradients are summed. Growth `ma`:
-row and column maxima of squared gradients, as in SM3, estimate where growth is promising, and no further
-gradient is needed. A new position starts at zero, as does its optimizer state, with its own step count. The
-first exchange replaces all positions that are not selected again; then the fraction falls linearly to zero.
+computed; the k largest entries of the first one are the candidates, whose gradients are summed. With
+`seed_moments` Adam's moments of a new position start at the mean and the mean square of these gradients, with
+the number of their steps as its age. Growth `ma`: row and column maxima of squared gradients, as in SM3,
+estimate where growth is promising, and no further gradient is needed; the paper steps with SM3 there (`optim:
+sm3`). The first exchange replaces all positions that are not selected again; then the fraction falls linearly
+to zero.
 
-Departs: the paper initialises Adam's moments of a new position from the collected gradients; here they start
-at zero with any optimizer (and `ma` does not require SM3). Candidates come from the first micro-batch of an
-interval, so `ag` depends slightly on how the global batch is split, and it supports a single process only;
-`ma` has neither limit.
+Departs: a step's gradient counts once, however it is split into micro-batches (the authors square each part),
+and the first correction of a new position is exact (theirs counts one step less). Candidates come from the
+first micro-batch of an interval. With several processes each has its own; after the first step they keep
+those whose sums, added over the processes that report them, are largest, and from then on all gather the same
+ones. With `ma`, and without `seed_moments`, a new position's state under Adam starts at zero.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pydantic import Field
 from torch import nn
 
 from luthier.errors import RecipeError
+from luthier.methods.transforms._base import GradientMoments
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners.sparse._sparse import Sparse, greatest, regrow, smallest
 from luthier.registry import tuner
@@ -37,6 +41,22 @@ from luthier.registry import tuner
     " whole gradients in some steps, `ma` does not.",
     starting_rate="start with that of `lora`; its recipe here takes 0.005 on a toy model.",
     default_rate=2e-4,
+    covers="the number of positions is constant, grown and dropped ones are disjoint; at full density it"
+    " is Adam on the weights; growth `ma` scores are the outer product of SM3's statistics; "
+    "planted positions are recalled more than five times as often as by chance; Adam's moments of"
+    " a new position are those of the gathered gradients with `seed_moments`; two processes grow what one"
+    " grows; with"
+    " SM3 as the optimizer its accumulators are those of growth `ma`.",
+    omits="a CUDA kernel of its own for the multiplication; the paper's experiments on Llama-2.",
+    tests=[
+        "methods/tuners/sparse/test_spiel.py::test_spiel_keeps_its_number_of_places",
+        "methods/tuners/sparse/test_spiel.py::test_spiel_at_full_density_is_adam_on_the_weights",
+        "methods/tuners/sparse/test_spiel.py::test_spiel_ma_scores_are_the_outer_product_of_sm3",
+        "methods/tuners/sparse/test_spiel.py::test_spiel_finds_planted_places",
+        "methods/tuners/sparse/test_spiel.py::test_spiel_seeds_the_moments_of_a_new_place",
+        "methods/tuners/sparse/test_spiel.py::test_spiel_grows_alike_in_all_processes",
+        "methods/transforms/adaptive/test_sm3.py::test_sm3_keeps_the_statistics_of_growth_ma",
+    ],
 )
 class SpIEL(Sparse):
     """Sparse fine-tuning with a changing set of indices."""
@@ -52,6 +72,10 @@ class SpIEL(Sparse):
     selection_accumulation_steps: Annotated[int, Field(ge=1)] = 5
     # initial share that is exchanged, falling to 0 over the run
     initial_reselection_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
+    # growth `ag`: start Adam's moments of new positions from the gathered gradients, as the paper does
+    seed_moments: bool = False
+    # weight of an L1 penalty on the trained values (L2: transform weight_decay with `everything: true`)
+    l1: Annotated[float, Field(ge=0)] = 0.0
 
     def __post_init__(self):
         if self.selection_accumulation_steps >= self.reselection_steps:
@@ -89,18 +113,38 @@ class SpIEL(Sparse):
             return {"rows": torch.zeros(shape[0]), "columns": torch.zeros(shape[1])}
         return {
             "passes": torch.zeros((), dtype=torch.int32),
+            "steps": torch.zeros((), dtype=torch.int32),
             "candidates": torch.zeros(k, dtype=places),
+            "current": torch.zeros(k),
             "sums": torch.zeros(k),
+            "squares": torch.zeros(k),
         }
 
     @torch.no_grad()
     def gather(self, G, stats):
-        """G [out, in], a gradient passing by -> candidates and the sums of their gradients."""
+        """G [out, in], a gradient passing by -> candidates and the sums of their gradients in this step."""
         flat = G.flatten()
         if not stats["passes"]:
             stats["candidates"].copy_(greatest(flat.abs(), len(stats["candidates"])))
         stats["passes"] += 1
-        stats["sums"] += flat[stats["candidates"].long()].float()
+        stats["current"] += flat[stats["candidates"].long()].float()
+
+    @torch.no_grad()
+    def close(self, stats):
+        """The end of a step: its gradient is one more of those that were gathered."""
+        if stats["passes"]:
+            stats["sums"] += stats["current"]
+            stats["squares"] += stats["current"].square()
+            stats["steps"] += 1
+            stats["current"].zero_()
+
+    def moments(self, grown, stats):
+        """What is known of the gradients at [n] places that have just grown; None where no optimizer asks."""
+        if not self.seed_moments or self.selection_algorithm == "ma" or not stats["steps"]:
+            return None
+        order, steps = stats["candidates"].argsort(), int(stats["steps"])
+        at = order[torch.searchsorted(stats["candidates"][order], grown)]
+        return GradientMoments(stats["sums"][at] / steps, stats["squares"][at] / steps, steps)
 
     @torch.no_grad()
     def follow(self, grad, indices, stats):

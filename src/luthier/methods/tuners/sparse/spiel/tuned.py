@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from luthier.errors import RecipeError
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
 
 if TYPE_CHECKING:
+    from luthier.methods.transforms._base import GradientMoments
     from luthier.model.network import Network
+
+Stats = dict[str, Tensor]
 
 
 class SpIELModel(PeftTunedModel):
     """The statistics gathered for the next exchange belong to the state, so a run resumes within an
-    interval.
+    interval. Processes agree on them after every step in which they are gathered.
     """
 
     def __init__(self, settings: Any, model: Network):
-        if (
-            settings.watches(0)
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        ):
-            raise RecipeError(
-                f"tuner '{settings.name}': growth `ag` supports a single process only; with"
-                " several use `selection_algorithm: ma`"
-            )
         super().__init__(settings, model, config_for(settings, model))
         self.sparse = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}
-        self.gathered: dict[str, dict[str, Tensor]] = {}
+        self.gathered: dict[str, Stats] = {}
+        self.grown: dict[str, GradientMoments] = {}  # of the places that this phase has grown
         for name, layer in self.sparse.items():
             p, shape = layer.tensors(ADAPTER), tuple(oriented(layer.get_base_layer()).shape)
             stats = settings.nothing(shape, len(p.values), p.indices.dtype)
@@ -44,26 +39,79 @@ class SpIELModel(PeftTunedModel):
     def on_phase(self, clock):
         method, share = self.settings, self.settings.share(clock.step, clock.total)
         resets: dict[str, Tensor] = {}
+        self.grown = {}
         for name, layer in self.sparse.items():
             p, stats = layer.tensors(ADAPTER), self.gathered[name]
             if share:
-                resets[f"{name}.values"] = method.exchange(share, p.values, p.indices, stats)
+                new = method.exchange(share, p.values, p.indices, stats)
+                resets[f"{name}.values"] = new
+                moments = method.moments(p.indices[new], stats)
+                if moments is not None:
+                    self.grown[f"{name}.values"] = moments
             if method.begins(clock.step):
                 for t in stats.values():
                     t.zero_()
         return resets
 
+    def gradient_moments(self):
+        return self.grown
+
     def before_step(self, clock):
-        method = self.settings
         for name, layer in self.sparse.items():
-            stats = self.gathered[name]
             params = cast(Any, layer.adapter_params[ADAPTER])
-            params.watch = (
-                (lambda G, stats=stats: method.gather(G, stats)) if method.watches(clock.step) else None
-            )
+            params.watch = None
+            if self.settings.watches(clock.step):
+                params.watch = partial(self.settings.gather, stats=self.gathered[name])
 
     def after_step(self, clock):
+        if self.settings.watches(clock.step):
+            agree(list(self.gathered.values()))
+            for stats in self.gathered.values():
+                self.settings.close(stats)
         for name, layer in self.sparse.items():
-            p = layer.tensors(ADAPTER)
+            p, stats = layer.tensors(ADAPTER), self.gathered[name]
             if p.values.grad is not None:
-                self.settings.follow(p.values.grad, p.indices, self.gathered[name])
+                self.settings.follow(p.values.grad, p.indices, stats)
+
+    def extra_grads(self, group):
+        layer = self.sparse.get(group)
+        if layer is None or not self.settings.l1:
+            return {}
+        return {"values": self.settings.l1 * layer.tensors(ADAPTER).values.detach().sign()}
+
+
+@torch.no_grad()
+def agree(every: list[Stats]) -> None:
+    """What the processes of a run gathered in a step becomes the same in all of them: of their candidates
+    those whose gradients, added over processes, are largest, and these sums. With one process nothing
+    happens.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    processes = distributed.get_world_size()
+    if processes == 1:
+        return
+    for stats in every:
+        passes = stats["passes"].clone()
+        distributed.all_reduce(passes)
+        stats["passes"].copy_(passes.clamp(max=1))
+        if not passes:  # no row reached this weight in any of them
+            continue
+        places = [torch.empty_like(stats["candidates"]) for _ in range(processes)]
+        sums = [torch.empty_like(stats["current"]) for _ in range(processes)]
+        distributed.all_gather(places, stats["candidates"])
+        distributed.all_gather(sums, stats["current"])
+        join(stats, torch.cat(places), torch.cat(sums))
+
+
+def join(stats: Stats, places: Tensor, sums: Tensor) -> None:
+    """Candidates of several processes, one after another, with the sums of each: the common ones and theirs,
+    in place.
+    """
+    union, owner = places.unique(return_inverse=True)
+    totals = sums.new_zeros(len(union)).index_add_(0, owner, sums)
+    if len(union) > len(stats["candidates"]):
+        best = totals.abs().topk(len(stats["candidates"])).indices.sort().values
+        union, totals = union[best], totals[best]
+    stats["candidates"].copy_(union)
+    stats["current"].copy_(totals)

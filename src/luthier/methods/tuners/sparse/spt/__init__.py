@@ -1,28 +1,32 @@
-"""SPT: spends a budget of trainable parameters where the loss is most sensitive, on single entries, or on
-LoRA where a weight has many sensitive ones.
+"""SPT: spends a budget of trainable parameters where the loss is most sensitive, on single entries, or on a
+structured module where a weight has many sensitive ones.
 
 The sensitivity of an entry is its squared gradient, summed over a few batches of the data. The most sensitive
-entries of all chosen weights are marked; a weight with at least (parameters of its LoRA) / alpha marks gets
-LoRA instead, and in the others the marked entries are trained. The number of marks is chosen so that the
-trainable parameters meet the budget. Before rows are read, entries are drawn at random. Departs from the
-paper: matrices only, no vectors; LoRA as the structured part (the paper also has adapters); the budget that
-the LoRAs leave is used up exactly. While sensitivities are compared they take one fp32 number per weight.
+entries of all chosen weights are marked; a weight with at least (parameters of its module) / alpha marks gets
+a module instead, and in the others the marked entries are trained. The module is a LoRA, or with `structure:
+adapter` a bottleneck behind the weight's output, y + up(gelu(down(y))). With `vectors: true` norms and biases
+take part: one with marks on at least a share 1/beta of its numbers is trained whole. The number of marks is
+chosen so that the trainable parameters meet the budget. Before rows are read, entries are drawn at random.
+Departs from the paper: vectors only on request; the budget that the modules leave is used up exactly. While
+sensitivities are compared they take one fp32 number per weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
-from luthier.methods.tuners._delta import Delta
+from luthier.methods.tuners._delta import RMSNorm
 from luthier.methods.tuners.sparse._sparse import Sparse
-from luthier.registry import INTERNAL, family, tuner
+from luthier.methods.tuners.sparse.spt.parts import part_for
+from luthier.registry import INTERNAL, tuner
 
 
 @tuner(
@@ -35,28 +39,56 @@ from luthier.registry import INTERNAL, family, tuner
     costs="a pass over `init_rows` rows with one fp32 number a weight; then as a LoRA of the same budget.",
     starting_rate="start with that of `lora`.",
     default_rate=2e-4,
+    covers="the budget is met; alpha decides between entries and modules; sensitivities are sums of "
+    "squared gradients; what moves is the plan; over four fifths of the budget land in the one "
+    "layer that matters; norms and biases with a fifth of their numbers marked are trained whole;"
+    " adapters as the structured module.",
+    omits="the grid over budgets (the number of marks is found exactly instead); images.",
+    tests=[
+        "methods/tuners/sparse/test_spt.py::test_spt_plan",
+        "methods/tuners/sparse/test_spt.py::test_spt_on_a_model",
+        "methods/tuners/sparse/test_spt.py::test_spt_puts_the_budget_where_the_task_is",
+        "methods/tuners/sparse/test_spt.py::test_spt_trains_vectors_whole",
+        "methods/tuners/sparse/test_spt.py::test_spt_with_adapters",
+    ],
 )
 class SPT(Sparse):
     """Sensitivity-aware tuning."""
 
-    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.LayerNorm, RMSNorm)
     on_quantized: ClassVar[bool] = False  # sensitivities are gradients of dense weights
 
     budget: Annotated[int, Field(ge=1)] | None = None  # trainable parameters; null: use density
-    # LoRA where its parameters are at most alpha per sensitive entry; 0 = never
+    # a module where its parameters are at most alpha per sensitive entry; 0 = never
     alpha: Annotated[float, Field(ge=0)] = 10.0
-    r: Annotated[int, Field(ge=1)] = 8  # rank of the LoRAs
+    structure: Literal["lora", "adapter"] = "lora"  # what this module is; an adapter cannot be merged
+    r: Annotated[int, Field(ge=1)] = 8  # rank of the LoRAs, or width of the adapters
+    vectors: bool = False  # norms and biases as well
+    # a vector is trained whole where a share 1/beta of its numbers is sensitive; 0 = never
+    beta: Annotated[float, Field(ge=0)] = 5.0
     init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which sensitivities are measured
-    # module -> trainable entries, or minus the rank of its LoRA; filled in from the rows
+    # module (or its vector: module.weight of a norm, module.bias) -> trainable entries, or minus the size of
+    # its structured module; filled in from the rows
     plan: Annotated[dict[str, int] | None, INTERNAL] = None
+
+    @property
+    def active_provides(self):
+        return self.provides if self.structure == "lora" else self.provides - {MERGE}
 
     def attach(self, model):
         from luthier.methods.tuners._peft.chosen import chosen_modules
-        from luthier.methods.tuners.sparse.spt.tuned import SPTModel
+        from luthier.methods.tuners._peft.targets import as_list
+        from luthier.methods.tuners.sparse.spt.tuned import SPTModel, vectors_of
 
         fitted = self
         if self.plan is None:
-            sizes = {n: m.weight.numel() for n, m in chosen_modules(self, model).items()}
+            modules = chosen_modules(self, model)
+            sizes = {n: m.weight.numel() for n, m in modules.items()}
+            targets = list(sizes)
+            if self.vectors:
+                vectors = vectors_of(model, modules, as_list(self.layers_to_transform))
+                sizes |= {key: p.numel() for key, p in vectors.items()}
+                targets += [key.removesuffix(".weight") for key in vectors if key.endswith(".weight")]
             budget = self.budget or max(1, round(self.density * sum(sizes.values())))
             if budget > sum(sizes.values()):
                 raise RecipeError(
@@ -64,24 +96,37 @@ class SPT(Sparse):
                     " weights of the chosen modules; lower it"
                 )
             even = {n: max(1, round(budget * s / sum(sizes.values()))) for n, s in sizes.items()}
-            fitted = replace(
-                self, budget=budget, plan=even, target_modules=list(sizes), layers_to_transform=None
-            )
+            fitted = replace(self, budget=budget, plan=even, target_modules=targets, layers_to_transform=None)
         return SPTModel(fitted, model)
 
     def at(self, name):
-        if self.plan is None:  # outside a run: entries drawn at random, as before rows are read
-            if self.budget is not None:
-                raise ValueError(
-                    "tuner 'spt' spends its budget over all chosen modules before it is attached; leave"
-                    " budget out and give density"
-                )
-            return Entries(density=self.density)
-        count = self.plan.get(name, 0)
-        return LowRank(r=-count) if count < 0 else Entries(n=count)
+        if self.plan is None and self.budget is not None:  # outside a run
+            raise ValueError(
+                "tuner 'spt' spends its budget over all chosen modules before it is attached; leave"
+                " budget out and give density"
+            )
+        return part_for(name, self.plan, self.structure, self.density)
 
-    def planned(self, scores: dict[str, torch.Tensor]) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
-        """module -> [out, in] sensitivities: the plan, and the flat places of each module that moves entry by
+    def structured(self, shape: torch.Size, count: int) -> bool:
+        """With so many marked entries, does a weight get a module, or is a vector trained whole?"""
+        if len(shape) == 1:
+            return count > 0 and count * self.beta >= shape[0]
+        return count > 0 and count * self.alpha >= self.module_cost(shape)
+
+    def cost(self, shape: torch.Size, count: int) -> int:
+        """Trainable parameters of a weight, or vector, with so many marked entries."""
+        if not self.structured(shape, count):
+            return count
+        return shape[0] if len(shape) == 1 else self.module_cost(shape)
+
+    def module_cost(self, shape: torch.Size) -> int:
+        """Parameters of the structured module of a weight [out, in]."""
+        if self.structure == "lora":
+            return self.r * sum(shape)
+        return 2 * self.r * shape[0] + self.r + shape[0]
+
+    def planned(self, scores: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """Name -> sensitivities, [out, in] or [n]: the plan, and the flat places of what moves entry by
         entry.
         """
         budget = self.budget or 1
@@ -91,59 +136,32 @@ class SPT(Sparse):
             torch.tensor([s.numel() for s in scores.values()]).cumsum(0),
         )
         owner = torch.searchsorted(ends, order, right=True)  # whose each entry is, the most sensitive first
-        costs = {n: self.r * sum(s.shape) for n, s in scores.items()}
 
-        def layout(tau: int) -> tuple[dict[str, int], int]:
-            counts = dict(
-                zip(scores, torch.bincount(owner[:tau], minlength=len(scores)).tolist(), strict=True)
-            )
-            plan = {n: -self.r if c and c * self.alpha >= costs[n] else c for n, c in counts.items()}
-            return plan, sum(costs[n] if c < 0 else c for n, c in plan.items())
+        def marks(tau: int) -> dict[str, int]:
+            counts = torch.bincount(owner[:tau], minlength=len(scores)).tolist()
+            return dict(zip(scores, counts, strict=True))
+
+        def total(tau: int) -> int:
+            return sum(self.cost(scores[n].shape, c) for n, c in marks(tau).items())
 
         low, high = 1, len(order)
         while low < high:  # the largest tau within the budget
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if layout(middle)[1] <= budget else (low, middle - 1)
-        plan = layout(low)[0]
-        left = budget - sum(costs[n] for n, c in plan.items() if c < 0)
+            low, high = (middle, high) if total(middle) <= budget else (low, middle - 1)
+        counts = marks(low)
+        structured = {n for n, c in counts.items() if self.structured(scores[n].shape, c)}
+        left = budget - sum(self.cost(scores[n].shape, counts[n]) for n in structured)
         starts = ends - torch.tensor([s.numel() for s in scores.values()])
-        single = torch.tensor([c > 0 for c in plan.values()])
+        single = torch.tensor([c > 0 and n not in structured for n, c in counts.items()])
         taken = order[single[owner]][: max(0, left)]
         mine = torch.searchsorted(ends, taken, right=True)
-        places = {n: taken[mine == i] - starts[i] for i, n in enumerate(scores) if plan[n] > 0}
-        return {n: len(places[n]) if n in places else c for n, c in plan.items()}, places
-
-
-@family
-class Entries(Sparse):
-    """Some entries of a weight."""
-
-    name: ClassVar[str] = "spt"
-    provides: ClassVar[frozenset[str]] = frozenset({DISABLE_ADAPTER, MERGE})
-    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
-    n: int | None = None  # of them; not given: by density
-
-    def count(self, W):
-        return super().count(W) if self.n is None else self.n
-
-
-@family
-class LowRank(Delta):
-    """W + B A, B zero at the start."""
-
-    name: ClassVar[str] = "spt"
-    provides: ClassVar[frozenset[str]] = frozenset({DISABLE_ADAPTER, MERGE})
-    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
-    r: int  # rank
-
-    def init(self, W):
-        return {"A": torch.randn(self.r, W.shape[1]) / self.r, "B": torch.zeros(W.shape[0], self.r)}
-
-    def weight(self, W, p):
-        return W + (p.B @ p.A).to(W.dtype)
-
-    def forward(self, x, y, p, layer):
-        return y + (x @ p.A.T) @ p.B.T
-
-    def factors(self, p):
-        return p.A, p.B
+        plan: dict[str, Any] = {}
+        places = {}
+        for i, (name, score) in enumerate(scores.items()):
+            plan[name] = 0
+            if name in structured and score.ndim == 2:
+                plan[name] = -self.r
+            elif counts[name]:
+                own = torch.arange(score.numel()) if name in structured else taken[mine == i] - starts[i]
+                places[name], plan[name] = own, len(own)
+        return plan, places

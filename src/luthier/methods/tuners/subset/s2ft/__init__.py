@@ -4,9 +4,13 @@ weight.
 Weights that read a channel (down, o) are trained in columns: y + x[.., chosen] S'. Weights that write one
 (up, gate, v) are trained in rows: y[.., chosen] += x S'. Only S has a gradient, and only the chosen inputs
 are stored for it. Heads and channels are drawn once per layer, so up, gate and down use the same, and v's
-heads are those whose queries o reads (with grouped queries, too). Departs from the paper: chosen columns are
-gathered in place and nothing is permuted, which computes the same, leaves the model unchanged and allows
-adapters with different channels to be added. Heads and channels are drawn at random (S2FT-R).
+heads are those whose queries o reads (with grouped queries, too). They are chosen at random (S2FT-R, the
+paper's default), or by `selection`: the norm of the weights that a channel or head is made of (its rows of
+up, gate and v, its columns of down and o), the norm of what down and o read there on the first rows, or the
+norm of the gradient of -log p on these weights; the largest of them, or with `extreme: smallest` the least.
+Departs from the paper: chosen columns are gathered in place and nothing is permuted, which computes the same,
+leaves the model unchanged and allows adapters with different channels to be added. Heads are compared by the
+groups that share a key and value.
 """
 
 from __future__ import annotations
@@ -45,6 +49,18 @@ WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain
     " backward pass.",
     starting_rate="start with that of `lora`.",
     default_rate=2e-4,
+    covers="it computes what the leading blocks of a permuted model compute, with grouped queries; all "
+    "of down is full tuning of down; nothing else moves, and adapters of other channels add; what"
+    " is kept for backward grows with the chosen channels; weight, activation and gradient "
+    "selections are the largest norms.",
+    omits="serving of many adapters by scatter-add (merge one, or load several with PEFT).",
+    tests=[
+        "methods/tuners/subset/test_s2ft.py::test_s2ft_is_the_leading_block_of_a_permuted_model",
+        "methods/tuners/subset/test_s2ft.py::test_s2ft_with_all_of_down_is_full_tuning_of_down",
+        "methods/tuners/subset/test_s2ft.py::test_s2ft_leaves_the_rest_and_composes",
+        "methods/tuners/subset/test_s2ft.py::test_s2ft_keeps_the_chosen_activations_only",
+        "methods/tuners/subset/test_s2ft.py::test_s2ft_selects_by_weights_activations_and_gradients",
+    ],
 )
 class S2FT(Delta):
     """Structured sparse fine-tuning."""
@@ -57,6 +73,10 @@ class S2FT(Delta):
     g_ratio: Share = 0.0  # share of the channels whose rows of gate are trained
     o_ratio: Share = 0.0  # share of the heads whose columns of o are trained
     v_ratio: Share = 0.0  # share of the key-value heads whose rows of v are trained
+    # by what heads and channels are chosen; activation and gradient read the first init_rows rows
+    selection: Literal["random", "weight", "activation", "gradient"] = "random"
+    extreme: Literal["largest", "smallest"] = "largest"  # which of them, by the norm that selection names
+    init_rows: Annotated[int, Field(ge=1)] = 64  # rows for activation and gradient
     selection_seed: int = 0  # random seed of the choice of heads and channels
     num_attention_heads: Annotated[int | None, INTERNAL] = None  # of the network; filled in when attached
     num_key_value_heads: Annotated[int | None, INTERNAL] = None  # of the network; filled in when attached
@@ -67,6 +87,7 @@ class S2FT(Delta):
 
     def attach(self, model):
         from luthier.methods.tuners._peft.chosen import chosen_modules
+        from luthier.methods.tuners.subset.s2ft.tuned import S2FTModel
 
         text = model.config.get_text_config()
         heads = getattr(text, "num_attention_heads", None)
@@ -90,7 +111,7 @@ class S2FT(Delta):
                     f" {missing[0]}; set its ratio to 0, and another above 0"
                 )
             fitted = replace(fitted, target_modules=there, layers_to_transform=None)
-        return super(S2FT, fitted).attach(model)
+        return S2FTModel(fitted, model)
 
     def ratio(self, name: str) -> float:
         """The share of a module that moves."""
@@ -134,10 +155,14 @@ class WeightSlice(Delta):
     groups: int  # of heads, drawn together
     drawn: int  # by this seed
 
-    def chosen(self, n: int) -> torch.Tensor:
-        """[k] the columns or rows of n that move, in order."""
-        units, rng = self.heads or n, torch.Generator().manual_seed(self.drawn)
-        order = torch.randperm(self.groups if self.heads else n, generator=rng)
+    def chosen(self, n: int, order: torch.Tensor | None = None) -> torch.Tensor:
+        """[k] the columns or rows of n that move, ascending. order: the channels, or groups of heads, from
+        the first to be chosen to the last; None: at random.
+        """
+        units = self.heads or n
+        if order is None:
+            rng = torch.Generator().manual_seed(self.drawn)
+            order = torch.randperm(self.groups if self.heads else n, generator=rng)
         if self.heads:
             order = torch.arange(units).view(self.groups, -1)[order].flatten()
         picked = order[: max(1, round(self.ratio * units))].sort().values
