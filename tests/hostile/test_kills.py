@@ -159,7 +159,8 @@ class Harness:
         return self.forks(code, self.folder, "recipe.json", name, str(at), how, *rest)
 
     def kill_at(self, name: str, at: int, how: str) -> None:
-        assert self.start(name, at, how).wait() in (ENDED, 0)
+        process = self.start(name, at, how)
+        assert process.wait() in (ENDED, 0), process.said()
 
     def kill_sometime(self, name: str, chance: random.Random) -> None:
         process = self.forks(self.plain(), self.folder, "recipe.json", name)

@@ -101,3 +101,8 @@ def test_what_is_no_text_is_refused(template):
     tokenizer.chat_template = template
     with pytest.raises(RecipeError, match="not text"):
         Renderer(tokenizer)
+
+
+def test_what_is_long_in_a_row_may_be_written(chat):
+    long = "x" * 5_000_000
+    assert long in chat.render({"prompt": []}, [{"role": "user", "content": long}])

@@ -118,7 +118,7 @@ class Chat:
             if self.template is not None or self.reads_clock:
                 text = self.template or self.tokenizer.get_chat_template(None, row.get("tools"))
                 options["chat_template"] = dated(text, self.today)
-            with limited():
+            with limited(turns):
                 return self.tokenizer.apply_chat_template(
                     [self.turn(turn) for turn in turns], tools=row.get("tools"), **how, **options
                 )

@@ -24,6 +24,9 @@ from jinja2.visitor import NodeTransformer
 from luthier.compat.transformers import compile_templates_with
 
 MAX_WORK = 64_000_000  # characters that a rendering may write or copy on the way
+MAX_WRITTEN = 4_000_000  # characters of the text, which is then split into tokens
+# how often over it may write, and copy on the way, what the turns say
+TIMES_WRITTEN, TIMES_COPIED = 4, 16
 STEP = 100  # a turn of a loop or a call, in characters
 ELEMENT = 20  # an element of a list, in characters
 READ = 8  # characters that are compared or searched, for one that is written
@@ -44,10 +47,11 @@ class TemplateLimit(Exception):
 
 
 class Budget:
-    """What one rendering may still take."""
+    """What one rendering may still take. characters: of what the turns say."""
 
-    def __init__(self) -> None:
-        self.left = MAX_WORK
+    def __init__(self, characters: int) -> None:
+        self.left = MAX_WORK + TIMES_COPIED * characters
+        self.longest = MAX_WRITTEN + TIMES_WRITTEN * characters
         self.cpu_start = time.thread_time()
         self.deadline = time.perf_counter() + MAX_SECONDS
         # id -> (characters as text, levels) of lists and mappings; `alive` keeps the numbers theirs
@@ -117,11 +121,16 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 @contextmanager
-def limited() -> Iterator[None]:
-    """While within, chat templates of this thread are compiled and rendered within the limits. Raises
-    TemplateLimit.
+def limited(turns: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """While within, chat templates of this thread are compiled and rendered within the limits, which are the
+    wider the more the turns say. Raises TemplateLimit.
     """
-    token = _budget.set(Budget())
+    characters = 0
+    for turn in turns:
+        content = turn.get("content")
+        if isinstance(content, str):
+            characters += len(content)
+    token = _budget.set(Budget(characters))
     try:
         with compile_templates_with(_compile):
             yield
@@ -192,10 +201,13 @@ def counting_output(render: Callable[[Any], Iterator[str]]) -> Callable[[Any], I
     """What a template writes, counted as it is written."""
 
     def counted(context: Any) -> Iterator[str]:
-        budget = _budget.get()
+        budget, written = _budget.get(), 0
         for piece in render(context):
+            written += len(piece)
             if budget is not None:
                 budget.spend(len(piece))
+                if written > budget.longest:
+                    raise TemplateLimit(f"more than {budget.longest:,} characters of text")
             yield piece
 
     return counted
