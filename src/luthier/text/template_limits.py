@@ -23,14 +23,15 @@ from jinja2.visitor import NodeTransformer
 
 from luthier.compat.transformers import compile_templates_with
 
-MAX_WORK = 64_000_000  # characters that a rendering may write or copy on the way
-MAX_WRITTEN = 4_000_000  # characters of the text, which is then split into tokens
+MAX_WORK = 16_000_000  # characters that a rendering may write or copy on the way
+MAX_WRITTEN = 1_000_000  # characters of the text, which is then split into tokens
 # how often over it may write, and copy on the way, what the turns say
 TIMES_WRITTEN, TIMES_COPIED = 4, 16
+TURN = 200  # a turn, beside what it says, in characters
 STEP = 100  # a turn of a loop or a call, in characters
 ELEMENT = 20  # an element of a list, in characters
 READ = 8  # characters that are compared or searched, for one that is written
-MAX_SECONDS = 3.0  # of the thread's own time
+MAX_SECONDS = 1.0  # of the thread's own time, and a row is rendered several times
 MAX_TEMPLATE = 200_000  # characters of a template
 MAX_NUMBER = 1_000_000  # as an argument of a filter or a method, such as a width
 MAX_BITS = 10_000  # of a whole number
@@ -76,7 +77,7 @@ class Budget:
         self.spend(STEP)
         if time.perf_counter() > self.deadline:
             if time.thread_time() - self.cpu_start > MAX_SECONDS:
-                raise TemplateLimit(f"more than {MAX_SECONDS:.0f} seconds")
+                raise TemplateLimit(f"more than {MAX_SECONDS:.0f} second of computing")
 
     def size(self, value: Any) -> tuple[int, int]:
         """(about how many characters a value takes as text, how many levels it has)."""
@@ -125,7 +126,7 @@ def limited(turns: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     """While within, chat templates of this thread are compiled and rendered within the limits, which are the
     wider the more the turns say. Raises TemplateLimit.
     """
-    characters = 0
+    characters = TURN * len(turns)
     for turn in turns:
         content = turn.get("content")
         if isinstance(content, str):
