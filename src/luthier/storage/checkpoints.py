@@ -113,9 +113,14 @@ def save(folder: Path, moment: Checkpoint, limit: int, run_files: Iterable[Path]
         }
         files.write_json(beside / STATE, meta)
         manifest.write(beside, run_files)
+    prune(folder, limit)
+    return path
+
+
+def prune(folder: Path, limit: int) -> None:
+    """Delete all but the last checkpoints."""
     for old in paths(folder)[:-limit]:
         remove(old)
-    return path
 
 
 def remove(path: Path) -> None:
