@@ -178,6 +178,7 @@ def _save(prepared: Prepared) -> None:
     """What was trained, with the tokenizer, at the root of the folder."""
     session, trainer = prepared.session, prepared.trainer
     folder, roles = session.folder, trainer.roles
+    checkpoints.prune(folder, session.recipe.save_total_limit)  # a kill may have come before it
     session.callback.stage("saving")
     with files.disk_errors(folder):
         roles.tuner.save(folder)
