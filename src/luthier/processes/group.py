@@ -37,7 +37,7 @@ class Processes:
         self.device = torch.device("cpu")
         self._broken = False  # can the others no longer be reached?
         self._within = False  # is this process amid a sum of gradients?
-        self._agreed: BaseException | None = None  # what all processes have raised
+        self._agreed: Exception | None = None  # what all processes have raised
 
     @property
     def main(self) -> bool:
