@@ -23,7 +23,7 @@ test: $(VENV)/.tested check         ## everything CI runs
 	$(PYTEST) -m "not slow"
 
 test-fast: $(VENV)/.tested          ## pieces alone, without whole runs and without the walk over all methods
-	$(PYTEST) -m fast
+	$(PYTEST) -m fast $(addprefix --ignore=tests/,contracts run study studio)
 
 test-all: $(VENV)/.tested check     ## what is slow too: every built-in model against its card
 	$(PYTEST)
