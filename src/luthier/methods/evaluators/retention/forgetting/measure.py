@@ -62,21 +62,20 @@ def measure(
 
 
 def choose(roles: Any, rows: Sequence[dict], batch_size: int | None) -> dict[str, float]:
-    """Row id -> 1 where the right answer is the likeliest by the mean of its tokens, the end left out."""
+    """Row id -> 1 where the right answer is the likeliest, the end of the turn left out."""
     right = {}
     ends = roles.renderer.stop_ids
     for batch in batches(roles, rows, batch_size):
         logprobs = roles.policy.outputs(batch).logprobs.double()
-        sums, sizes = batch.sums(logprobs), batch.lengths.double()
+        sums, last = batch.sums(logprobs), batch.last(logprobs)
         last_labels = batch.last(batch.labels[batch.supervised]).tolist()
         for i, label in enumerate(last_labels):
-            if label in ends and sizes[i] > 1:
-                sums[i] -= batch.last(logprobs)[i]
-                sizes[i] -= 1
-        means, scores = sums / sizes, batch.column("scores")
+            if label in ends:
+                sums[i] -= last[i]
+        scores = batch.column("scores")
         for group, row in enumerate(batch.rows):
             mine = (batch.group == group).nonzero().squeeze(1)
-            right[str(row["id"])] = float(scores[mine[means[mine].argmax()]] > 0)
+            right[str(row["id"])] = float(scores[mine[sums[mine].argmax()]] > 0)
     return right
 
 
