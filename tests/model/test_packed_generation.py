@@ -5,6 +5,7 @@ restores bit for bit.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -114,10 +115,20 @@ def test_mezo_leaves_every_bit_where_it_was(dtype):
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     chain, seen = Chain((), tuner, Clock(), 0.0), []
 
-    def closure(grad):
-        seen.append({k: p.detach().clone().double() for k, p in model.named_parameters()})
-        if len(seen) == 4:
+    def watch(module, _, name):
+        for k, p in module.named_parameters(recurse=False):
+            seen[-1][f"{name}.{k}"] = p.detach().clone().double()
+        if len(seen) == 4 and name.endswith("layers.1.mlp.up_proj"):
             raise MemoryError
+
+    # each module's weights as they are while it computes
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(partial(watch, name=name))
+
+    def closure(grad):
+        seen.append({})
+        with torch.no_grad():
+            model(input_ids=torch.arange(3, 10)[None])
         return float(len(seen))
 
     mezo = build("estimator", {"name": "mezo", "eps": 1e-2})

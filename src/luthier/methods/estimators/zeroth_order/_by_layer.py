@@ -2,8 +2,9 @@
 
 A copy of all that moves would double the memory of a network that is tuned whole. A layer's weights are read
 while the layer computes; so they are exchanged for displaced ones as it begins and put back as it ends. What
-lies outside of layers (embeddings, the head, last norms) is displaced all the while. Nothing is written to:
-the weights are what they were, bit for bit, however the block ends.
+lies outside of layers (embeddings, the head, last norms) is displaced all the while: objectives may read it,
+and the weights of layers are read by the network alone. Nothing is written to: the weights are what they
+were, bit for bit, however the block ends.
 """
 
 from __future__ import annotations
