@@ -40,6 +40,7 @@ def test_which_answers_are_right_or_wrong():
     assert is_closed(["yes", "no", "no"]) and is_closed(["card_arrival"]) and not is_closed([])
     long = "a sentence of more than just six words"
     assert not is_closed([long, f"{long} too", f"{long} three"]) and is_closed([long] * 4)
+    assert is_closed(['{"a": "one two three", "b": "four five", "c": [6, 7]}', '{"a": "x y z u v w a"}'])
 
 
 def test_a_prompt_is_shown_by_its_last_question():

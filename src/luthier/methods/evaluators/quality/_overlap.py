@@ -8,6 +8,7 @@ stemming: the F measure of the longest common subsequence of words. Both lie bet
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections import Counter
@@ -20,12 +21,21 @@ WORD = re.compile(r"\w+")
 
 
 def is_closed(references: Sequence[str]) -> bool:
-    """Whether answers can be judged right or wrong: most are short, or few different ones recur."""
+    """Whether answers can be judged right or wrong: most are short or JSON, or few different ones recur."""
     if not references:
         return False
     words = statistics.median(len(text.split()) for text in references)
     recurring = len(references) > 2 and 2 * len(set(references)) <= len(references)
-    return words <= SHORT or recurring
+    structured = 2 * sum(map(_is_json, references)) > len(references)
+    return words <= SHORT or recurring or structured
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list."""
+    try:
+        return isinstance(json.loads(text), (dict, list))
+    except (ValueError, RecursionError):
+        return False
 
 
 def chrf(answer: str, reference: str) -> float:
