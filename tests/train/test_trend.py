@@ -13,6 +13,7 @@ from luthier.train.trend import checkpoints_of, held_out_trend, logged_trend, se
         ([(25, 2.0), (50, 1.8), (75, 1.7), (100, 1.65)], "falling"),
         ([(25, 2.0), (50, 1.8), (75, 1.795), (100, 1.79)], "flat"),
         ([(25, 2.0), (50, 1.8), (75, 1.9), (100, 2.1)], "rising"),
+        ([(25, 0.01), (50, 0.002), (75, 0.0012), (100, 0.001)], "flat"),
     ],
 )
 def test_held_out_losses(points, word):

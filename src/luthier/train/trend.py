@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 FALLING = 0.02  # by this share of the loss, over the last half of the steps, it counts as falling
 RISING = 0.01  # by this share above its lowest value it counts as risen
+LEAST_CHANGE = 0.01  # nats: a smaller change is none, however small the loss
 LEAST = 8  # steps of a run on which the held-out loss is measured on the way
 WINDOW = 4  # the last and the last but one of so many parts of a log are compared
 
@@ -38,12 +39,12 @@ def held_out_trend(points: Sequence[tuple[int, float]]) -> Trend | None:
         return None
     last_step, last = points[-1]
     lowest_step, lowest = min(points, key=lambda point: point[1])
-    if last > lowest + RISING * abs(lowest):
+    if last > lowest + max(LEAST_CHANGE, RISING * abs(lowest)):
         text = f"it was lowest after step {lowest_step:,} ({lowest:.3g}) and rose to {last:.3g}"
         return Trend("rising", text, lowest_step)
     step, middle = min(points[:-1], key=lambda point: abs(point[0] - last_step / 2))
     change = f"{middle:.3g} after step {step:,}, {last:.3g} at the end"
-    if middle - last > FALLING * abs(middle):
+    if middle - last > max(LEAST_CHANGE, FALLING * abs(middle)):
         return Trend("falling", f"it was still falling ({change})")
     return Trend("flat", f"it was flat ({change})")
 
