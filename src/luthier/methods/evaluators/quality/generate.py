@@ -42,9 +42,9 @@ class Generate(Evaluator):
     during training: prompt, expected, answer, score. With a reward, `generated_reward`: its mean. Without
     one, where answers are short or JSON, or few different ones recur, `exact_match`: share of answers that
     equal the row's completion, letter for letter. Where they are free texts, which are neither right nor
-    wrong, `chrf` and `rouge_l`: how much of the completion, cut to `max_new_tokens`, the answer has in common with it, and
-    `relative_length`: its words over the completion's. Plain-text rows are continued from their first words,
-    without a score. `generated_tokens`: the mean length of an answer.
+    wrong, `chrf` and `rouge_l`: how much of the completion, cut to `max_new_tokens`, the answer has in common
+    with it, and `relative_length`: its words over the completion's. Plain-text rows are continued from their
+    first words, without a score. `generated_tokens`: the mean length of an answer.
     """
 
     n: int = 32  # prompts that are answered
