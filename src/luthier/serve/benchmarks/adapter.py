@@ -34,7 +34,8 @@ class Adapter(TemplateLM):
         if not {"logprobs", "generate"} <= provides:
             raise RecipeError(f"{loaded.name} cannot be asked by lm-eval: it does not generate text")
         self.tokenizer = loaded.tokenizer
-        config = loaded.model.config.get_text_config()
+        config: Any = loaded.model.config
+        config = config.get_text_config()
         self.max_length = int(getattr(config, "max_position_embeddings", None) or POSITIONS)
 
     @property

@@ -129,7 +129,7 @@ class WithBias(BiasedEntries):
     seed: int  # random seed of both
 
     def support(self, W):
-        return draw(W.numel(), self.n, torch.Generator().manual_seed(self.seed))
+        return draw(W.numel(), self.n or 0, torch.Generator().manual_seed(self.seed))
 
     def bias_places(self, width):
         return draw(width, self.biases, torch.Generator().manual_seed(self.seed + 1))
