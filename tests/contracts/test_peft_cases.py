@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from luthier.errors import RecipeError
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners._peft import config_of
-from luthier.registry import find, names, provides_of
+from luthier.registry import find, names
 
 DELTAS = [n for n in names("tuner") if issubclass(find("tuner", n), Delta)]
 IDS = torch.arange(3, 17).reshape(2, 7)
@@ -92,7 +92,7 @@ def logits(model):
 
 def merges(name: str) -> bool:
     """False after the type has said that it cannot."""
-    if "merge" in provides_of(find("tuner", name)):
+    if "merge" in find("tuner", name).provides:
         return True
     with pytest.raises(NotImplementedError, match="cannot be merged into them; keep"):
         put(name).merge_and_unload()

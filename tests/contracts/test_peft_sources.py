@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from contracts.test_peft_cases import DELTAS, IDS, base, config, moved
 from luthier.methods.tuners._peft import config_of
-from luthier.registry import find, provides_of
+from luthier.registry import find
 
 SOURCES = os.environ.get("LUTHIER_PEFT", "")
 pytestmark = pytest.mark.skipif(not SOURCES, reason="no sources of PEFT here (LUTHIER_PEFT)")
@@ -107,7 +107,7 @@ def test_peft_case(name, case, common):
             return {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
     if "merge" in case or case == "lora_conversion":
-        if "merge" not in provides_of(find("tuner", name)):
+        if "merge" not in find("tuner", name).provides:
             pytest.skip("computes beside the weights")
     if (name, case) in ROUNDING:
         pytest.xfail("rounding")

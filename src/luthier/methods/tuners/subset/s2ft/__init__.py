@@ -26,12 +26,11 @@ from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
+from luthier.methods.tuners.subset.s2ft.parts import READS, WRITES
 from luthier.model.anatomy import kind_of, layer_of, part_of
 from luthier.registry import INTERNAL, Range, family, tuner
 
 Share = Annotated[float, Field(ge=0, le=1)]
-READS = {"o": "o_ratio", "down": "d_ratio"}  # parts that gain columns -> their setting
-WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain rows
 
 
 @tuner(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
-from luthier.methods.tuners.subset.s2ft import READS, WRITES
+from luthier.methods.tuners.subset.s2ft.parts import READS, WRITES
 from luthier.model.anatomy import kind_of, layer_of, part_of
 from luthier.model.linear import base_layer
 from luthier.model.statistics import statistics
