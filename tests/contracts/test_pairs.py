@@ -87,6 +87,8 @@ CANONICAL = [
     }
     for i, row in enumerate(ROWS)
 ]
+# objectives that ask a role by a setting alone
+BY_SETTING = [{"name": "core_tuning", "weight": 0.1, "projected": True}]
 REMOTE = {c.name for c in cards("role") if ".remote." in c.module}  # their models are behind an address
 
 
@@ -136,6 +138,7 @@ def objectives() -> list[tuple[Any, Any, frozenset[str]]]:
     specs += [f"sft + 0.1*{name} + 0.1*kl" for name in others if name != "kl"]
     specs += [{"name": "by_source", "inner": name} for name in ("sft", *others)]
     specs += others
+    specs += [["sft", spec] for spec in BY_SETTING]
     out = []
     for spec in specs:
         try:

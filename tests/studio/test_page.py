@@ -597,7 +597,9 @@ def test_an_answer_ends_where_nobody_wants_it(served, page, how):
     if how == "leave":
         turn(page, BOTH)
     page.see(f"{ANSWERS}.length === 2")
-    assert page.run(ANSWERS) == heard
+    left = page.run(ANSWERS)  # a word may have come between reading and leaving
+    assert len(left) == len(heard)
+    assert all(text.startswith(begun) for text, begun in zip(left, heard, strict=True))
 
 
 @needs_browser
