@@ -217,6 +217,16 @@ class Recipe:
         """The learning rate that this recipe has where it names none."""
         return default_rate(self.tuner, self.objective, self.optim)
 
+    @property
+    def compares_evaluations(self) -> bool:
+        """Whether evaluations during training are compared with each other, for the best one."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @property
+    def best_metric(self) -> str:
+        """The metric that tells the best weights; transformers writes `eval_` before it."""
+        return self.metric_for_best_model.removeprefix("eval_")
+
     def yaml(self) -> str:
         """The whole recipe, defaults included, methods with all their settings."""
         resolved = {**self.public(), **self.specs()}

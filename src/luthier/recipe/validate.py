@@ -237,9 +237,9 @@ def choose_evaluators(recipe: Recipe, methods: Methods, available: frozenset[str
 
 def check_best(recipe: Recipe, methods: Methods) -> None:
     """Refuse a metric for the best weights that no evaluator measures, or of which neither way is better."""
-    if not recipe.load_best_model_at_end and recipe.early_stopping_patience is None:
+    if not recipe.compares_evaluations:
         return
-    name = recipe.metric_for_best_model.removeprefix("eval_")
+    name = recipe.best_metric
     declared = {}
     names = {evaluator.name for evaluator in methods.evaluate}
     for card in cards("evaluator"):

@@ -56,7 +56,7 @@ def shared_key(recipe: Recipe) -> str | None:
     tuner = settings["tuner"] if isinstance(settings["tuner"], dict) else {"name": settings["tuner"]}
     if tuner.get("name") != "lora" or recipe.quantization is not None or recipe.objective is None:
         return None
-    if recipe.load_best_model_at_end or recipe.early_stopping_patience:
+    if recipe.compares_evaluations:
         return None
     if recipe.plan is not None or recipe.online_stages or recipe.stages or recipe.init_from is not None:
         return None

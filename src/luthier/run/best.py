@@ -25,27 +25,17 @@ TENSORS = "tensors.safetensors"
 STEP = "step.json"
 
 
-def tracks_best(recipe: Recipe) -> bool:
-    """Whether evaluations during training are compared with each other."""
-    return recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
-
-
 def eval_interval(recipe: Recipe) -> float | None:
     """eval_steps; where evaluations are compared and none is set, as often as a checkpoint is written."""
-    if recipe.eval_steps is None and tracks_best(recipe):
+    if recipe.eval_steps is None and recipe.compares_evaluations:
         return recipe.save_steps
     return recipe.eval_steps
-
-
-def metric_name(recipe: Recipe) -> str:
-    """The metric that tells the best weights; transformers writes `eval_` before it."""
-    return recipe.metric_for_best_model.removeprefix("eval_")
 
 
 def open_best(prepared: Prepared) -> Best | None:
     """The evaluations of a run so far; None where it does not compare them."""
     recipe = prepared.session.recipe
-    if not tracks_best(recipe):
+    if not recipe.compares_evaluations:
         return None
     best = Best(prepared)
     for step, value in evaluations(prepared.session, best.metric):
@@ -75,7 +65,7 @@ class Best:
 
     @property
     def metric(self) -> str:
-        return metric_name(self.prepared.session.recipe)
+        return self.prepared.session.recipe.best_metric
 
     def is_better(self, value: float) -> bool:
         """Whether a value is better than the best one by more than the threshold."""

@@ -15,7 +15,7 @@ from luthier.model.saved import plain_configs
 from luthier.registry import spec
 from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
 from luthier.run import resume
-from luthier.run.best import forget_best, tracks_best
+from luthier.run.best import forget_best
 from luthier.run.caches import close_caches
 from luthier.run.folder import update_state
 from luthier.run.prepare import Prepared
@@ -79,7 +79,7 @@ def _trend(prepared: Prepared, after: Mapping[str, float], log: Sequence[Mapping
     """
     session, trainer = prepared.session, prepared.trainer
     steps = trainer.roles.clock.total
-    if not steps or tracks_best(session.recipe):  # the best evaluation is told already
+    if not steps or session.recipe.compares_evaluations:  # the best evaluation is told already
         return ""
     higher_is_better = False
     what, measured = "training loss", None
