@@ -20,6 +20,9 @@ from helpers.rows import recipe_of
 from helpers.seeds import shift_seeds
 from luthier.toy.real import default_folder, is_there
 
+# PEFT's own tests of luthier's tuners, where its sources are
+collect_ignore = [] if os.environ.get("LUTHIER_PEFT") else ["contracts/test_peft_sources.py"]
+
 torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
 shift_seeds(int(os.environ.get("LUTHIER_TEST_SEED", "0")))  # tests/machines.py
 

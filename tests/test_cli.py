@@ -234,7 +234,8 @@ def test_explain_covers_every_key():
 
     values, _ = catalogue.explain(None)
     assert {v.key.split(".")[0] for v in values} == {f.name for f in fields(luthier.Recipe)} - set(HIDDEN)
-    assert all(v.origin.partition(":")[0] == "default" for v in values)
+    assert {v.origin for v in values if v.key != "learning_rate"} == {"default"}
+    assert [v.origin for v in values if v.key == "learning_rate"] == ["default: tuner lora 0.0002"]
 
 
 def test_a_setting_at_the_top_is_explained_where_it_went(tmp_path):

@@ -239,6 +239,7 @@ def test_the_process_of_a_caller_is_as_it_was(base, tmp_path):
         beside.start()
         luthier.tune(recipe, folder=tmp_path / "run")
         beside.join()
+        assert (tmp_path / "beside" / "report.json").is_file()
         luthier.load(tmp_path / "run")
         after = torch.get_rng_state(), np.random.get_state(), random.getstate()
         assert torch.equal(before[0], after[0]) and before[2] == after[2]

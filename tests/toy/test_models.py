@@ -82,11 +82,13 @@ def test_rows_have_their_format(task, split):
     json.dumps(rows)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
-def test_splits_share_no_item(task):
+@pytest.mark.parametrize(
+    "n", [pytest.param(300, marks=pytest.mark.long), pytest.param(800, marks=pytest.mark.slow)]
+)
+def test_splits_share_no_item(task, n):
     atoms = {
-        split: {atom for row in toy.rows(task, split, 300) for atom in row["item"].split(";") if atom}
+        split: {atom for row in toy.rows(task, split, n) for atom in row["item"].split(";") if atom}
         for split in find(task).SPLITS
     }
     for split in set(HELD_OUT) & set(atoms):

@@ -26,9 +26,10 @@ from luthier.train.trainer import joined_shares, share
 
 DROPOUT = {"name": "lora", "lora_dropout": 0.3}
 SGD = {"optim": {"name": "sgd", "max_grad_norm": 0}, "learning_rate": 0.05, "max_steps": 4}
+FEW = {"name": "forgetting", "n": 6, "max_new_tokens": 2}
 TWO_REWARDS = {"name": "score", "reward": ["exact_match", "length"]}
 SHARED = {  # what two processes do together, and how near they come to one that reads the same micro-batches
-    "sft": ({"tuner": "full", "eval_steps": 1, "evaluate": ["loss", "generate"]}, 1e-6),
+    "sft": ({"tuner": "full", "eval_steps": 1, "evaluate": ["loss", "generate", FEW]}, 1e-6),
     "kto": ({"tuner": DROPOUT, "objective": "kto", "data": UNPAIRED}, 1e-6),
     "ggpo": ({"tuner": "lora", "estimator": "ggpo"}, 1e-6),
     "grpo": (

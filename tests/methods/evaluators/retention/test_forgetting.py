@@ -117,11 +117,14 @@ def test_a_run_measures_skills_before_and_after(loaded, tmp_path):
     before = evaluator.run(loaded.roles, [], tmp_path, "before")
     assert read_skills(tmp_path) == []
     layer = loaded.model.model.layers[0].mlp.down_proj.weight
-    with torch.no_grad():
-        layer.mul_(-30)
-    after = evaluator.run(loaded.roles, [], tmp_path, "after")
-    with torch.no_grad():
-        layer.div_(-30)
+    former = layer.detach().clone()
+    try:
+        with torch.no_grad():
+            layer.mul_(-30)
+        after = evaluator.run(loaded.roles, [], tmp_path, "after")
+    finally:  # the model is shared by the tests of this file
+        with torch.no_grad():
+            layer.copy_(former)
     assert before.keys() == after.keys() and before["retention_loss"] != after["retention_loss"]
     skills = read_skills(tmp_path)
     assert {skill.skill: skill.rows for skill in skills} == {n: k // 5 for n, k in SKILLS.items()}

@@ -177,15 +177,21 @@ def test_noise_does_not_mislead_it(acquisition):
     )
 
 
-@pytest.mark.long
-def test_three_goals_at_once(monkeypatch):
-    """DTLZ2: the volume of the front after 20 evaluations, against that of 22 by chance, ten seeds."""
-    monkeypatch.setattr(_acquire, "POOL", 100)
+@pytest.mark.parametrize(
+    "pool, ours, chance",
+    [
+        pytest.param(100, 20, 22, marks=pytest.mark.long),
+        pytest.param(_acquire.POOL, 16, 18, marks=pytest.mark.slow, id="as it searches"),
+    ],
+)
+def test_three_goals_at_once(monkeypatch, pool, ours, chance):
+    """DTLZ2: the volume of the front, against that of more evaluations by chance, ten seeds."""
+    monkeypatch.setattr(_acquire, "POOL", pool)
     five = Space(tuple(Dim(f"x{i}") for i in range(5)))
     spec = {"name": "bayes", "deterministic_objective": True, "n_startup_trials": 8}
     cover = lambda seen: hypervolume([s.values for s in seen], (1.5,) * 3)
     won = [
-        cover(play(spec, dtlz2, 20, seed, five, 3)) - cover(play("random", dtlz2, 22, seed, five, 3))
+        cover(play(spec, dtlz2, ours, seed, five, 3)) - cover(play("random", dtlz2, chance, seed, five, 3))
         for seed in range(10)
     ]
     assert np.mean(won) > 0.1 and sum(w > 0 for w in won) >= 8, won

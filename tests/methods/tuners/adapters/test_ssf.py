@@ -68,6 +68,11 @@ def test_ssf_without_its_shift_is_ia3():
     assert torch.allclose(plain(ssf.model), plain(ia3.model), atol=1e-5)
 
 
+def test_a_norm_is_refused_by_a_tuner_of_matrices():
+    with pytest.raises(RecipeError, match="does not support modules of type LlamaRMSNorm"):
+        put("lora_sb", target_modules=["input_layernorm"])
+
+
 def test_ssf_solves_what_a_head_alone_does_not():
     """Shifted features: every unit of a frozen layer is near its limit, whatever it reads."""
 

@@ -154,7 +154,7 @@ class Threads:
     """Two threads in the place of two processes, for what collectives `agree` uses."""
 
     def __init__(self):
-        self.rank, self.barrier, self.sent = threading.local(), threading.Barrier(2), [None, None]
+        self.rank, self.barrier, self.sent = threading.local(), threading.Barrier(2, timeout=60), [None, None]
 
     is_available = is_initialized = staticmethod(lambda: True)
 
