@@ -32,6 +32,8 @@ STEP = 100  # a turn of a loop or a call, in characters
 ELEMENT = 20  # an element of a list, in characters
 READ = 8  # characters that are compared or searched, for one that is written
 MAX_SECONDS = 1.0  # of the thread's own time, and a row is rendered several times
+SMALL_WORK = 200_000  # characters: what has done less may have waited for a collection of garbage,
+SMALL_WORK_SECONDS = 5.0  # and has so long
 MAX_TEMPLATE = 200_000  # characters of a template
 MAX_NUMBER = 1_000_000  # as an argument of a filter or a method, such as a width
 MAX_BITS = 10_000  # of a whole number
@@ -51,7 +53,8 @@ class Budget:
     """What one rendering may still take. characters: of what the turns say."""
 
     def __init__(self, characters: int) -> None:
-        self.left = MAX_WORK + TIMES_COPIED * characters
+        self.all = MAX_WORK + TIMES_COPIED * characters
+        self.left = self.all
         self.longest = MAX_WRITTEN + TIMES_WRITTEN * characters
         self.cpu_start = time.thread_time()
         self.deadline = time.perf_counter() + MAX_SECONDS
@@ -76,8 +79,11 @@ class Budget:
         """
         self.spend(STEP)
         if time.perf_counter() > self.deadline:
-            if time.thread_time() - self.cpu_start > MAX_SECONDS:
-                raise TemplateLimit(f"more than {MAX_SECONDS:.0f} second of computing")
+            limit = MAX_SECONDS
+            if self.all - self.left < SMALL_WORK:
+                limit = SMALL_WORK_SECONDS
+            if time.thread_time() - self.cpu_start > limit:
+                raise TemplateLimit(f"more than {limit:.0f} s of computing")
 
     def size(self, value: Any) -> tuple[int, int]:
         """(about how many characters a value takes as text, how many levels it has)."""

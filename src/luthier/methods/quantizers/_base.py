@@ -27,7 +27,8 @@ Codes = dict[str, Tensor]
 class Quantizer:
     """Family: settings that turn weights into codes."""
 
-    # what the first rows tell it of each weight: "hessian" of its inputs, "fisher" information, or nothing
+    # what the first rows tell it of each weight: "hessian" of its inputs, "fisher" information,
+    # "input_maxima" of its inputs, or nothing
     reads: ClassVar[str] = ""
     whole: ClassVar[bool] = False  # must it see all weights before it decides about one?
 

@@ -60,7 +60,9 @@ class Adapter(TemplateLM):
         )
 
     def tok_encode(self, string: str, **kwargs: Any) -> list[int]:
-        """Without what the tokenizer would add, as lm-eval reads causal models."""
+        """Without what the tokenizer would add, also without a token for the beginning, which lm-eval's own
+        reader adds where the tokenizer does.
+        """
         return self.tokenizer(string, add_special_tokens=False)["input_ids"]
 
     # ------------------------------------------------------------------------------------------ likelihood

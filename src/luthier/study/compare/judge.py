@@ -34,7 +34,7 @@ class ArmResult:
 
     recipe: Recipe
     runs: dict[int, Path] = field(default_factory=dict)  # seed -> folder
-    stopped: str = ""  # why it was stopped early, if so
+    stopped: str = ""  # why it was stopped early, failed or could not run, if so
 
     def folders(self) -> list[Path]:
         """Of its runs, in the order of their seeds."""
@@ -311,7 +311,8 @@ def sentence(
     gains: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> str:
     """The answer: which arm is best and by how much, from which no difference was seen, and how far the arms
-    came from the untuned model. Claims no more than the intervals support.
+    came from the untuned model. Differences are claimed as far as their intervals go; an arm learned next to
+    nothing by its mean alone.
 
     before: the metric of the untuned model. gains: of arms over it, as `_gains` gives them.
     """

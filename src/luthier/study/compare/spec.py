@@ -63,7 +63,7 @@ class ComparisonSpec:
     least_steps: int = 30  # no arm is stopped early before so many steps
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the result but the arms, as plain data."""
+        """What decides the result but the arms and `least_steps`, as plain data."""
         return {
             "seeds": self.seeds,
             "budget": self.budget,

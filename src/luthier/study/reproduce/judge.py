@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.methods.evaluators._base import per_example_file
 from luthier.registry import did_you_mean, metric
+from luthier.storage import files
 from luthier.study.reproduce.spec import BEFORE, FAILS, HOLDS, UNDECIDED, Claim, Expectation
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class RunNumbers:
         path = per_example_file(self.folder, "before" if before else "after")
         if not path.is_file():
             return {}
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.read_object(path)
 
     def value(self, claim: Claim, arm: str, metric: str, before: bool = False) -> float:
         """One number by its name. Raises RecipeError where the run did not measure it."""

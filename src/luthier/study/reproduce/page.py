@@ -29,7 +29,9 @@ two-way analysis of variance. A claim is looked at twice at most: after a pilot 
 leave it undecided, after as many seeds as their spread asks for (20 at most). Each look has intervals at
 97.5 %, so that both together are wrong no more often than one at 95 %. Several expectations are not corrected
 for being several. Where learning rates (or another setting) were swept, a run with a seed that is not
-reported picked one for each arm; a sweep whose best lies at its edge goes on beyond it.
+reported picked one for each arm; a sweep of learning rates whose best lies at its edge goes on beyond it.
+Results of fewer than 8 seeds are of before these rules: one look at 95 %, without crossed rows. Results of 8
+seeds that are undecided were given no second look.
 
 | claim | verdict | expected | difference (interval) | seeds | paper |
 | - | - | - | - | - | - |"""
@@ -153,7 +155,7 @@ def _judged(judged: Result) -> str:
     level = 100 * judged.get("level", LEVEL)
     return (
         f"- `{judged['metric']}` by seed: {', '.join(arms)}. {verdict}. Interval at {level:g} %; bootstrap"
-        f" over {over}, too narrow with few: {low:+.3g} to {high:+.3g}."
+        f" at {100 * LEVEL:g} % over {over}, too narrow with few: {low:+.3g} to {high:+.3g}."
     )
 
 

@@ -334,7 +334,7 @@ KEYS: dict[str, Rule] = {
     "finetune": Drop("a run starts anew; `luthier resume` goes on with one"),
     "no_save_optim": Drop("a checkpoint has all that a resumed run needs"),
     "no_save_rng": Drop("a checkpoint has all that a resumed run needs"),
-    "min_lr": Drop("the schedule ends at 0"),
+    "min_lr": Drop("lr_scheduler_kwargs: {min_lr: ...} of cosine and linear has it"),
     "eval_iters": Drop("all held-out rows are evaluated"),
     "moe_aux_loss_coeff": Drop("the model's own loss of its router is not added"),
     "mtp_num_layers": Drop("the model's own heads are trained as they are"),

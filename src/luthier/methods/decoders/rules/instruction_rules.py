@@ -41,7 +41,7 @@ WORDS = {
     row="implicit-instruction-tuning",
     use_when="you ask how far a pretrained model follows instructions by three rules alone, before any"
     " tuning; or answers of a tuned one do not end.",
-    costs="a sum for each token that is written.",
+    costs="a look at the tokens of prompt and answer for each token that is written.",
     covers="the rule-based adapter: a rising bias on the end, a penalty on repeated tokens, a bias on words.",
     omits="the authors' further rules for the first token of an answer.",
     tests=[

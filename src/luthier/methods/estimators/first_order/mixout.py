@@ -26,7 +26,7 @@ from luthier.registry import Range, estimator
     row="stable-ft-biomedical",
     provides=[GRADIENT],
     use_when="full fine-tuning on a few hundred rows fails with some seeds.",
-    costs="one forward and backward pass, and two copies of the trainable parameters.",
+    costs="one forward and backward pass, a random draw for each trainable number, and two copies of them.",
     starting_rate="that of the tuner.",
     covers="the gradient is that of the mixed weights, zero where a number stands at its start; the "
     "mixed weights are the weights on average; on a quadratic it ends nearer to the start.",

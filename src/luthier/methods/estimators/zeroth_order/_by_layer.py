@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Aside = Callable[[ParamGroup, str, Tensor], "Tensor | None"]
 Moving = tuple[ParamGroup, str, nn.Parameter]
-SMALL = 8  # what moves is displaced as a whole where it is less than this part of the network
+SMALL = 8  # what moves is displaced as a whole where it is less than one part in so many
 
 
 @dataclass

@@ -2,10 +2,10 @@
 perplexity, and tokens read in a second.
 
 Bytes are those of all weights as they lie in memory, codes and scales included; bits are per number of the
-linear weights outside the head. The weights' error is |W' - W| / |W| over all linear weights, with W read
-from the checkpoint that the model was loaded from, one at a time; it is left out where there is no
-checkpoint. Seconds are of this machine, and codes are turned into weights again at each pass, so a code saves
-memory here and no time.
+linear weights outside the head. The weights' error is |W' - W| / |W| over the linear weights that the folder
+of the model has in the same shape, read from there one at a time; it is left out where there is no such
+folder, as of models from the hub. Seconds are of this machine, and codes are turned into weights again at
+each pass, so a code saves memory here and no time.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def bits_of(model: Any) -> tuple[float, int]:
 
 
 def error_of(model: Any) -> float | None:
-    """|W' - W| / |W| over all linear weights; None where no checkpoint has them."""
+    """|W' - W| / |W| over the linear weights that the model's folder has; None where it has none."""
     of, total = 0.0, 0.0
     ours = linear_weights(model)
     for name, weight in originals(str(model.config._name_or_path), set(ours)):

@@ -2,8 +2,9 @@
 texts at all.
 
 chrF (Popovic 2015) as sacreBLEU computes it of one sentence: n-grams of 1 to 6 characters without spaces,
-recall counting four times precision (beta 2). ROUGE-L (Lin 2004) as rouge-score computes it, without
-stemming: the F measure of the longest common subsequence of words. Both lie between 0 and 1.
+recall counting four times precision (beta 2). ROUGE-L (Lin 2004): the F measure of the longest common
+subsequence of words, without stemming, as rouge-score computes it of English; letters with accents belong to
+words here. Both lie between 0 and 1.
 """
 
 from __future__ import annotations

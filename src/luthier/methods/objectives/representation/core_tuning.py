@@ -73,7 +73,8 @@ class CoreTuning(Objective):
     alpha: Annotated[float, Field(gt=0)] = 1.0  # mixing shares are drawn from Beta(alpha, alpha)
     mixing: bool = True  # false: no mixed features
     focal: bool = True  # false: every pair has the same weight (SupCon)
-    # own: each row is compared with the rows and its own two mixtures; all: also with those of other rows
+    # own: each row is compared with the rows and its own two mixtures; all: also with those of other rows,
+    # and a hard mixture is then a positive of none of them
     pool: Literal["own", "all"] = "own"
     projected: bool = False  # compare features behind two trained layers (role `projection`)
 

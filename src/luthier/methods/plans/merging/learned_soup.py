@@ -5,7 +5,7 @@ Its gradient is taken by differences, with one evaluation for each run and one f
 model in memory and works for every tuner (the authors back-propagate through all models at once). A step that
 does not improve the metric is halved. The rows that decide are learned from: keep others for the final
 evaluation. Departs: one share for each run (for shares by layer, `average` takes `by_layer`), and no
-temperature, which rescales logits and changes no answer.
+temperature, which rescales logits: greedy answers stay, the loss would not.
 """
 
 from __future__ import annotations

@@ -27,9 +27,8 @@ from luthier.registry import plan
     " each model.",
     covers="a lower target has no larger d90; each model is searched by itself, and the report lists d90"
     " by size.",
-    omits="that the larger of two pretrained models has no larger d90: small networks trained here from"
-    " scratch do not show it (the larger one's was larger). d90 by pretraining step: name "
-    "checkpoints under `models`. The bound on generalization.",
+    omits="that the larger of two pretrained models has no larger d90: it is not shown here."
+    " d90 by pretraining step: name checkpoints under `models`. The bound on generalization.",
     tests=[
         "methods/tuners/low_rank/test_intrinsic_dimension.py::test_the_search_for_d90_stops_where_the_metric_is_reached",
         "methods/tuners/low_rank/test_intrinsic_dimension.py::test_d90_by_model",

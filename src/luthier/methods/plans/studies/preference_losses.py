@@ -2,11 +2,11 @@
 length.
 
 For each loss, the reward of greedy answers to held-out prompts before and after, how much longer the answers
-have become, the reward at equal length, and what the loss costs on other tasks. The reward at equal length is
-where a line through the changes of reward and of length, prompt by prompt, has no change of length. A warning
-is given where answers are longer by `flag`, as the judge may prefer length. The loss that ends with the
-highest reward is the plan's result. Pairs with a least difference of scores come from stage `pairs` and its
-`margin`.
+have become in tokens, the reward at equal length, and what the loss costs on other tasks. The reward at equal
+length is where a line through the changes of reward and of length in characters, prompt by prompt, has no
+change of length. A warning is given where answers are longer by `flag`, as the judge may prefer length. The
+loss that ends with the highest reward is the plan's result. Pairs with a least difference of scores come from
+stage `pairs` and its `margin`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.methods.plans._base import Plan
+from luthier.recipe.read import name_of
 from luthier.registry import nested, plan, spec
 from luthier.storage import files
 
@@ -101,22 +102,20 @@ class PreferenceLosses(Plan):
         return line
 
 
-def name_of(method: Any) -> Any:
-    return method.get("name") if isinstance(method, dict) else method
-
-
 def gain_at_equal_length(folder: Path) -> float | None:
     """What the answers gained in reward where they are as long as before: the constant of a least-squares
-    line through (change of length, change of reward) of each prompt. None where no answers are in the run's
-    folder.
+    line through (change of length in characters, change of reward) of each prompt. None where no answers are
+    in the run's folder.
     """
     paths = [folder / f"samples-{when}.jsonl" for when in ("before", "after")]
     if not all(path.is_file() for path in paths):
         return None
-    before, after = ({row["id"]: row for row in files.read_rows(path)} for path in paths)
+    before = {row["id"]: row for row in files.read_rows(paths[0])}
     lengths, scores = [], []
-    for name in before.keys() & after.keys():
-        one, other = before[name], after[name]
+    for other in files.read_rows(paths[1]):
+        if other["id"] not in before:
+            continue
+        one = before[other["id"]]
         if one["score"] is not None and other["score"] is not None:
             lengths.append(len(other["answer"]) - len(one["answer"]))
             scores.append(other["score"] - one["score"])

@@ -2,9 +2,10 @@
 
 The mean of four parts (Ren et al., 2020): BLEU of tokens; BLEU in which keywords weigh five times as much as
 other tokens; the share of the reference's syntax subtrees that the program has, whatever its names; and the
-share of the reference's data-flow edges, names being numbered in the order in which they appear. Departs:
-Python alone, by its own parser; BLEU is smoothed by one count for each order above the first, and data flows
-between names, whichever assignment of them counts. A program that does not parse has neither syntax nor flow.
+share of the reference's data-flow edges, names being numbered in the order in which assignments are walked.
+Departs: Python alone, by its own parser; BLEU is smoothed by one count for each order above the first, and
+data flows between names, whichever assignment of them counts. A program that does not parse has neither
+syntax nor flow.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def subtrees(tree: ast.AST | None) -> Counter[str]:
 
 
 def edges(tree: ast.AST | None) -> Counter[tuple[str, ...]]:
-    """(name, name that its value is computed from) of each assignment, names numbered as they appear."""
+    """(name, name that its value is computed from) of each assignment, names numbered as they are met."""
     out: Counter[tuple[str, ...]] = Counter()
     numbers: dict[str, str] = {}
 

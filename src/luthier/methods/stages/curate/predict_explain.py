@@ -24,8 +24,7 @@ from luthier.registry import stage
     covers="two tasks by prefixes with a weight for each, on encoder-decoders and causal models; a rationale"
     " in front of the answer is plain `sft` on such rows.",
     omits="the gain: on the small models here rationales as a second task have not made answers five points"
-    " better (claim `distilling_step_by_step`; an encoder-decoder of one layer learns 200 labels by heart"
-    " either way). Rationales by a large model are yours to bring.",
+    " better (claim `distilling_step_by_step`). Rationales by a large model are yours to bring.",
     tests=[
         "methods/stages/curate/test_predict_explain.py::test_step_by_step_makes_two_tasks_of_a_row",
         "methods/stages/curate/test_predict_explain.py::test_step_by_step_is_the_weighted_sum_of_two_losses",

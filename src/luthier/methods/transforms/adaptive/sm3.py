@@ -28,7 +28,7 @@ from luthier.registry import INTERNAL, transform
     costs="one fp32 number for each row and each column of a matrix; with momentum one for each parameter.",
     starting_rate="that of AdaGrad: start at ten times AdamW's.",
     rate_factor=10.0,
-    covers="SM3 equals the authors' optimizer, on matrices and on sparse entries; with every entry "
+    covers="SM3-II as a loop by hand computes it, on matrices and on sparse entries; with every entry "
     "trained, sparse SM3 is SM3 of the dense matrix.",
     tests=[
         "methods/transforms/adaptive/test_sm3.py::test_sm3_is_the_authors_sum",

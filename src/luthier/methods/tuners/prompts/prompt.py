@@ -27,7 +27,7 @@ from luthier.registry import tuner
     " large models and learns slowly on small ones.",
     costs="`num_virtual_tokens` more tokens in every sequence; backward still runs through the whole"
     " network.",
-    starting_rate="the paper takes 0.3 with Adafactor; its recipe here takes 0.03 with AdamW.",
+    starting_rate="the paper takes 0.3 with Adafactor, the recipe here 0.03; the default of 0.01 is careful.",
     default_rate=1e-2,
 )
 class Prompt(Tuner):

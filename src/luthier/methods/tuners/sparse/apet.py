@@ -72,10 +72,6 @@ class APET(Sparse):
         names = [name for name in modules if name in reached]
         return Delta.attach(replace(fitted, target_modules=names, layers_to_transform=None), model)
 
-    def share_of(self, key: str, counts: dict[str, int] | None) -> int:
-        """How many positions a weight, or a bias, has."""
-        return (counts or {}).get(key, 0)
-
     def at(self, name):
         """Counted over all chosen modules where luthier attached it; else `density` of this module."""
         seed = Clock(self.selection_seed).derive_seed("apet", name)
@@ -86,7 +82,7 @@ class APET(Sparse):
             )
         if self.counts is None:
             return replace(self, selection_seed=seed)
-        weight, bias = self.share_of(name, self.counts), self.share_of(f"{name}.bias", self.counts)
+        weight, bias = self.counts.get(name, 0), self.counts.get(f"{name}.bias", 0)
         if not bias:
             return replace(self, n=weight, selection_seed=seed)
         return WithBias(n=weight, biases=bias, seed=seed)
