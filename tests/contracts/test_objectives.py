@@ -29,7 +29,7 @@ from luthier.methods.stages._base import OLD_LOGPROBS
 from luthier.model.policy import Policy, Roles
 from luthier.model.quantized import quantize
 from luthier.model.quantized_linear import Quantized
-from luthier.registry import Capability, build, card, find, helps, names, page, requires_of
+from luthier.registry import Capability, Column, build, card, find, helps, names, page, requires_of
 from luthier.train.optimizer import Chain
 
 # those ask another kind of network
@@ -132,8 +132,9 @@ def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
         "reference", policy
     )
     roles = cast(reference=reference)
-    brought = {name: getattr(roles, name) for name in ("memory", "part_heads", "generator", "feature_pairs")}
-    return Roles(policy, clock, roles.renderer, reference=reference, teacher=roles.teacher, **brought)
+    brought = ("memory", "part_heads", "generator", "feature_pairs", "critic")
+    others = {name: getattr(roles, name) for name in brought}
+    return Roles(policy, clock, roles.renderer, reference=reference, teacher=roles.teacher, **others)
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora", "prompt"])
@@ -144,7 +145,9 @@ def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
     # against the policy as it is, the value of a ratio does not tell where it leads
     if "samples" in requires_of(objective):
         rows = [{k: v for k, v in r.items() if k != "supervised"} for r in rows]
-        rows = [{**r, "old_logprobs": example_value(OLD_LOGPROBS, r)} for r in rows]
+        columns = [w for w in requires_of(objective) if isinstance(w, Column) and w.per == "token"]
+        for column in (OLD_LOGPROBS, *columns):
+            rows = [{**r, column: example_value(column, r)} for r in rows]
     moving = roles.tuner.parameters()
 
     def closure(grad: bool = True) -> float:

@@ -92,6 +92,14 @@ def test_smoothed_dpo_is_trls(trl, tmp_path):
             {"name": "dr_grpo", "max_completion_length": 32},
             {"loss_type": "dr_grpo", "max_completion_length": 32, "scale_rewards": "none"},
         ),
+        (
+            {"name": "gspo", "beta": 0.1, "epsilon": 0.1, "epsilon_high": None},
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1, "epsilon": 0.1},
+        ),
+        (
+            {"name": "cispo", "beta": 0.1, "epsilon_high": 1.1},
+            {"loss_type": "cispo", "beta": 0.1, "epsilon_high": 1.1},
+        ),
     ],
     ids=lambda x: "-".join(map(str, x.values())),
 )
@@ -128,6 +136,36 @@ def test_policy_gradients_are_trls(trl, tmp_path, ours, settings, old):
         parts = [s.tolist() for s in sampled]
         rows = [{**r, "old_logprobs": parts[4 * i : 4 * i + 4]} for i, r in enumerate(rows)]
     agree(build("objective", ours), rows, made.model, made.compute_loss(made.model, inputs))
+
+
+@pytest.mark.parametrize("beta, old", [(0.1, False), (0.0, True)], ids=["fresh", "reused"])
+def test_rloo_is_trls(trl, tmp_path, beta, old):
+    rows = make_rows(2, k=4)
+    network(off_by=0.05).save_pretrained(tmp_path / "reference")
+    policy = network()
+    policy.config._name_or_path = str(tmp_path / "reference")
+    flat = [(r["prompt"], c, s) for r in rows for c, s in zip(r["completions"], r["scores"], strict=True)]
+    prompts, completions, scores = ([x[i] for x in flat] for i in range(3))
+    made = trainer(
+        trl,
+        "RLOO",
+        tmp_path,
+        {"prompt": "w3"},
+        {"num_generations": 4, "beta": beta},
+        model=policy,
+        reward_funcs=lambda prompts, **_: scores,
+    )
+    made._generate = lambda _: (prompts, completions, ["" for _ in flat])
+    inputs = made._generate_and_score_completions([{"prompt": "w3"} for _ in flat])
+    inputs = {k: v for k, v in inputs.items() if torch.is_tensor(v)}
+    if old:
+        sampled = cast().policy.logprobs(batch_of(rows)).detach()
+        sampled = sampled + 0.3 * torch.randn(sampled.shape, generator=torch.Generator().manual_seed(3))
+        parts = [part.tolist() for part in sampled.split([len(c) for c in completions])]
+        inputs["old_logps"] = torch.tensor([sum(part) for part in parts])
+        rows = [{**r, "old_logprobs": parts[4 * i : 4 * i + 4]} for i, r in enumerate(rows)]
+    theirs = made.compute_loss(made.model, inputs)
+    agree(build("objective", {"name": "rloo", "beta": beta}), rows, made.model, theirs)
 
 
 @pytest.mark.parametrize("name, beta", [("distill", 0.0), ("distill_reverse", 1.0), ("distill_jsd", 0.3)])

@@ -20,6 +20,7 @@ from luthier.methods.objectives.representation._features import classes
 from luthier.methods.roles.features.generator import Features as Made
 from luthier.methods.roles.features.memory import Features
 from luthier.methods.roles.networks.part_whole import Heads
+from luthier.methods.roles.networks.value_head import Head as ValueHead
 from luthier.methods.tuners._base import Untuned
 from luthier.model.batch import collate
 from luthier.model.policy import Policy, Roles
@@ -74,6 +75,7 @@ def cast(**others) -> Roles:
         "part_heads": copy.deepcopy(heads()),
         "generator": copy.deepcopy(generator()),
         "feature_pairs": copy.deepcopy(pairs()),
+        "critic": copy.deepcopy(critic()),
     } | others
     torch.manual_seed(10)  # whatever was made now, and what before
     roles = {k: role(net, k) if isinstance(net, LlamaForCausalLM) else net for k, net in made.items()}
@@ -109,6 +111,15 @@ def memory() -> Features:
     rng, kinds = torch.Generator().manual_seed(8), classes(rows)
     made.remember(torch.arange(len(kinds)), kinds, torch.randn(len(kinds), 16, generator=rng))
     made.after_step(None)
+    return made
+
+
+@functools.cache
+def critic() -> ValueHead:
+    """As it begins, but for a little of what it will learn."""
+    torch.manual_seed(12)
+    made = ValueHead(16, detach=True)
+    torch.nn.init.normal_(made.value.weight, std=0.1)
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import luthier
 from luthier.errors import Diverged, RecipeError
@@ -32,6 +33,18 @@ def test_rewards_by_hand():
     assert averages(sample_sums([{"prompt": "x"}])) == {}
     assert not equal_steps([{"equal_rewards": 0.5}] * 9) and not equal_steps([{"loss": 1.0}])
     assert "in 3 of 4 logged steps" in equal_steps([{"equal_rewards": 1.0}] * 3 + [{"equal_rewards": 0.0}])
+
+
+def test_the_explained_variance_is_that_of_all_tokens():
+    returns, values = [[[1.0, 2.0], [4.0]], [[3.0]]], [[[1.0, 1.0], [3.0]], [[3.0]]]
+    rows = [
+        {"scores": [0.0] * len(r), "returns": r, "old_values": v}
+        for r, v in zip(returns, values, strict=True)
+    ]
+    errors = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    want = 1 - errors.var(unbiased=False) / torch.tensor([1.0, 2.0, 4.0, 3.0]).var(unbiased=False)
+    found = averages(sample_sums(rows))
+    assert found["explained_variance"] == pytest.approx(float(want)) and not any("\0" in k for k in found)
 
 
 def test_a_run_of_zero_advantages_says_so(tmp_path):

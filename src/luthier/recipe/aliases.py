@@ -74,6 +74,7 @@ NAMES = {
         "rslora": {"name": "lora", "use_rslora": True},
         "pissa": {"name": "lora", "init_lora_weights": "pissa"},
     },
+    "objective": {"reinforce++": "reinforce_pp", "gkd": "distill_jsd", "online_dpo": "dpo"},
 }
 
 

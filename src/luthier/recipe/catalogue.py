@@ -55,7 +55,7 @@ def pages(name: str, kind: str | None = None, write: Callable[[type], str] = pag
     where there is none.
     """
     for key, aliases in NAMES.items():
-        if name not in aliases or kind not in (None, METHOD_KEYS[key]) or not aliases[name]:
+        if name not in aliases or kind not in (None, METHOD_KEYS.get(key, key)) or not aliases[name]:
             continue
         meaning = aliases[name]
         if isinstance(meaning, str):

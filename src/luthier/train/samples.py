@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 EQUAL = "equal_rewards"  # the share of groups, of two samples or more, whose rewards are all the same
+EXPLAINED = "explained_variance"  # the share of the variance of returns that the critic had foreseen
+# means of returns and of the critic's errors, and of their squares
+RETURN, ERROR, RETURN_SQUARE, ERROR_SQUARE = "\0return", "\0error", "\0return_square", "\0error_square"
 
 
 Sums = dict[str, tuple[float, float]]  # name -> sum of its values, and how many they are
@@ -19,7 +22,8 @@ Sums = dict[str, tuple[float, float]]  # name -> sum of its values, and how many
 def sample_sums(rows: Sequence[dict]) -> Sums:
     """Of rows with `scores`: reward, reward_std (within a group, on average), equal_rewards,
     completion_length in tokens, cut (share of completions without a stop token), and `reward/NAME` of several
-    rewards. Empty where rows have no scores.
+    rewards; of rows with a critic's values, what `averages` makes the explained variance of. Empty where rows
+    have no scores.
     """
     sums: Sums = {}
     for row in rows:
@@ -34,6 +38,11 @@ def sample_sums(rows: Sequence[dict]) -> Sums:
             add(sums, "cut", row.get("truncated") or [])
         for name, values in (row.get("rewards") or {}).items():
             add(sums, f"reward/{name}", values)
+        for returns, values in zip(row.get("returns") or [], row.get("old_values") or [], strict=False):
+            errors = [r - v for r, v in zip(returns, values, strict=True)]
+            for name, numbers in ((RETURN, returns), (ERROR, errors)):
+                add(sums, name, numbers)
+                add(sums, f"{name}_square", [x * x for x in numbers])
     return sums
 
 
@@ -45,8 +54,14 @@ def add(sums: Sums, name: str, values: Sequence[float]) -> None:
 
 
 def averages(sums: Sums) -> dict[str, float]:
-    """Name -> mean."""
-    return {name: total / count for name, (total, count) in sums.items() if count}
+    """Name -> mean; and `explained_variance`, 1 - Var(return - value) / Var(return)."""
+    means = {name: total / count for name, (total, count) in sums.items() if count}
+    if RETURN in means:
+        spread = means[RETURN_SQUARE] - means[RETURN] ** 2
+        missed = means[ERROR_SQUARE] - means[ERROR] ** 2
+        if spread > 0:
+            means[EXPLAINED] = 1 - missed / spread
+    return {name: mean for name, mean in means.items() if not name.startswith("\0")}
 
 
 def equal_steps(log: Sequence[dict[str, Any]]) -> str:

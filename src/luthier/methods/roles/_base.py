@@ -40,6 +40,11 @@ TEACHER = Capability(
     costs="the teacher in memory, unless it is the policy's own base or average, and its forward pass over"
     " the same rows, without gradient.",
 )
+CRITIC = Capability(
+    "critic",
+    says="a critic, which says what a state is expected to earn",
+    advice="use `roles: {critic: value_head}`",
+)
 
 PREFIX = "role:"  # what the names of tensors begin with that a role brought
 

@@ -132,14 +132,19 @@ def put_rewards(draft: Draft, key: str, weights_key: str | None = None) -> None:
         draft.note(weights_key, "mapped", "online_stages.1.reward_weights")
 
 
+POLICY_GRADIENTS = {"grpo": "grpo", "bnpo": "dapo", "dapo": "dapo", "dr_grpo": "dr_grpo", "cispo": "cispo"}
+
+
 def put_policy_gradient(draft: Draft, loss: str, key: str, scale_key: str = "scale_rewards") -> None:
     """GRPO in one of its forms, with its clipping and its penalty."""
-    ours = {"grpo": "grpo", "bnpo": "dapo", "dapo": "dapo", "dr_grpo": "dr_grpo"}.get(loss)
+    ours = POLICY_GRADIENTS.get(loss)
     if ours is None:
         ours = "grpo"
         draft.change(key, "objective", f"there is no loss '{loss}'; grpo is nearest")
     draft.put("objective.name", ours, key)
     for setting in ("beta", "epsilon", "epsilon_high"):
+        if setting == "epsilon" and ours == "cispo":
+            continue  # it has no lower bound
         if draft.get(setting) is not None:
             draft.put(f"objective.{setting}", number(draft.get(setting)), setting)
     scale = draft.get(scale_key)

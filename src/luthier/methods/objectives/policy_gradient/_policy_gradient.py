@@ -15,6 +15,7 @@ from torch import Tensor
 
 from luthier.methods.objectives._base import Objective
 from luthier.methods.roles._base import REFERENCE
+from luthier.methods.stages._base import TRUNCATED
 from luthier.model.batch import Batch
 from luthier.registry import Range, family
 
@@ -38,44 +39,115 @@ SPREAD = {  # scale_rewards -> what centred scores are divided by
 
 @family
 class PolicyGradient(Objective):
-    """Family: `tokens` is the clipped surrogate of each token; a method defines the average over tokens."""
+    """Family: `tokens` is the surrogate of each token; a method defines the average over tokens."""
 
     costs: ClassVar[str] = "a forward and backward pass over every sampled completion."
     starting_rate: ClassVar[str] = "that of `grpo`."
     flat: ClassVar[bool] = True
 
+    beta: ClassVar[float] = 0.0  # a setting where a method weighs the KL to the reference by it
+
+    # leave completions that reached no stop token out of the loss; their rewards still count in their group
+    mask_truncated_completions: bool = False
+
+    @property
+    def active_requires(self):
+        required = self.requires | {REFERENCE} if self.beta else self.requires - {REFERENCE}
+        return required | {TRUNCATED} if self.mask_truncated_completions else required
+
+    def advantages(self, roles: Any, batch: Batch) -> Tensor:
+        """[T] how much better a token did than was to be expected, without gradient."""
+        raise NotImplementedError
+
+    def log_ratio(self, batch: Batch, change: Tensor) -> Tensor:
+        """[T] logarithm of the importance weight of each token. change: [T] its log-probability now less that
+        of the policy that sampled.
+        """
+        return change
+
+    def surrogate(self, batch: Batch, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        """[T] what is minimised in place of minus the expected reward, from [T] each."""
+        raise NotImplementedError
+
+    def tokens(self, roles: Any, batch: Batch) -> Tensor:
+        """[T] the surrogate of each token, 0 in masked completions.
+
+        Notes `entropy`: minus the sampler's mean log-probability of what it sampled, which costs nothing and
+        has the entropy as its expectation where sampling is at temperature 1.
+        """
+        logp = roles.policy.logprobs(batch)
+        old = sampled_logprobs(batch, logp)
+        batch.note(entropy=-old)
+        log_ratio = self.log_ratio(batch, logp - old)
+        loss = self.surrogate(batch, logp, log_ratio, self.advantages(roles, batch))
+        loss = loss + self.penalty(roles, batch, logp, log_ratio)
+        if self.mask_truncated_completions:
+            loss = torch.where(batch.column("truncated").bool()[batch.owner], 0.0, loss)
+        return loss
+
+    def penalty(self, roles: Any, batch: Batch, logp: Tensor, log_ratio: Tensor) -> Tensor | float:
+        """[T] what is added for leaving the reference."""
+        return 0.0
+
+    def divisor(self, batch: Batch) -> float:
+        if self.unit != "token" or not self.mask_truncated_completions:
+            return self.count(batch)
+        return float((~batch.column("truncated").bool()[batch.owner]).sum())
+
+
+def sampled_logprobs(batch: Batch, logp: Tensor) -> Tensor:
+    """[T] log-probabilities of the policy that sampled: the column `old_logprobs`, without it the policy's
+    own.
+    """
+    return batch.per_token("old_logprobs") if "old_logprobs" in batch.rows[0] else logp.detach()
+
+
+@family
+class Clipped(PolicyGradient):
+    """Family: PPO's clipped ratio."""
+
     epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # lower clip bound of the ratio: 1 - epsilon
     epsilon_high: NotNegative | None = None  # upper clip bound: 1 + epsilon_high; null: epsilon
+
+    def surrogate(self, batch, logp, log_ratio, advantage):
+        """-min(ratio * A, clipped ratio * A)."""
+        ratio = log_ratio.exp()
+        low, high = 1 - self.epsilon, 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+        batch.note(clip_ratio=((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0)))
+        return -torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+
+@family
+class GroupRelative(PolicyGradient):
+    """Family: advantages relative to the other completions of the row, and a KL to the reference in the
+    loss.
+    """
+
     beta: KLWeight = 0.0  # weight of the KL to the reference; at 0 no reference is needed
     # divide advantages by the standard deviation in their row, in the micro-batch, or not at all
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # weight the KL by the ratio, so that its gradient is that of the KL; false: as in GRPO's paper
     use_bias_correction_kl: bool = True
 
-    @property
-    def active_requires(self):
-        return self.requires | {REFERENCE} if self.beta else self.requires - {REFERENCE}
-
-    def advantages(self, batch: Batch) -> Tensor:
-        """[N] how much better than its row a completion did."""
+    def advantages(self, roles, batch):
         scores = batch.column("scores")
-        return (scores - batch.over_group(scores)) / SPREAD[self.scale_rewards](batch, scores)
+        centred = scores - batch.over_group(scores)
+        return (centred / SPREAD[self.scale_rewards](batch, scores))[batch.owner]
 
-    def tokens(self, roles: Any, batch: Batch) -> Tensor:
-        """[T] -min(ratio * A, clipped ratio * A), plus beta times an estimate of KL(policy || reference).
+    def penalty(self, roles, batch, logp, log_ratio):
+        """beta times Schulman's k3, an estimate of KL(policy || reference).
 
-        The estimate is Schulman's k3. Alone it has the right mean but the gradient of the KL the other way
-        round; times the ratio (arXiv:2512.02556) it has both right.
+        Alone it has the right mean but the gradient of the KL the other way round; times the ratio
+        (arXiv:2512.02556) it has both right.
         """
-        logp, advantage = roles.policy.logprobs(batch), self.advantages(batch)[batch.owner]
-        old = batch.per_token("old_logprobs") if "old_logprobs" in batch.rows[0] else logp.detach()
-        low, high = 1 - self.epsilon, 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
-        ratio = (logp - old).exp()
-        loss = -torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
-        batch.note(clip_ratio=((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0)))
-        if self.beta:
-            gap = roles.reference.logprobs(batch) - logp
-            kl = gap.exp() - gap - 1
-            batch.note(kl=kl)
-            loss = loss + self.beta * (ratio * kl if self.use_bias_correction_kl else kl)
-        return loss
+        if not self.beta:
+            return 0.0
+        gap = roles.reference.logprobs(batch) - logp
+        kl = gap.exp() - gap - 1
+        batch.note(kl=kl)
+        return self.beta * (log_ratio.exp() * kl if self.use_bias_correction_kl else kl)
+
+
+@family
+class GroupClipped(GroupRelative, Clipped):
+    """Family: GRPO's surrogate."""

@@ -6,7 +6,7 @@ other parts are not losses: dynamic sampling is a stage, the penalty on overlong
 
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import SCORES
-from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative, PolicyGradient
+from luthier.methods.objectives.policy_gradient._policy_gradient import GroupClipped, NotNegative
 from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
@@ -18,7 +18,7 @@ from luthier.registry import objective
     " without a KL to the reference.",
     rate_factor=0.05,
 )
-class DAPO(PolicyGradient):
+class DAPO(GroupClipped):
     """The clipped surrogate of each token."""
 
     epsilon_high: NotNegative | None = 0.28  # upper clip bound: 1 + epsilon_high; null: epsilon

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import SCORES
-from luthier.methods.objectives.policy_gradient._policy_gradient import PolicyGradient
+from luthier.methods.objectives.policy_gradient._policy_gradient import GroupClipped
 from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
@@ -22,7 +22,7 @@ from luthier.registry import objective
     use_when="GRPO makes wrong answers longer and longer, or over-weights prompts of little spread.",
     rate_factor=0.05,
 )
-class DrGRPO(PolicyGradient):
+class DrGRPO(GroupClipped):
     """Sum over a completion's tokens of the clipped surrogate, over max_completion_length."""
 
     unit = "sequence"

@@ -8,7 +8,7 @@ in the gradient of the KL, as TRL does: see use_bias_correction_kl.
 
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import SCORES
-from luthier.methods.objectives.policy_gradient._policy_gradient import KLWeight, PolicyGradient
+from luthier.methods.objectives.policy_gradient._policy_gradient import GroupClipped, KLWeight
 from luthier.methods.roles._base import REFERENCE
 from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
@@ -22,7 +22,7 @@ from luthier.registry import objective
     starting_rate="1e-6 for full fine-tuning (TRL's default); with LoRA about ten times as much.",
     rate_factor=0.05,
 )
-class GRPO(PolicyGradient):
+class GRPO(GroupClipped):
     """Mean over a completion's tokens of the clipped surrogate and beta times the KL."""
 
     unit = "sequence"
