@@ -65,7 +65,7 @@ class PolicyGradient(Objective):
         """
         return change
 
-    def surrogate(self, batch: Batch, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+    def surrogate(self, batch: Batch, logp: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
         """[T] what is minimised in place of minus the expected reward, from [T] each."""
         raise NotImplementedError
 
@@ -78,14 +78,14 @@ class PolicyGradient(Objective):
         logp = roles.policy.logprobs(batch)
         old = sampled_logprobs(batch, logp)
         batch.note(entropy=-old)
-        log_ratio = self.log_ratio(batch, logp - old)
-        loss = self.surrogate(batch, logp, log_ratio, self.advantages(roles, batch))
-        loss = loss + self.penalty(roles, batch, logp, log_ratio)
+        ratio = self.log_ratio(batch, logp - old).exp()
+        loss = self.surrogate(batch, logp, ratio, self.advantages(roles, batch))
+        loss = loss + self.penalty(roles, batch, logp, ratio)
         if self.mask_truncated_completions:
             loss = torch.where(batch.column("truncated").bool()[batch.owner], 0.0, loss)
         return loss
 
-    def penalty(self, roles: Any, batch: Batch, logp: Tensor, log_ratio: Tensor) -> Tensor | float:
+    def penalty(self, roles: Any, batch: Batch, logp: Tensor, ratio: Tensor) -> Tensor | float:
         """[T] what is added for leaving the reference."""
         return 0.0
 
@@ -109,9 +109,8 @@ class Clipped(PolicyGradient):
     epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # lower clip bound of the ratio: 1 - epsilon
     epsilon_high: NotNegative | None = None  # upper clip bound: 1 + epsilon_high; null: epsilon
 
-    def surrogate(self, batch, logp, log_ratio, advantage):
+    def surrogate(self, batch, logp, ratio, advantage):
         """-min(ratio * A, clipped ratio * A)."""
-        ratio = log_ratio.exp()
         low, high = 1 - self.epsilon, 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
         batch.note(clip_ratio=((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0)))
         return -torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
@@ -134,7 +133,7 @@ class GroupRelative(PolicyGradient):
         centred = scores - batch.over_group(scores)
         return (centred / SPREAD[self.scale_rewards](batch, scores))[batch.owner]
 
-    def penalty(self, roles, batch, logp, log_ratio):
+    def penalty(self, roles, batch, logp, ratio):
         """beta times Schulman's k3, an estimate of KL(policy || reference).
 
         Alone it has the right mean but the gradient of the KL the other way round; times the ratio
@@ -145,7 +144,7 @@ class GroupRelative(PolicyGradient):
         gap = roles.reference.logprobs(batch) - logp
         kl = gap.exp() - gap - 1
         batch.note(kl=kl)
-        return self.beta * (log_ratio.exp() * kl if self.use_bias_correction_kl else kl)
+        return self.beta * (ratio * kl if self.use_bias_correction_kl else kl)
 
 
 @family

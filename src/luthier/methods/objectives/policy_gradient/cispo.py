@@ -26,8 +26,8 @@ class CISPO(GroupRelative):
     # largest weight of a token (TRL: epsilon_high)
     epsilon_high: Annotated[float, Field(gt=0), Range(1.2, 10.0, log=True)] = 5.0
 
-    def surrogate(self, batch, logp, log_ratio, advantage):
-        weight = log_ratio.detach().exp()
+    def surrogate(self, batch, logp, ratio, advantage):
+        weight = ratio.detach()
         batch.note(clip_ratio=(weight > self.epsilon_high) & (advantage > 0))
         return -weight.clamp(max=self.epsilon_high) * advantage * logp
 

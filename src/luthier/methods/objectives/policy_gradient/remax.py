@@ -54,7 +54,7 @@ class ReMax(PolicyGradient):
         batch.note(kl=gap)
         return advantage - self.beta * batch.suffix(gap)
 
-    def surrogate(self, batch, logp, log_ratio, advantage):
+    def surrogate(self, batch, logp, ratio, advantage):
         return -advantage * logp
 
     def loss(self, roles, batch):
