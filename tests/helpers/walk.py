@@ -66,7 +66,7 @@ def _objective(name: str) -> tuple[Roles, list[dict], Any]:
     attached = build("tuner", "full").attach(net)
     others = cast()
     roles = Roles(Policy(Causal(), net, attached), Clock(), others.renderer, **others.players)
-    roles.batch = lambda rows, training=False: batch_of(rows)
+    roles.batch = lambda rows, training=False, clock=None: batch_of(rows)
     return roles, contract_rows(objective, 8), objective
 
 
@@ -77,7 +77,7 @@ def _tuner(name: str) -> tuple[Roles, list[dict], Any]:
         rng = torch.Generator().manual_seed(i)
         rows.append({"id": str(i), "ids": torch.randint(3, 97, (7 + i % 3,), generator=rng).tolist()})
     roles = Roles(Policy(Causal(), attached.model, attached), Clock(), None)
-    roles.batch = lambda rows, training=False: collate(rows, _encode)
+    roles.batch = lambda rows, training=False, clock=None: collate(rows, _encode)
     return roles, rows, build("objective", "sft")
 
 

@@ -95,11 +95,12 @@ def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: i
     """Cut a layout into blocks. window: how far a token looks back; chunk: attention stays within chunks of
     positions.
     """
+    here = layout.host or layout
     pieces = _Pieces(
-        layout.piece.flatten().cpu(),
-        layout.position.flatten().cpu(),
-        layout.sees.cpu(),
-        layout.both.cpu(),
+        here.piece.flatten().cpu(),
+        here.position.flatten().cpu(),
+        here.sees.cpu(),
+        here.both.cpu(),
         window,
         chunk,
     )

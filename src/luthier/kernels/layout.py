@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Layout:
     at: Tensor  # [L] flat position whose hidden state predicts a token, -1 where nothing precedes it
     sees: Tensor  # [P, P] bool: piece a continues, directly or not, piece b
     both: Tensor  # [P] bool: is this piece read from both sides? All others see what stands before
+    host: Layout | None = field(default=None, compare=False, repr=False)  # the same, on the CPU
 
     def mask(self, window: int | None = None, chunk: int | None = None) -> Tensor:
         """[R, 1, W, W] bool, True = may look. window: sliding attention's reach; chunk: attention in chunks
@@ -64,7 +65,9 @@ def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
         pieces_before += len(layout.sees)
     tensors = {name: torch.cat(parts, -1) for name, parts in columns.items()}
     sees = torch.block_diag(*(layout.sees for layout in layouts)).bool()
-    return Layout(**tensors, sees=sees)
+    hosts = [layout.host for layout in layouts if layout.host is not None]
+    host = joined(hosts, tokens) if len(hosts) == len(layouts) else None
+    return Layout(**tensors, sees=sees, host=host)
 
 
 def _shifted(index: Tensor, by: int) -> Tensor:

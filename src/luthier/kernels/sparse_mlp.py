@@ -13,16 +13,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from luthier.kernels._switch import differentiated_otherwise
+from luthier.kernels.transfer import to_device
 
 MOST = 0.75  # share of the positions up to which picking them out is worth it
 
 
 @contextmanager
-def read_only(last: tuple[nn.Module, nn.Module] | None, at: Tensor, size: int) -> Iterator[None]:
-    """While the network reads `size` flat positions, its last MLP is handed those in `at` only.
+def read_only(
+    last: tuple[nn.Module, nn.Module] | None, at: Tensor, size: int, device: torch.device | None = None
+) -> Iterator[None]:
+    """While the network reads `size` flat positions, its last MLP is handed those in `at` only. device: the
+    network's, where `at` lies elsewhere.
 
     last: the network's last block and the MLP in it (model.anatomy.last_mlp); None: nothing is done.
     """
@@ -36,6 +41,8 @@ def read_only(last: tuple[nn.Module, nn.Module] | None, at: Tensor, size: int) -
     if recomputed or hooked or block._compiled_call_impl is not None:
         yield
         return
+    if device is not None:
+        positions = to_device({"": positions}, device)[""]
     shape: list[int] = []  # of the positions, while the MLP runs
 
     def pick(module: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
+from luthier.kernels.transfer import to_device
 from luthier.registry import did_you_mean
+
+# what a batch consists of, and which of it says how its segments hang together
+TENSORS = ("ids", "labels", "supervised", "segment", "parent", "completion", "group")
+STRUCTURE = frozenset(TENSORS[2:])
+# indices that follow from the structure: sent along, and the same in every view that does not change it
+INDICES = ("targets", "owner", "row", "lengths", "place")
+FOLLOWING = (*INDICES, "sizes", "parents", "spans")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Batch:
     altered: bool = False  # is this a view with other inputs than those of the rows?
     # other tokens [L] and shares [L]: embeddings are (1 - share) * own + share * other's
     mixed: tuple[Tensor, Tensor] | None = None
+    # the batch on the CPU that this one was sent from: its structure is this one's, its tokens may be others
+    host: Batch | None = field(default=None, compare=False, repr=False)
     # role -> its outputs for this batch
     read: dict = field(default_factory=dict, compare=False, repr=False)
     metrics: dict = field(default_factory=dict, compare=False, repr=False)  # what objectives noted
@@ -48,28 +58,57 @@ class Batch:
         mixed).
         """
         altered = self.altered or bool({"ids", "parent", "mixed"} & changes.keys())
-        return replace(self, read={}, altered=altered, **changes)
+        if STRUCTURE & changes.keys():
+            return replace(self, read={}, altered=altered, host=None, **changes)
+        view = replace(self, read={}, altered=altered, **changes)
+        for name in FOLLOWING:
+            if name in self.__dict__:
+                view.__dict__[name] = self.__dict__[name]
+        return view
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device, with nothing remembered and nothing noted."""
-        tensors = {}
-        for name in ("ids", "labels", "supervised", "segment", "parent", "completion", "group"):
-            tensors[name] = getattr(self, name).to(device)
-        return replace(self, read={}, metrics={}, **tensors)
+        """The same on another device, with nothing remembered and nothing noted. Indices are computed on the
+        CPU and sent along: on a GPU, most of them would have to be waited for.
+        """
+        device = torch.device(device)
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        if device.type != "cuda" or not self.ids.is_cpu:
+            tensors = {name: x.to(device) for name, x in tensors.items()}
+            return replace(self, read={}, metrics={}, host=None, **tensors)
+        indices = {name: getattr(self, name) for name in INDICES}
+        sent = to_device({**tensors, **indices}, device)
+        tensors = {name: sent.pop(name) for name in TENSORS}
+        there = replace(self, read={}, metrics={}, host=self, **tensors)
+        there.__dict__.update(sent, sizes=self.sizes, parents=self.parents)
+        return there
+
+    def sent(self, values: Tensor) -> Tensor:
+        """values of the CPU on this batch's device."""
+        return to_device({"": values}, self.ids.device)[""]
 
     # ------------------------------------------------------------------------------------------ indices
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """[T] where the target tokens stand in `ids`."""
+        return self.supervised.nonzero().squeeze(1)
+
+    @cached_property
+    def parents(self) -> list[int]:
+        """[S] the segment that a segment continues, -1 for a root."""
+        return self.parent.tolist()
 
     @cached_property
     def owner(self) -> Tensor:
         """[T] the sequence of each target token."""
         place = torch.full_like(self.parent, -1)
         place[self.completion] = torch.arange(len(self.completion), device=self.ids.device)
-        return place[self.segment[self.supervised]]
+        return place[self.segment[self.targets]]
 
     @cached_property
     def row(self) -> Tensor:
         """[S] the row of each segment."""
-        parents = self.parent.tolist()
+        parents = self.parents
         rows = [-1] * len(parents)
         for s, g in zip(self.completion.tolist(), self.group.tolist(), strict=True):
             while s >= 0:  # the completion's own segment, then those it continues
@@ -96,7 +135,7 @@ class Batch:
     @cached_property
     def spans(self) -> Tensor:
         """[L] tokens of the longest sequence that a token is part of."""
-        parents, above, below = self.parent.tolist(), list(self.sizes), list(self.sizes)
+        parents, above, below = self.parents, list(self.sizes), list(self.sizes)
         for s, under in enumerate(parents):  # a segment stands behind the one it continues
             if under >= 0:
                 above[s] += above[under]
@@ -104,7 +143,7 @@ class Batch:
             if parents[s] >= 0:
                 below[parents[s]] = max(below[parents[s]], self.sizes[parents[s]] + below[s])
         whole = [a + b - n for a, b, n in zip(above, below, self.sizes, strict=True)]
-        return torch.tensor(whole, device=self.ids.device)[self.segment]
+        return self.sent(torch.tensor(whole))[self.segment]
 
     def segments(self) -> list[Tensor]:
         """[S] lists of places in `ids`."""
@@ -138,7 +177,8 @@ class Batch:
         step later times gamma.
         """
         left, step = self.lengths[self.owner].long() - self.place, 1
-        while step < int(self.lengths.max()):  # sums over 1, 2, 4, ... target tokens
+        longest = int((self.host or self).lengths.max())
+        while step < longest:  # sums over 1, 2, 4, ... target tokens
             ahead = torch.cat([values[step:], values.new_zeros(min(step, len(values)))])
             values = values + gamma**step * torch.where(left > step, ahead, 0)
             step *= 2
@@ -157,7 +197,7 @@ class Batch:
         values: list[float] = []
         for row in self.rows:
             values += map(float, row[name])
-        return torch.tensor(values, device=self.ids.device)
+        return self.sent(torch.tensor(values))
 
     def reward(self, name: str) -> Tensor:
         """[N] one of several rewards of the column `rewards`, {name: a number for each completion}."""
@@ -169,7 +209,7 @@ class Batch:
                     f" `rewards`{did_you_mean(name, row['rewards'])}"
                 )
             values += map(float, row["rewards"][name])
-        return torch.tensor(values, device=self.ids.device)
+        return self.sent(torch.tensor(values))
 
     def weights(self) -> Tensor | None:
         """[T] how much each target token counts: the column `token_weights`, 1 in rows without it; None where
@@ -177,7 +217,7 @@ class Batch:
         """
         if not any("token_weights" in row for row in self.rows):
             return None
-        sizes, values = iter(self.lengths.long().tolist()), []
+        sizes, values = iter((self.host or self).lengths.long().tolist()), []
         for row in self.rows:
             for k in range(len(row["completions"])):
                 n = next(sizes)
@@ -191,7 +231,7 @@ class Batch:
                         " or max_length"
                     )
                 values += weights
-        return torch.tensor(values, dtype=torch.float32, device=self.ids.device)
+        return self.sent(torch.tensor(values, dtype=torch.float32))
 
     def per_token(self, name: str) -> Tensor:
         """[T] one number per target token, from a column of lists that a stage wrote."""
@@ -211,7 +251,7 @@ class Batch:
                 f" tokens (rows {[row['id'] for row in self.rows][:4]}): it was computed for"
                 " other completions, another tokenizer or max_length"
             )
-        return torch.tensor(values, device=self.ids.device)
+        return self.sent(torch.tensor(values))
 
     def table(self, name: str) -> Tensor:
         """[T, k] a list of k numbers per target token, from a column of them for each completion."""
@@ -233,14 +273,16 @@ class Batch:
         dtype = torch.long
         if values and isinstance(values[0][0], float):
             dtype = torch.float32
-        return torch.tensor(values, device=self.ids.device, dtype=dtype)
+        return self.sent(torch.tensor(values, dtype=dtype))
 
     def note(self, **metrics: Tensor) -> None:
         """Keep a number for the log: the mean of what is given, over this batch."""
         for name, value in metrics.items():
             value = value.detach().float()
             total, count = self.metrics.get(name, (0.0, 0))
-            self.metrics[name] = (total + float(value.sum()), count + value.numel())
+            # a GPU's sum is read at the end of the step, with all others
+            own = float(value.sum()) if value.is_cpu else value.sum()
+            self.metrics[name] = (total + own, count + value.numel())
 
 
 def collate(rows: Sequence[dict], encode: Callable[[dict], Any]) -> Batch:

@@ -78,7 +78,7 @@ class LanguageModel(Architecture):
         """[T] log-probabilities segment by segment: what packed and padded layouts are compared with."""
         pieces = batch.segments()
         out = torch.zeros(len(batch.ids), device=batch.ids.device)
-        for s in batch.segment[batch.supervised].unique().tolist():
+        for s in batch.segment[batch.targets].unique().tolist():
             own = pieces[s][batch.supervised[pieces[s]]]
             out[own] = self.alone(model, attached, batch, s, own).to(out.dtype)
         return out[batch.supervised]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from luthier.kernels.layout import Layout
+from luthier.kernels.transfer import to_device
 from luthier.model.batch import Batch
 
 # a segment, and the index in its block of the segment that it continues (-1: none)
@@ -51,7 +52,7 @@ def lay_out(
     share: read a prompt once for all its completions, else once for each. width 0: one sequence per row
     (padded). prefix: the segments that rows begin with, where others continue them, are read from both sides.
     """
-    sizes, parents = batch.sizes, batch.parent.tolist()
+    sizes, parents = batch.sizes, batch.parents
     blocks = _blocks(parents, share)
     lengths = []
     for block in blocks:
@@ -97,9 +98,10 @@ def lay_out(
         "sees": sees,
         "both": both,
     }
-    if batch.ids.device.type != "cpu":
-        tensors = {name: x.to(batch.ids.device) for name, x in tensors.items()}
-    return Layout(**tensors)
+    layout = Layout(**tensors)
+    if batch.ids.device.type == "cpu":
+        return layout
+    return Layout(**to_device(tensors, batch.ids.device), host=layout)
 
 
 def _pieces(

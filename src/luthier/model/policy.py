@@ -152,12 +152,12 @@ class Roles:
                 policies.append(player)
         return policies
 
-    def batch(self, rows: Sequence[dict], training: bool = False) -> Batch:
+    def batch(self, rows: Sequence[dict], training: bool = False, clock: Clock | None = None) -> Batch:
         """Rows -> tokens on the policy's device. What is drawn to be predicted (gaps) changes from step to
-        step in training only.
+        step in training only. clock: of another step than this one.
         """
         arch = self.policy.architecture
-        clock = self.clock
+        clock = clock or self.clock
         if not training:
             clock = Clock(clock.seed)
         batch = collate(rows, lambda row: arch.encode(row, self.renderer))

@@ -45,7 +45,7 @@ class Arms(nn.Module):
 
     def logprobs(self, batch: Any) -> Tensor:
         """[T] what an objective asks: the log-probability of each arm that was pulled."""
-        return self.log_policy()[batch.labels[batch.supervised]]
+        return self.log_policy()[batch.labels[batch.targets]]
 
 
 class Fixed:
@@ -55,7 +55,7 @@ class Fixed:
         self.log_probs = logits.log_softmax(-1)
 
     def logprobs(self, batch: Any) -> Tensor:
-        return self.log_probs[batch.labels[batch.supervised]]
+        return self.log_probs[batch.labels[batch.targets]]
 
 
 def roles_of(policy: Arms, reference: Tensor | None = None) -> Roles:

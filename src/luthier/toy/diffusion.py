@@ -76,7 +76,7 @@ class Denoiser(nn.Module):
 
     def logprobs(self, batch: Any) -> Tensor:
         """[T] log-density of each step of the batch."""
-        steps = batch.labels[batch.supervised]
+        steps = batch.labels[batch.targets]
         mean, deviation = self.step(self.before[steps], self.time[steps])
         return torch.distributions.Normal(mean, deviation).log_prob(self.after[steps]).sum(1)
 

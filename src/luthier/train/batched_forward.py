@@ -67,7 +67,7 @@ def joint_outputs(policies: Sequence[Policy], batches: Sequence[Batch]) -> list[
     supervised, labels, counts = [], [], []
     for batch in batches:
         supervised.append(batch.supervised)
-        labels.append(batch.labels[batch.supervised])
+        labels.append(batch.labels[batch.targets])
         counts.append(len(batch.owner))
     states = _cached_states(policies, batches)
     lower_layers = nullcontext()

@@ -7,11 +7,13 @@ batch is split into micro-batches and over processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from luthier.errors import out_of_memory
+from luthier.methods.transforms._base import joint_norm
 from luthier.model.batch import Batch
 from luthier.train import checks
 
@@ -24,6 +26,32 @@ class MicroBatchTooLarge(MemoryError):
 
 
 LOSS = "\0loss"  # in a sum by names: none of an objective's
+
+
+class PendingNumbers:
+    """Numbers of a step that a GPU has not computed yet: read all at once, since each reading waits for it.
+    Those of a CPU are there already.
+    """
+
+    def __init__(self):
+        self.waiting: list[tuple[Callable[[float], None], torch.Tensor]] = []
+
+    def add(self, take: Callable[[float], None], value: torch.Tensor | float) -> None:
+        """take: is called with the number, now or when all are read."""
+        if torch.is_tensor(value) and not value.is_cpu:
+            self.waiting.append((take, value))
+        else:
+            take(float(value))
+
+    def read(self) -> None:
+        """Read all, in the order in which they were added."""
+        waiting, self.waiting = self.waiting, []
+        if not waiting:
+            return
+        wide = torch.float64 if any(x.dtype == torch.float64 for _, x in waiting) else torch.float32
+        numbers = torch.stack([x.to(wide).reshape(()) for _, x in waiting]).tolist()
+        for (take, _), number in zip(waiting, numbers, strict=True):
+            take(number)
 
 
 def every_term(index: int, name: str) -> float:
@@ -75,6 +103,7 @@ class LossClosure:
         self.total = 0.0
         self.term_totals = [0.0] * len(self.names)
         self.sums: dict[str, tuple[float, int]] = {}  # metric -> sum and count
+        self.pending = PendingNumbers()
         if grad:
             for p in self.trainer.roles.tuner.parameters().values():
                 p.grad = None
@@ -101,17 +130,28 @@ class LossClosure:
                     continue
                 values = objective.loss(trainer.roles, batch)
                 checks.check_unit_count(values, objective, batch)
-                checks.check_finite(values.detach(), objective.name, clock.step, batch)
+                if values.is_cpu:
+                    checks.check_finite(values.detach(), objective.name, clock.step, batch)
                 term = values.sum() / (self.units[i] or 1.0)
                 loss = loss + float(factor) * weight * term
-                self.term_totals[i] += float(term.detach())
+                self.pending.add(partial(self._add_term, i, batch), term.detach())
             if torch.is_tensor(loss):
-                self.total += float(loss.detach())
+                self.pending.add(self._add_loss, loss.detach())
                 if grad and loss.requires_grad:
                     loss.backward()
         for name, (value, count) in batch.metrics.items():
-            total, n = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value, n + count)
+            self.pending.add(partial(self._add_metric, name, count), value)
+
+    def _add_term(self, index: int, batch: Batch, value: float) -> None:
+        checks.check_finite(torch.tensor(value), self.names[index], self.trainer.roles.clock.step, batch)
+        self.term_totals[index] += value
+
+    def _add_loss(self, value: float) -> None:
+        self.total += value
+
+    def _add_metric(self, name: str, count: int, value: float) -> None:
+        total, n = self.sums.get(name, (0.0, 0))
+        self.sums[name] = (total + value, n + count)
 
     def _may_be_flat(self) -> bool:
         """May the gradient of this batch be zero though nothing is wrong? So it is where an objective
@@ -129,12 +169,19 @@ class LossClosure:
     def end(self, grad: bool = True, only: Callable[[int, str], float] = every_term) -> float:
         """Sum over processes, check the first gradient of a run, and return the loss."""
         trainer, roles = self.trainer, self.trainer.roles
-        # the averages are global already: gradients only add up
-        if grad and trainer.processes.count > 1:
-            moving = []
+        moving = []
+        if grad:
             for group in roles.tuner.param_groups():
                 moving += [p for p in group.params.values() if p.requires_grad]
+        # the averages are global already: gradients only add up
+        if trainer.processes.count > 1 and grad:
             trainer.processes.sum_gradients(moving)
+        if moving and moving[0].is_cuda:
+            trainer.prefetch()  # while the device is still computing what is read below
+            if trainer.estimator.single_backward:
+                grads = [p.grad for p in moving if p.grad is not None]
+                self.pending.add(trainer.chain.note_norm, joint_norm(grads))
+        self.pending.read()
         if grad and only is every_term and not trainer.gradient_checked and self.counts["rows"]:
             trainer.gradient_checked = checks.check_gradient(roles.tuner, self._may_be_flat())
         # one sum for the losses and for all that objectives noted

@@ -5,17 +5,42 @@ becomes of it, as in optax.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from luthier.clock import Clock
-from luthier.methods.transforms._base import Each, LazyGradients, Params, Transform, apply_chain, global_norm
+from luthier.methods.transforms._base import (
+    Each,
+    LazyGradients,
+    MeasuredGradients,
+    Params,
+    ScaledGradients,
+    Transform,
+    apply_chain,
+    global_norm,
+)
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 
 # numbers that go through a chain at a time on a CPU: intermediate tensors stay small, and in its cache
 PIECE = 2**18
+
+
+TOGETHER = 2**26  # numbers that are stepped in the same launches on a GPU
+
+
+@dataclass
+class _Tensor:
+    """A parameter that is stepped together with others."""
+
+    name: str
+    param: Tensor
+    master: Tensor  # the parameter itself, or what is stepped in its place
+    grad: Tensor
+    extra: Tensor | None  # of a tuner's own penalty
+    states: list[dict]  # of each transform
 
 
 class Chain:
@@ -40,6 +65,9 @@ class Chain:
         self.learning_rate, self.factor = learning_rate, factor
         self.state: dict[str, dict] = {}
         self.gradient_norm: float | None = None  # of the last step, before clipping; None where not computed
+        self._known_norm: float | None = None  # of the gradients that are stepped next
+        # param -> its version and address, as the last step together left it
+        self._written: dict[str, tuple[int, int]] = {}
 
     @property
     def rate(self) -> float:
@@ -64,12 +92,85 @@ class Chain:
     def step(self, grads: Mapping[str, Params]) -> None:
         """Group -> parameter -> gradient of the global batch: update every group."""
         groups = {g.name: g for g in self.param_groups()}
+        norm, self._known_norm = self._known_norm, None
         # a gradient that is computed anew each time it is read is not read for its norm alone
-        self.gradient_norm = None if isinstance(grads, LazyGradients) else global_norm(grads)
+        if isinstance(grads, LazyGradients):
+            norm = None
+        else:
+            norm = global_norm(grads) if norm is None else norm
+            grads = MeasuredGradients(grads, norm)
+        self.gradient_norm = norm
         for transform in self.transforms:
             grads = transform.gather(grads)
+        if self._steps_together(grads):
+            self._step_together(groups, grads)
+            return
         for name, group_grads in grads.items():
             self.step_group(groups[name], group_grads)
+
+    def note_norm(self, norm: float) -> None:
+        """The joint norm of the gradients that are stepped next, where it is known already."""
+        self._known_norm = norm
+
+    # ------------------------------------------------------------------------------------------ on a GPU
+
+    def _steps_together(self, grads: Mapping[str, Params]) -> bool:
+        """Can all groups be stepped in a few launches? They have not the same age where entries were reset."""
+        if not all(t.together for t in self.transforms) or self.attached.resets or self.attached.moments:
+            return False
+        every = grads
+        if isinstance(grads, ScaledGradients):
+            every = grads.every
+        if isinstance(every, LazyGradients) or any("born" in state for state in self.state.values()):
+            return False
+        return all(g.is_cuda for params in every.values() for g in params.values())
+
+    @torch.no_grad()
+    def _step_together(self, groups: Mapping[str, ParamGroup], grads: Mapping[str, Params]) -> None:
+        """Tensors of the same age and about so many numbers at a time."""
+        factor = 1.0
+        if isinstance(grads, ScaledGradients):
+            grads, factor = grads.every, grads.factor
+        waiting: dict[int, list[_Tensor]] = {}  # age -> tensors
+        for name, group_grads in grads.items():
+            group = groups[name]
+            state = self.state.setdefault(name, {})
+            state["step"] = state.get("step", 0) + 1
+            masters = self._masters(group, state)
+            extra: dict[str, Tensor] = {}
+            for component in self.attached.components:
+                extra |= component.extra_grads(name)
+            for key, grad in group_grads.items():
+                self._init_state(key, masters[key], state)
+                states = [state[str(i)].get(key, {}) for i in range(len(self.transforms))]
+                tensor = _Tensor(f"{name}.{key}", group.params[key], masters[key], grad, extra.get(key), states)
+                alike = waiting.setdefault(state["step"], [])
+                alike.append(tensor)
+                if sum(t.grad.numel() for t in alike) >= TOGETHER:
+                    self._update_together(waiting.pop(state["step"]), state["step"], factor)
+        for step, alike in waiting.items():
+            self._update_together(alike, step, factor)
+
+    def _update_together(self, tensors: list[_Tensor], step: int, factor: float) -> None:
+        for t in tensors:
+            if t.param is not t.master and self._written.get(t.name) != _version(t.param):
+                _follow(t.master, t.param)
+        grads = [t.grad.to(t.master.dtype) for t in tensors]
+        if factor != 1.0:
+            grads = torch._foreach_mul(grads, factor)
+        for i, t in enumerate(tensors):
+            if t.extra is not None:
+                grads[i] = grads[i] + t.extra
+        masters = [t.master for t in tensors]
+        for i, transform in enumerate(self.transforms):
+            grads = transform.update_together(grads, [t.states[i] for t in tensors], masters, step)
+        torch._foreach_add_(masters, grads, alpha=-self.rate)
+        rounded = [t for t in tensors if t.param is not t.master]
+        if rounded:
+            torch._foreach_copy_([t.param for t in rounded], [t.master for t in rounded])
+            self._written.update((t.name, _version(t.param)) for t in rounded)
+
+    # ------------------------------------------------------------------------------------------ one by one
 
     @torch.no_grad()
     def step_group(self, group: ParamGroup, grads: Params) -> None:
@@ -217,6 +318,11 @@ def _follow(master: Tensor, param: Tensor) -> None:
         if not (low or high):
             return
     master.copy_(torch.where(param == rounded, master, param.to(master.dtype)))
+
+
+def _version(param: Tensor) -> tuple[int, int]:
+    """Changes when somebody writes into a parameter, or gives it other memory."""
+    return param._version, param.data_ptr()
 
 
 def _to(tree: Any, device: torch.device) -> Any:

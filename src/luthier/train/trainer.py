@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from luthier.clock import Clock
 from luthier.methods.objectives._base import Objective
+from luthier.model.batch import Batch
 from luthier.processes.group import ALONE, Processes
 from luthier.train.closure import LossClosure, MicroBatchTooLarge
 from luthier.train.optimizer import Chain
@@ -86,6 +87,22 @@ def joined_shares(shares: Sequence[Sequence[dict]], micro: int) -> list[dict]:
     return rows
 
 
+@dataclass(frozen=True)
+class Prefetched:
+    """Micro-batches made ahead of their step."""
+
+    rows: list[dict]
+    step: int
+    micro: int
+    batches: list[Batch]
+
+    def fits(self, rows: Sequence[dict], step: int, micro: int) -> bool:
+        """Are these rows the same ones?"""
+        if (step, micro, len(rows)) != (self.step, self.micro, len(self.rows)):
+            return False
+        return all(a is b for a, b in zip(rows, self.rows, strict=True))
+
+
 @dataclass
 class Trainer:
     """One training run in progress."""
@@ -105,6 +122,7 @@ class Trainer:
     # of sums and metrics that all processes know, in one order
     names: list[str] = field(default_factory=list)
     sample_names: list[str] = field(default_factory=list)
+    _prefetched: Prefetched | None = None
 
     def run(self, until: int | None = None) -> None:
         """Step until the clock's total, or stop before at `until`."""
@@ -155,11 +173,10 @@ class Trainer:
 
     def prepare_step(self) -> None:
         """Before a step: what moves in it, and its rows."""
-        clock, batches, processes = self.roles.clock, self.batches, self.processes
+        clock, batches = self.roles.clock, self.batches
         self.roles.tuner.begin_step(clock)
         if self.drawn_rows is None or clock.step % batches.num_iterations == 0:
-            rows = draw(self.rows, clock, batches.per_step, batches.stop_at, batches.num_iterations)
-            rows = share(rows, batches.micro, processes.index, processes.count)
+            rows = self._own_rows(clock)
             for stage in batches.live:
                 rows = list(stage(rows, self.roles))
             self.drawn_rows = rows
@@ -167,11 +184,33 @@ class Trainer:
     def closure(self) -> LossClosure:
         """The loss of this step, for the estimator."""
         self.roles.policy.train()
-        rows = self.drawn_rows or []
+        rows, clock = self.drawn_rows or [], self.roles.clock
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None and prefetched.fits(rows, clock.step, self.batches.micro):
+            return LossClosure(self, prefetched.batches)
+        return LossClosure(self, self._micro_batches(rows, clock))
+
+    def _own_rows(self, clock: Clock) -> list[dict]:
+        """This process's rows of the draw at a step."""
+        batches, processes = self.batches, self.processes
+        rows = draw(self.rows, clock, batches.per_step, batches.stop_at, batches.num_iterations)
+        return share(rows, batches.micro, processes.index, processes.count)
+
+    def _micro_batches(self, rows: Sequence[dict], clock: Clock) -> list[Batch]:
         batches = []
         for i in range(0, len(rows), self.batches.micro):
-            batches.append(self.roles.batch(rows[i : i + self.batches.micro], training=True))
-        return LossClosure(self, batches)
+            batches.append(self.roles.batch(rows[i : i + self.batches.micro], training=True, clock=clock))
+        return batches
+
+    def prefetch(self) -> None:
+        """Make and send the next step's batches while a GPU works on this one. Where rows turn out to be
+        others, they are made anew.
+        """
+        clock = replace(self.roles.clock, step=self.roles.clock.step + 1)
+        if self.batches.live or self.batches.num_iterations > 1 or clock.step >= clock.total:
+            return
+        rows = self._own_rows(clock)
+        self._prefetched = Prefetched(rows, clock.step, self.batches.micro, self._micro_batches(rows, clock))
 
     def finish_step(self, closure: LossClosure, loss: float, seconds: float) -> dict:
         """After a step that took so many seconds: its log."""

@@ -87,7 +87,7 @@ def read(roles: Any, rows: Sequence[dict], size: int | None, asks: Set[str]) -> 
         if "first" in asks:
             firsts = [
                 round(n)
-                for n in batch.sums((outputs.first() == batch.labels[batch.supervised]).float()).tolist()
+                for n in batch.sums((outputs.first() == batch.labels[batch.targets]).float()).tolist()
             ]
         names = [name for row in batch.rows for name in named(row)]
         out |= {

@@ -48,6 +48,17 @@ class Transform:
         """This transform, knowing what it will be applied to."""
         return self
 
+    # has it `update_together`? On a GPU a chain of such transforms steps all tensors in a few launches
+    together: ClassVar[bool] = False
+
+    def update_together(
+        self, grads: list[Tensor], states: list[dict], params: list[Tensor], step: int
+    ) -> list[Tensor]:
+        """`apply` for many tensors of many groups at once, each with its own state; whether `grads` are
+        written over is up to it.
+        """
+        raise NotImplementedError
+
     def gather(self, every: Mapping[str, Params]) -> Mapping[str, Params]:
         """Before any group is stepped: for transforms that look at all gradients together (clipping by global
         norm).
@@ -81,17 +92,37 @@ class Each(Transform):
         return updates
 
 
+class MeasuredGradients(dict):
+    """Group -> its gradients, whose joint norm is known."""
+
+    def __init__(self, grads: Mapping[str, Params], norm: float):
+        super().__init__(grads)
+        self.norm = norm
+
+
 def global_norm(grads: Mapping[str, Params]) -> float:
     """The norm of all gradients together, before anything is done to them; 0 where there are none."""
-    norms = []
+    if isinstance(grads, MeasuredGradients):
+        return grads.norm
+    every: list[Tensor] = []
     for params in grads.values():
-        for grad in params.values():
-            precision = torch.promote_types(grad.dtype, torch.float32)
-            norms.append(torch.linalg.vector_norm(grad, dtype=precision))
-    if not norms:
+        every += params.values()
+    return float(joint_norm(every))
+
+
+def joint_norm(grads: Sequence[Tensor]) -> Tensor | float:
+    """The norm of all these tensors together, where they are; 0 where there are none."""
+    if not grads:
         return 0.0
-    device = norms[0].device
-    return float(torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])))
+    device = grads[0].device
+    if device.type == "cuda" and all(g.device == device and g.dtype.itemsize <= 4 for g in grads):
+        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+        return torch.linalg.vector_norm(torch.stack(norms))
+    norms = []
+    for grad in grads:
+        precision = torch.promote_types(grad.dtype, torch.float32)
+        norms.append(torch.linalg.vector_norm(grad, dtype=precision).to(device))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class LazyGradients(Mapping):
@@ -110,6 +141,14 @@ class LazyGradients(Mapping):
 
     def __len__(self) -> int:
         return len(self.groups)
+
+
+class ScaledGradients(LazyGradients):
+    """Group -> its gradients times one factor."""
+
+    def __init__(self, every: Mapping[str, Params], factor: float):
+        super().__init__(every, lambda name: {k: g * factor for k, g in every[name].items()})
+        self.every, self.factor = every, factor
 
 
 def apply_chain(

@@ -114,7 +114,7 @@ class Adapter(TemplateLM):
         """Of each sequence of a batch."""
         outputs = self.roles.policy.outputs(batch)
         sums = batch.sums(outputs.logprobs.double()).tolist()
-        hits = batch.sums((outputs.first() == batch.labels[batch.supervised]).float())
+        hits = batch.sums((outputs.first() == batch.labels[batch.targets]).float())
         greedy = (hits == batch.lengths).tolist()
         return [*zip(sums, greedy, strict=True)]
 

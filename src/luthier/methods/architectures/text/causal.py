@@ -120,8 +120,9 @@ class Causal(LanguageModel):
 
     def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         layout, inputs = self.laid_out(model, attached, batch)
-        at, labels = layout.at[batch.supervised], batch.labels[batch.supervised]
-        if (at < 0).any():
+        at, labels = layout.at[batch.targets], batch.labels[batch.targets]
+        at_host = (layout.host or layout).at[(batch.host or batch).targets]
+        if (at_host < 0).any():
             raise ValueError(
                 "the first token of a sequence is supervised, but nothing precedes it to predict it from"
             )
@@ -132,7 +133,7 @@ class Causal(LanguageModel):
         few = self.in_blocks(model) and not (attached.follows_rows() or self.own_head)
         sparing = nullcontext()
         if few:
-            sparing = sparse_mlp.read_only(last_mlp(model), at, layout.source.numel())
+            sparing = sparse_mlp.read_only(last_mlp(model), at_host, layout.source.numel(), at.device)
         with nullcontext() if states is None else cache.skipped(states[layout.source]), sparing:
             outputs = self.answer(model, inputs, at, labels)
         masks = inputs["attention_mask"]
@@ -269,7 +270,7 @@ class Causal(LanguageModel):
         """make(window, chunk) for each kind of layer where they differ, else once. What no sequence reaches
         is left out.
         """
-        config, longest = model.config.get_text_config(), int(layout.position.max())
+        config, longest = model.config.get_text_config(), int((layout.host or layout).position.max())
         window, chunk = (
             size if (size := getattr(config, name, None)) and size <= longest else None
             for name in ("sliding_window", "attention_chunk_size")

@@ -94,8 +94,8 @@ class MaskedLM(LanguageModel):
         for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):
             first = r * width + attached.virtual + len(p) - len(pieces[s])
             at[pieces[s]] = first + torch.arange(len(pieces[s]), device=at.device)
-        at = at[batch.supervised]
-        return self.answer(model, inputs, at, batch.labels[batch.supervised])
+        at = at[batch.targets]
+        return self.answer(model, inputs, at, batch.labels[batch.targets])
 
     def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
         pieces = batch.segments()

@@ -68,7 +68,7 @@ class RewardModel(Architecture):
         for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):
             first = r * values.shape[1] + attached.virtual + len(p) - len(pieces[s])
             at[pieces[s]] = first + torch.arange(len(pieces[s]), device=at.device)
-        return Values(values.flatten()[at[batch.supervised]])
+        return Values(values.flatten()[at[batch.targets]])
 
     def plain(self, model: Network, attached: Any, batch: Batch) -> Tensor:
         pieces, out = batch.segments(), []

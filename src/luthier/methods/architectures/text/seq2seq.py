@@ -62,7 +62,7 @@ class Seq2Seq(LanguageModel):
         at = torch.full_like(batch.ids, -1)
         for r, p in enumerate(places):  # the decoder's place k has read k tokens and answers token k
             at[p] = r * width + torch.arange(len(p), device=at.device)
-        at = at[batch.supervised]
+        at = at[batch.targets]
         if (at < 0).any():
             raise ValueError(
                 "a supervised token lies in the prompt, which the encoder reads and does not predict"
@@ -77,7 +77,7 @@ class Seq2Seq(LanguageModel):
             "attention_mask": mask[which],
             "decoder_input_ids": torch.cat([targets.new_full((len(targets), 1), start), targets[:, :-1]], 1),
         }
-        return self.answer(model, inputs, at, batch.labels[batch.supervised])
+        return self.answer(model, inputs, at, batch.labels[batch.targets])
 
     def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
         root, *way = path(batch, segment)

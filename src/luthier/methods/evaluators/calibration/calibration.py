@@ -41,7 +41,7 @@ class Calibration(Evaluator):
         for batch in batches(roles, liked(rows), self.batch_size):
             logprobs, ids = roles.policy.outputs(batch).top(1)
             sure.append(logprobs.squeeze(1).double().exp())
-            right.append((ids.squeeze(1) == batch.labels[batch.supervised]).double())
+            right.append((ids.squeeze(1) == batch.labels[batch.targets]).double())
         if not sure:
             return {}
         table = self.table(torch.cat(sure), torch.cat(right))

@@ -42,7 +42,7 @@ class Metric(Objective):
     of: Literal["accuracy", "token_accuracy", "f1"] = "accuracy"
 
     def loss(self, roles, batch):
-        likeliest, labels = roles.policy.outputs(batch).first(), batch.labels[batch.supervised]
+        likeliest, labels = roles.policy.outputs(batch).first(), batch.labels[batch.targets]
         right = batch.means((likeliest == labels).float())
         if self.of == "accuracy":
             right = (right > 1 - 0.5 / batch.lengths.clamp(min=1)).float()

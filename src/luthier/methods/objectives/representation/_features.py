@@ -27,7 +27,7 @@ def features(batch: Batch, outputs: Any) -> Tensor:
 
 def classes(batch: Batch) -> Tensor:
     """[N'] a number for what each sequence answers: alike where all its asked tokens are alike."""
-    tokens = batch.labels[batch.supervised] + 1
+    tokens = batch.labels[batch.targets] + 1
     return batch.sums(tokens * torch.full_like(tokens, SPREAD).pow(batch.place + 1))[answered(batch)]
 
 

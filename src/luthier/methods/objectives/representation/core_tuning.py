@@ -90,7 +90,7 @@ class CoreTuning(Objective):
 
     def loss(self, roles, batch):
         out, kinds = roles.policy.outputs(batch), classes(batch)
-        h, tokens = features(batch, out), batch.labels[batch.supervised][batch.place == 0]
+        h, tokens = features(batch, out), batch.labels[batch.targets][batch.place == 0]
         own = torch.eye(len(h), dtype=torch.bool, device=h.device)
         same = (kinds[:, None] == kinds) & ~own
         other = kinds[:, None] != kinds

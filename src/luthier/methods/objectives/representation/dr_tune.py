@@ -58,7 +58,7 @@ class DRTune(Objective):
         if not self.weight:
             return value
         first = batch.place == 0
-        tokens, memory = batch.labels[batch.supervised][first], roles.feature_pairs
+        tokens, memory = batch.labels[batch.targets][first], roles.feature_pairs
         before, after = (
             features(batch, roles.reference.outputs(batch)).detach(),
             features(batch, out).detach(),

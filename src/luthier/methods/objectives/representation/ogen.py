@@ -77,7 +77,7 @@ class OGEN(Objective):
     def loss(self, roles, batch):
         make, out, late = roles.generator, roles.policy.outputs(batch), roles.teacher.outputs(batch)
         h = features(batch, out)
-        kinds, here = make.kind(batch.labels[batch.supervised][batch.place == 0])
+        kinds, here = make.kind(batch.labels[batch.targets][batch.place == 0])
         table = roles.policy.model.get_output_embeddings().weight
         if h.shape[1] != table.shape[1] or table.shape[1] != make.mean.shape[1]:
             raise RecipeError(

@@ -54,6 +54,6 @@ class Pairs(Features):
             with eval_mode(roles.policy.model):
                 both = [features(batch, who(batch)) for who in (roles.reference, roles.policy)]
             self.remember(
-                of_rows(batch), batch.labels[batch.supervised][batch.place == 0], torch.cat(both, 1)
+                of_rows(batch), batch.labels[batch.targets][batch.place == 0], torch.cat(both, 1)
             )
         self.after_step(roles.clock)

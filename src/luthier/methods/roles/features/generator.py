@@ -157,7 +157,7 @@ class Features(Part):
             batch = roles.batch(rows[i : i + 16])
             with eval_mode(roles.policy.model):
                 states = features(batch, roles.policy(batch))
-            kinds, here = self.kind(batch.labels[batch.supervised][batch.place == 0])
+            kinds, here = self.kind(batch.labels[batch.targets][batch.place == 0])
             self.remember(of_rows(batch)[here], kinds[here], states[here])
         absent = sorted({*range(len(self.base_classes))} - {c for c, _ in self.pending.values()})
         if absent:

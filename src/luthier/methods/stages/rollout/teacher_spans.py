@@ -146,7 +146,7 @@ def _supervised_ids(roles: Any, row: dict) -> list[list[int]]:
     """Supervised token ids of each completion."""
     batch = roles.batch([row])
     return [
-        part.tolist() for part in torch.split(batch.labels[batch.supervised], batch.lengths.long().tolist())
+        part.tolist() for part in torch.split(batch.labels[batch.targets], batch.lengths.long().tolist())
     ]
 
 

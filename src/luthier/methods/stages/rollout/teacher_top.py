@@ -68,7 +68,7 @@ class TeacherTop(Stage):
             batch = roles.batch(rows[i : i + self.batch_size])
             with eval_mode(roles.policy.model):
                 logprobs, ids = roles.teacher.outputs(batch).top(self.k)
-            parts.append((logprobs.float().cpu(), ids.cpu(), batch.labels[batch.supervised].cpu()))
+            parts.append((logprobs.float().cpu(), ids.cpu(), batch.labels[batch.targets].cpu()))
             lengths += batch.lengths.long().tolist()
         if not parts:
             return []

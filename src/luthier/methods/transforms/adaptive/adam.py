@@ -22,6 +22,7 @@ class Adam(Each):
 
     pointwise = True
     rescales = True
+    together = True
 
     adam_beta1: float = 0.9  # decay rate of the mean
     adam_beta2: float = 0.999  # decay rate of the mean square
@@ -39,6 +40,22 @@ class Adam(Each):
             return m / v.sqrt().add_(self.adam_epsilon)
         root = (v / (1 - self.adam_beta2**step)).sqrt_().add_(self.adam_epsilon)
         return (m / (1 - self.adam_beta1**step)).div_(root)
+
+    def update_together(self, grads, states, params, step):
+        m, v = [s["m"] for s in states], [s["v"] for s in states]
+        torch._foreach_lerp_(m, grads, 1 - self.adam_beta1)
+        torch._foreach_mul_(v, self.adam_beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - self.adam_beta2)
+        if not self.bias_correction:
+            roots = torch._foreach_sqrt(v)
+            torch._foreach_add_(roots, self.adam_epsilon)
+            return torch._foreach_div(m, roots)
+        roots = torch._foreach_div(v, 1 - self.adam_beta2**step)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, self.adam_epsilon)
+        updates = torch._foreach_div(m, 1 - self.adam_beta1**step)
+        torch._foreach_div_(updates, roots)
+        return updates
 
     def seed(self, state, entries, gradients):
         # so that the correction for the zero start gives the means back

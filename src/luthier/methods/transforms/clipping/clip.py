@@ -1,6 +1,6 @@
 """Clipping by global norm: scales all gradients of a step down together if their joint norm is too large."""
 
-from luthier.methods.transforms._base import LazyGradients, Transform, global_norm
+from luthier.methods.transforms._base import ScaledGradients, Transform, global_norm
 from luthier.registry import transform
 
 
@@ -13,6 +13,7 @@ class Clip(Transform):
     """g * min(1, max_grad_norm / |g|), over all trainable tensors."""
 
     pointwise = True
+    together = True
 
     max_grad_norm: float = 1.0  # maximum global norm; 0 = no limit
 
@@ -20,11 +21,10 @@ class Clip(Transform):
         if not self.max_grad_norm:
             return every
         small = min(1.0, self.max_grad_norm / (global_norm(every) + 1e-6))
-        return (
-            every
-            if small == 1.0
-            else LazyGradients(every, lambda name: {k: g * small for k, g in every[name].items()})
-        )
+        return every if small == 1.0 else ScaledGradients(every, small)
 
     def apply(self, grads, state, group, step):
+        return grads
+
+    def update_together(self, grads, states, params, step):
         return grads

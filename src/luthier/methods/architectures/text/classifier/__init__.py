@@ -94,7 +94,7 @@ class Classifier(Architecture):
 
     def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         pieces, parents = batch.segments(), batch.parent.tolist()
-        completions = batch.segment[batch.supervised].tolist()
+        completions = batch.segment[batch.targets].tolist()
         roots = sorted({parents[s] for s in completions})
         ids, mask = pad([batch.ids[pieces[s]] for s in roots], self.padding(model))
         if attached.virtual:
@@ -102,7 +102,7 @@ class Classifier(Architecture):
         attached.announce_rows(batch, batch.row[roots])
         logits = model(input_ids=ids, attention_mask=mask).logits
         which = torch.tensor([roots.index(parents[s]) for s in completions], device=ids.device)
-        return Outputs(logits[which].float(), Head(nn.Identity()), batch.labels[batch.supervised])
+        return Outputs(logits[which].float(), Head(nn.Identity()), batch.labels[batch.targets])
 
     def padding(self, model: Network) -> int:
         token = model.config.get_text_config().pad_token_id
@@ -111,7 +111,7 @@ class Classifier(Architecture):
     def plain(self, model: Network, attached, batch: Batch) -> Tensor:
         pieces, parents, out = batch.segments(), batch.parent.tolist(), []
         for s, label in zip(
-            batch.segment[batch.supervised].tolist(), batch.labels[batch.supervised], strict=True
+            batch.segment[batch.targets].tolist(), batch.labels[batch.targets], strict=True
         ):
             attached.announce_rows(batch, batch.row[[s]])
             logits = model(input_ids=batch.ids[pieces[parents[s]]][None]).logits

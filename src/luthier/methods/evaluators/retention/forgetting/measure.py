@@ -68,7 +68,7 @@ def choose(roles: Any, rows: Sequence[dict], batch_size: int | None) -> dict[str
     for batch in batches(roles, rows, batch_size):
         logprobs = roles.policy.outputs(batch).logprobs.double()
         sums, last = batch.sums(logprobs), batch.last(logprobs)
-        last_labels = batch.last(batch.labels[batch.supervised]).tolist()
+        last_labels = batch.last(batch.labels[batch.targets]).tolist()
         for i, label in enumerate(last_labels):
             if label in ends:
                 sums[i] -= last[i]
