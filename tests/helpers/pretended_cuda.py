@@ -126,7 +126,7 @@ class Pretended(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuilt, (self.inner.detach(), self.requires_grad, getattr(self, "_is_param", False))
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     device = property(lambda self: CUDA)  # type: ignore[assignment]
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_meta = property(lambda self: False)  # type: ignore[assignment]
@@ -155,10 +155,8 @@ class Pretended(torch.Tensor):
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.inner = value.inner if isinstance(value, Pretended) else value
 
-    def new_tensor(self, data: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Any:
-        return torch.tensor(
-            data, dtype=dtype or self.dtype, device=device or CUDA, requires_grad=requires_grad
-        )
+    def new_tensor(self, data: Any, dtype: Any = None, device: Any = None, **how: Any) -> Any:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=device or CUDA, **how)
 
     def tolist(self) -> Any:
         return self.detach().to("cpu").tolist()
@@ -433,6 +431,14 @@ def _norm_backward(
     return d_x.to(x.dtype), d_weight
 
 
+_norm_forward._schema = SimpleNamespace(name="aten::_fused_rms_norm")  # type: ignore[attr-defined]
+
+
+def _fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Any:
+    """The operation, which on other devices than CUDA is taken to pieces before it is dispatched."""
+    return dispatch(_norm_forward, (x, shape, weight, eps), {})
+
+
 def _wide_product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return (a.float() @ b.float()).to(out_dtype)
 
@@ -447,7 +453,7 @@ def _wide_addmm(
 STAND_INS: dict[Any, Callable[..., Any]] = {
     aten._flash_attention_forward.default: _flash_forward,
     aten._flash_attention_backward.default: _flash_backward,
-    aten._fused_rms_norm.default: _norm_forward,
+    _norm_forward: _norm_forward,
     aten._fused_rms_norm_backward.default: _norm_backward,
     aten.mm.dtype: _wide_product,
     aten.addmm.dtype: _wide_addmm,
@@ -564,5 +570,6 @@ def pretended_cuda() -> Iterator[Counts]:
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(patch.object(PreTrainedModel, "from_pretrained", classmethod(from_pretrained)))
         stack.enter_context(patch.object(accelerate, "Accelerator", Accelerator))
+        stack.enter_context(patch.object(aten, "_fused_rms_norm", _fused_norm))
         stack.enter_context(Mode())
         yield State.counts

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.compat.transformers import add_entry
+from luthier.kernels import flash
 from luthier.kernels._switch import differentiated_otherwise
 from luthier.kernels.attention_plan import Group, Plan
 from luthier.kernels.decode_attention import attend_one_token
@@ -48,6 +50,9 @@ def attend(
     if differentiated_otherwise() or dropout >= 1:
         return _composed(query, key, value, how, scale, dropout, prefix)
     prefix_k, prefix_v = prefix or (None, None)
+    if not dropout and flash.suits(query, key, value) and how.calls is not None:
+        twin = partial(_twin, how, scale)
+        return flash.attend(query, key, value, how.calls, scale, prefix_k, prefix_v, twin)
     return _Attend.apply(query, key, value, how, scale, prefix_k, prefix_v, dropout)
 
 
@@ -237,6 +242,11 @@ def _add(total: Tensor, part: Tensor, group: Group, prefix: Tensor | None = None
             here.add_(more)
         else:
             here.copy_(more)
+
+
+def _twin(how: Plan, scale: float, query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> Tensor:
+    """`_composed` of tensors alone."""
+    return _composed(query, key, value, how, scale, prefix=(prefix[0], prefix[1]) if prefix else None)
 
 
 def _composed(

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from luthier.kernels.flash import Calls, calls_of
 from luthier.kernels.layout import Layout
 
 QUERIES = 256  # of a block at most: causal attention of long sequences skips what lies above the diagonal
@@ -42,15 +44,31 @@ class Group:
 
 @dataclass
 class Plan:
-    """How attention over `size` positions is computed."""
+    """How attention over `size` positions is computed: in blocks, or on a GPU by a few calls, whichever is
+    asked for.
+    """
 
     size: int
-    groups: list[Group]
     layout: Layout
     reach: tuple[int | None, int | None]  # window, chunk
-    shared: bool  # is any key in several blocks? Then sums of its gradients are made in fp32
     padded: bool  # are there positions that are no token?
+    dtype: torch.dtype
     used: bool = field(default=False)  # has the network used it?
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Blocks, those of like size together."""
+        return _groups(self.layout, self.dtype, *self.reach)
+
+    @cached_property
+    def shared(self) -> bool:
+        """Is any key in several blocks? Then sums of its gradients are made in fp32."""
+        return any(group.ranges is not None for group in self.groups)
+
+    @cached_property
+    def calls(self) -> Calls | None:
+        """Calls of torch's flash attention, where the layout is one for which there are some."""
+        return calls_of(self.layout, *self.reach)
 
     def tag(self) -> Tensor:
         """What a network is handed as its mask, and hands on to its attention."""
@@ -92,9 +110,17 @@ class _Pieces:
 
 
 def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: int | None = None) -> Plan:
-    """Cut a layout into blocks. window: how far a token looks back; chunk: attention stays within chunks of
-    positions.
+    """How attention over a layout is computed. window: how far a token looks back; chunk: attention stays
+    within chunks of positions.
     """
+    piece = (layout.host or layout).piece
+    return Plan(piece.numel(), layout, (window, chunk), bool((piece < 0).any()), dtype)
+
+
+def _groups(
+    layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: int | None = None
+) -> list[Group]:
+    """Cut a layout into blocks."""
     here = layout.host or layout
     pieces = _Pieces(
         here.piece.flatten().cpu(),
@@ -113,8 +139,7 @@ def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: i
     groups = []
     for blocks in _alike(_blocks(pieces)):
         groups.append(_group(blocks, pieces, earlier, straight, lowest, layout.source.device))
-    shared = any(group.ranges is not None for group in groups)
-    return Plan(size, groups, layout, (window, chunk), shared, bool((pieces.piece < 0).any()))
+    return groups
 
 
 def _group(

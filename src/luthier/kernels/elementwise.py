@@ -207,7 +207,47 @@ class FastForms:
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+class _FusedNorm(torch.autograd.Function):
+    """By the kernels that torch has on CUDA: one forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, rate = torch.ops.aten._fused_rms_norm(x, [len(weight)], weight, eps)
+        ctx.save_for_backward(x, weight, rate)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rate = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            twice = differentiable_grads(lambda x, w: plain_norm(x, w, ctx.eps), (x, weight), grads[0])
+            return *twice, None
+        needed = list(ctx.needs_input_grad[:2])
+        grad = grads[0].contiguous()
+        d_x, d_weight = torch.ops.aten._fused_rms_norm_backward(
+            grad, x.contiguous(), [len(weight)], rate, weight, needed
+        )
+        return d_x if needed[0] else None, d_weight if needed[1] else None, None
+
+
+def _fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _FusedNorm.apply(x, weight, eps)
+
+
+def _joint_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys [R, H, W, d] side by side, as [R, W, H + K, d], in which attention reads them."""
+    if heads != 1:
+        return _rotary_pair(q, k, cos, sin, heads)
+    both = torch.cat((q.transpose(1, 2), k.transpose(1, 2)), 2)
+    turned = rotary(both, cos.unsqueeze(2), sin.unsqueeze(2))
+    turned_q, turned_k = turned.split([q.shape[1], k.shape[1]], 2)
+    return turned_q.transpose(1, 2), turned_k.transpose(1, 2)
+
+
 OWN = FastForms(lambda x, weight, eps: rms_norm(x, weight, eps), _rotary_pair)
+# a launch costs more than memory on a GPU, and torch has a kernel for norms there
+ON_CUDA = FastForms(_fused_norm, _joint_rotary)
 
 
 def install(model: nn.Module, forms: FastForms = OWN) -> dict[str, int]:

@@ -8,8 +8,11 @@ rounded once. `plain` is the twin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,8 @@ def update(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         return y + (x @ A.to(x.dtype).T) @ (B * scale).to(x.dtype).T
     if differentiated_otherwise():
         return plain(x, y, A, B, scale)
+    if x.is_cuda:
+        return _OnDevice.apply(x, y, None, None, A, B, scale)
     return _Update.apply(x, y, A, B, scale)
 
 
@@ -44,6 +49,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
         return plain(x, nn.functional.linear(x, weight, bias), A, B, scale)
     if hasattr(weight, "prepacked") and not torch.is_grad_enabled():
         return update(x, product(x, weight, bias), A, B, scale)
+    if x.is_cuda:
+        return _OnDevice.apply(x, None, weight, bias, A, B, scale)
     return _Linear.apply(x, weight, bias, A, B, scale)
 
 
@@ -96,7 +103,7 @@ class _Linear(torch.autograd.Function):
             y = torch.addmm(bias, flat, weight.T)
         ctx.save_for_backward(x, weight, bias, A, B, low)
         ctx.scale = scale
-        return y.addmm_(low, b.T).view(*x.shape[:-1], -1)
+        return y.addmm_(low, b.T).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,6 +161,154 @@ class _Update(torch.autograd.Function):
         if needs_B:
             d_B = (low.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format).mul_(ctx.scale)
         return d_x, d_y, d_A, d_B, None
+
+
+# ------------------------------------------------------------ on a GPU
+
+
+class _OnDevice(torch.autograd.Function):
+    """`_Linear`, or `_Update` where y is there already, in as few launches as there are products. The scale
+    is in the factors' copies, and gradients of factors are products into fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        a, scaled_a = CASTS.of(A, scale, x.dtype)
+        b, scaled_b = CASTS.of(B, scale, x.dtype)
+        low = flat @ scaled_a.T
+        if weight is not None:
+            out = nn.functional.linear(flat, weight, bias).addmm_(low, b.T)
+        else:
+            assert y is not None
+            out = torch.addmm(y.reshape(-1, y.shape[-1]), low, b.T)
+        ctx.save_for_backward(x, weight, bias, A, B, low, a, scaled_b)
+        ctx.scale = scale
+        return out.view(*x.shape[:-1], len(B))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, A, B, low, a, scaled_b = ctx.saved_tensors
+        needs_x, needs_y, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        d_y = grads[0] if needs_y else None
+        if torch.is_grad_enabled():
+            d_x, d_A, d_B = differentiable_grads(
+                lambda x, A, B: plain(x, _base(x, weight, bias, grads[0]), A, B, ctx.scale),
+                (x, A, B),
+                grads[0],
+            )
+            return d_x, d_y, None, None, d_A, d_B, None
+        flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
+        d_x = d_A = d_B = inner = None
+        if needs_x or needs_A:
+            inner = grad @ scaled_b
+        if inner is not None and needs_x:
+            d_x = inner @ a if weight is None else (grad @ weight).addmm_(inner, a)
+            d_x = d_x.view(x.shape)
+        if inner is not None and needs_A:
+            d_A = wide_product(inner.T, flat, A.dtype)
+        if needs_B:
+            d_B = wide_product(grad.T, low, B.dtype)
+        return d_x, d_y, None, None, d_A, d_B, None
+
+
+def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor:
+    """What the update is added to; zeros where that is not differentiated here."""
+    if weight is None:
+        return torch.zeros_like(like)
+    return nn.functional.linear(x, weight, bias)
+
+
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """[m, k], [k, n] -> [m, n] in a wider precision, without one that is rounded in between."""
+    if a.dtype == dtype:
+        return a @ b
+    if _writes_wide(a.device, a.dtype, dtype):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+@cache
+def _writes_wide(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Has this torch products of `dtype` into `wide` on this device?"""
+    x = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        return bool((torch.mm(x, x, out_dtype=wide) == 16).all())
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
+class Casts:
+    """LoRA's factors in the network's precision, by themselves and times their scale. Within `once` each is
+    cast once, together with all that were read there before.
+    """
+
+    def __init__(self) -> None:
+        self.open = 0  # how many contexts of `once`
+        self.known: dict[int, tuple[ReferenceType[Tensor], float]] = {}  # id of a factor -> itself, its scale
+        self.ready: dict[int, tuple[tuple, Tensor, Tensor]] = {}
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """For as long as nobody writes into the factors: forward and backward of a batch."""
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+            self.ready.clear()
+
+    def of(self, factor: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A factor in this precision, and the same times the scale."""
+        if not self.open:
+            cast = factor.to(dtype)
+            return cast, cast * scale
+        mark = _mark(factor, scale, dtype)
+        entry = self.ready.get(id(factor))
+        if entry is None or entry[0] != mark:
+            self.known[id(factor)] = ref(factor), scale
+            self._cast_all(factor.device, dtype)
+            entry = self.ready[id(factor)]
+        return entry[1], entry[2]
+
+    def _cast_all(self, device: torch.device, dtype: torch.dtype) -> None:
+        stale: dict[int, tuple[Tensor, float]] = {}
+        for key, (reference, scale) in list(self.known.items()):
+            factor = reference()
+            if factor is None:
+                del self.known[key]
+            elif factor.device == device and self._stale(factor, scale, dtype):
+                stale[key] = factor, scale
+        factors = [factor.detach() for factor, _ in stale.values()]
+        casts = [torch.empty_like(factor, dtype=dtype) for factor in factors]
+        torch._foreach_copy_(casts, factors)
+        scaled = torch._foreach_mul(casts, [scale for _, scale in stale.values()])
+        for (key, (factor, scale)), cast, other in zip(stale.items(), casts, scaled, strict=True):
+            self.ready[key] = _mark(factor, scale, dtype), cast, other
+
+    def _stale(self, factor: Tensor, scale: float, dtype: torch.dtype) -> bool:
+        entry = self.ready.get(id(factor))
+        return entry is None or entry[0] != _mark(factor, scale, dtype)
+
+
+def _mark(factor: Tensor, scale: float, dtype: torch.dtype) -> tuple:
+    """Changes when somebody writes into a factor, or gives it other memory."""
+    return factor._version, factor.data_ptr(), scale, dtype
+
+
+CASTS = Casts()
+
+
+# ------------------------------------------------------------ several updates
 
 
 class _BatchedLinear(torch.autograd.Function):

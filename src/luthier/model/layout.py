@@ -7,7 +7,7 @@ Loops run over segments, never over tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def lay_out(
     layout = Layout(**tensors)
     if batch.ids.device.type == "cpu":
         return layout
-    return Layout(**to_device(tensors, batch.ids.device), host=layout)
+    return replace(layout, host=layout, **to_device(tensors, batch.ids.device))
 
 
 def _pieces(

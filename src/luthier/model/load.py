@@ -93,8 +93,15 @@ def load_model(
         compiled.compile_blocks(model)
         attention.exclude_from_compile(model)
     elif fused:
-        elementwise.install(model, liger.forms(where) if fused == "liger" else elementwise.OWN)
+        elementwise.install(model, _fast_forms(fused, where))
     return model, tokenizer
+
+
+def _fast_forms(fused: bool | str, where: torch.device) -> elementwise.FastForms:
+    """Of norms and rotary positions, for a device."""
+    if fused == "liger":
+        return liger.forms(where)
+    return elementwise.ON_CUDA if where.type == "cuda" else elementwise.OWN
 
 
 def _check_complete(model: Network, recipe: Recipe) -> None:

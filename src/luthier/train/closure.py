@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.errors import out_of_memory
+from luthier.kernels.lora import CASTS
 from luthier.methods.transforms._base import joint_norm
 from luthier.model.batch import Batch
 from luthier.train import checks
@@ -122,7 +123,7 @@ class LossClosure:
         # dropout: alike in every call of a step, and on any number of processes
         number = trainer.processes.index + index * trainer.processes.count  # in the global batch
         torch.manual_seed(clock.derive_seed("noise", number, 0))
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), CASTS.once():
             loss: Any = 0.0
             for i, (weight, objective) in enumerate(trainer.objective.terms()):
                 factor = only(i, objective.name)

@@ -115,7 +115,7 @@ class Chain:
     # ------------------------------------------------------------------------------------------ on a GPU
 
     def _steps_together(self, grads: Mapping[str, Params]) -> bool:
-        """Can all groups be stepped in a few launches? They have not the same age where entries were reset."""
+        """Can all be stepped in a few launches? Where entries were reset, they are not of one age."""
         if not all(t.together for t in self.transforms) or self.attached.resets or self.attached.moments:
             return False
         every = grads
@@ -143,9 +143,9 @@ class Chain:
             for key, grad in group_grads.items():
                 self._init_state(key, masters[key], state)
                 states = [state[str(i)].get(key, {}) for i in range(len(self.transforms))]
-                tensor = _Tensor(f"{name}.{key}", group.params[key], masters[key], grad, extra.get(key), states)
+                param, master, full = group.params[key], masters[key], f"{name}.{key}"
                 alike = waiting.setdefault(state["step"], [])
-                alike.append(tensor)
+                alike.append(_Tensor(full, param, master, grad, extra.get(key), states))
                 if sum(t.grad.numel() for t in alike) >= TOGETHER:
                     self._update_together(waiting.pop(state["step"]), state["step"], factor)
         for step, alike in waiting.items():
@@ -157,7 +157,7 @@ class Chain:
                 _follow(t.master, t.param)
         grads = [t.grad.to(t.master.dtype) for t in tensors]
         if factor != 1.0:
-            grads = torch._foreach_mul(grads, factor)
+            grads = list(torch._foreach_mul(grads, factor))
         for i, t in enumerate(tensors):
             if t.extra is not None:
                 grads[i] = grads[i] + t.extra

@@ -116,7 +116,7 @@ def joint_norm(grads: Sequence[Tensor]) -> Tensor | float:
         return 0.0
     device = grads[0].device
     if device.type == "cuda" and all(g.device == device and g.dtype.itemsize <= 4 for g in grads):
-        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+        norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
         return torch.linalg.vector_norm(torch.stack(norms))
     norms = []
     for grad in grads:
