@@ -4,6 +4,7 @@ of a place; ma scores are the outer product of sm3.
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -151,27 +152,22 @@ def test_spiel_seeds_the_moments_of_a_new_place():
 
 
 class Threads:
-    """Two threads in the place of two processes, for what collectives `agree` uses."""
+    """Two threads in the place of two processes, for what `agree` uses of them."""
+
+    count = 2
 
     def __init__(self):
         self.rank, self.barrier, self.sent = threading.local(), threading.Barrier(2, timeout=60), [None, None]
 
-    is_available = is_initialized = staticmethod(lambda: True)
-
-    def get_world_size(self) -> int:
-        return 2
-
-    def all_gather(self, out, tensor):
-        self.sent[self.rank.number] = tensor.clone()
+    def gather(self, value):
+        self.sent[self.rank.number] = copy.deepcopy(value)
         self.barrier.wait()
-        for own, other in zip(out, self.sent, strict=True):
-            own.copy_(other)
+        both = list(self.sent)
         self.barrier.wait()
+        return both
 
-    def all_reduce(self, tensor):
-        both = [torch.empty_like(tensor), torch.empty_like(tensor)]
-        self.all_gather(both, tensor)
-        tensor.copy_(sum(both))
+    def sum(self, x):
+        return sum(self.gather(x.clone()))
 
 
 def test_spiel_grows_alike_in_all_processes(monkeypatch):
@@ -196,7 +192,7 @@ def test_spiel_grows_alike_in_all_processes(monkeypatch):
         return indices, method.moments(indices[mask], stats)
 
     alone, together, threads = grown([0, 1]), [], Threads()
-    monkeypatch.setattr(tuned, "distributed", threads)
+    monkeypatch.setattr(tuned, "current", lambda: threads)
 
     def run(rank: int) -> None:
         threads.rank.number = rank

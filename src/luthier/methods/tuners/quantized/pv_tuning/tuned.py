@@ -14,6 +14,7 @@ from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.model import quantized as files
 from luthier.model.experts import stacked
 from luthier.model.quantized_linear import modules, opened
+from luthier.processes import group
 from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class CodeTunedModel(TunedModel):
                 f"tuner '{settings.name}' needs a quantized base, e.g. `quantization: {{name:"
                 " rtn, bits_per_weight: 2}`"
             )
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if group.current().count > 1:
             raise RecipeError(f"tuner '{settings.name}' supports a single process only")
         for name, m in self.coded.items():
             if not m.quantizer.continuous:

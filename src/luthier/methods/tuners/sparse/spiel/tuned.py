@@ -6,10 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
+from luthier.processes.group import current
 
 if TYPE_CHECKING:
     from luthier.methods.transforms._base import GradientMoments
@@ -86,22 +87,20 @@ def agree(every: list[Stats]) -> None:
     those whose gradients, added over processes, are largest, and these sums. With one process nothing
     happens.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    processes = current()
+    if processes.count == 1 or not every:
         return
-    processes = distributed.get_world_size()
-    if processes == 1:
-        return
-    for stats in every:
-        passes = stats["passes"].clone()
-        distributed.all_reduce(passes)
-        stats["passes"].copy_(passes.clamp(max=1))
-        if not passes:  # no row reached this weight in any of them
-            continue
-        places = [torch.empty_like(stats["candidates"]) for _ in range(processes)]
-        sums = [torch.empty_like(stats["current"]) for _ in range(processes)]
-        distributed.all_gather(places, stats["candidates"])
-        distributed.all_gather(sums, stats["current"])
-        join(stats, torch.cat(places), torch.cat(sums))
+    passes = processes.sum(torch.stack([stats["passes"] for stats in every])).clamp(max=1)
+    reached = []  # the others' weights no row reached in any of the processes
+    for stats, passed in zip(every, passes, strict=True):
+        stats["passes"].copy_(passed)
+        if passed:
+            reached.append(stats)
+    own = [(stats["candidates"].cpu(), stats["current"].cpu()) for stats in reached]
+    for stats, parts in zip(reached, zip(*processes.gather(own), strict=True), strict=True):
+        places, sums = zip(*parts, strict=True)
+        device = stats["current"].device
+        join(stats, torch.cat(places).to(device), torch.cat(sums).to(device))
 
 
 def join(stats: Stats, places: Tensor, sums: Tensor) -> None:
