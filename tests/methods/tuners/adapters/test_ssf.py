@@ -52,8 +52,9 @@ def test_ssf_scales_rms_norms_and_folds_into_them(tmp_path):
     only = put("ssf", norms=True, layers_to_transform=[1])
     assert all(".layers.1." in name for name in only.layers) and len(only.layers) == 9
     gemma = GemmaForCausalLM(GemmaConfig(**SHAPE, intermediate_size=64, num_key_value_heads=2, head_dim=8))
-    with pytest.raises(RecipeError, match="not proportional"):
-        put("ssf", gemma, norms=True)
+    for settings in ({"norms": True}, {"target_modules": ["q_proj", "input_layernorm"]}):
+        with pytest.raises(RecipeError, match="not proportional"):
+            put("ssf", gemma, **settings)
 
 
 @torch.no_grad()

@@ -61,17 +61,17 @@ class SSF(Delta):
 
         rms = {name: module for name, module in model.named_modules() if isinstance(module, RMSNorm)}
         fitted = replace(self, scale_only=sorted(rms))
+        names = list(chosen_modules(self, model))
         if self.norms:
             layers = as_list(self.layers_to_transform)
-            names = list(chosen_modules(self, model))
             for name, module in model.named_modules():
                 place = layer_of(f"{name}.")
                 inside = not layers or (place is not None and place[1] in layers)
                 if inside and isinstance(module, (nn.LayerNorm, RMSNorm)):
                     names.append(name)
             fitted = replace(fitted, target_modules=names, layers_to_transform=None)
-            for module in {type(m): m for m in rms.values()}.values():
-                self.check_proportional(module)
+        for module in {type(rms[name]): rms[name] for name in names if name in rms}.values():
+            self.check_proportional(module)
         return super(SSF, fitted).attach(model)
 
     @torch.no_grad()
