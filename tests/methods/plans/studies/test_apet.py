@@ -28,9 +28,8 @@ def test_apet_compares_structures_by_model(recipe):
     plan = build(
         "plan", {"name": "apet", "structures": structures, "models": ["small", "large"], "share": 0.9}
     )
-    play = plan.recipes(recipe)
 
-    def answer(one):
+    def answer(one, before):
         if one.tuner == "full":
             after = 1.0
         else:
@@ -38,18 +37,21 @@ def test_apet_compares_structures_by_model(recipe):
             after = 0.3 + size / 200 + (one.tuner["name"] == "lora") * (0.2 if one.model == "small" else 0.1)
         moving = {} if one.tuner == "full" else {"moving": size}
         report = SimpleNamespace(
-            folder="x", before={"accuracy": 0.3}, after={"accuracy": after}, stats=moving, notes=[]
+            folder="x", before=before, after={"accuracy": after}, stats=moving, notes=[]
         )
         return report
 
-    request = next(play)
-    try:
+    def played(before):
+        play = plan.recipes(recipe)
+        request = next(play)
         while True:
-            request = play.send(
-                [answer(r) for r in request] if isinstance(request, list) else answer(request)
-            )
-    except StopIteration as end:
-        best = end.value
+            replies = [answer(one, before) for one in (request if isinstance(request, list) else [request])]
+            try:
+                request = play.send(replies if isinstance(request, list) else replies[0])
+            except StopIteration as end:
+                return end.value
+
+    best = played({"accuracy": 0.3})
     rows = {(line["model"], line["structure"]): line for line in best.stats["table"]}
     assert (
         rows["small", "random"]["low threshold"] == 10 and rows["small", "random"]["high threshold"] is None
@@ -58,3 +60,6 @@ def test_apet_compares_structures_by_model(recipe):
     spread = {(line["model"], line["size"]): line["range"] for line in best.stats["spread"]}
     assert spread["small", 1] == pytest.approx(0.2) and spread["large", 2] == pytest.approx(0.1)
     assert len(best.notes) == 4 and best.after["accuracy"] == 1.0
+    unmeasured = played({})
+    assert {line["low threshold"] for line in unmeasured.stats["table"]} == {None}
+    assert len(unmeasured.notes) == 6

@@ -27,6 +27,11 @@ def test_a_table_with_length_and_tax(recipe, tmp_path):
     assert best is reports[1]
     assert [line["loss elsewhere"] for line in best.stats["table"]] == pytest.approx([0.1, 0.4])
     assert len(best.notes) == 1 and "ipo: answers are 1.50 times as long" in best.notes[0]
+    own = recipe.but(evaluate=["loss", {"name": "forgetting", "n": 7, "probe": "questions.jsonl"}])
+    (asked,), _ = played(plan, own, [reports])
+    assert {"name": "forgetting", "n": 7, "probe": "questions.jsonl"} in asked[0].evaluate
+    (asked,), _ = played({**plan, "tax": "rows.jsonl"}, own, [reports])
+    assert asked[0].evaluate[-1]["data"] == "rows.jsonl" and asked[0].evaluate[-1]["n"] == 7
     (asked,), _ = played({**plan, "tax": None}, recipe, [reports])
     assert all(e != "forgetting" and e.get("name") != "forgetting" for e in asked[0].evaluate)
 

@@ -51,12 +51,13 @@ class APET(Plan):
     def recipes(self, recipe):
         table: list[dict[str, Any]] = []
         spreads: list[dict[str, Any]] = []
-        every = []
+        every, unmeasured = [], []
         for model in self.models or (None,):
             one = recipe if model is None else recipe.but(model=model)
             full = yield one.but(tuner="full")
             every.append(full)
-            low = float(full.before.get(self.metric, 0.0)) + self.margin
+            untuned = full.before.get(self.metric)
+            low = None if untuned is None else float(untuned) + self.margin
             high = self.share * measured(full, self.metric)
             values = {}
             for name, tuners in self.structures.items():
@@ -74,6 +75,8 @@ class APET(Plan):
                         "high threshold": crossing(counts, values[name], high),
                     }
                 )
+            if low is None:
+                unmeasured.append(model or str(recipe.model))
             spreads += self.spread(model or str(recipe.model), values)
         best = max(every, key=lambda run: measured(run, self.metric))
         best.stats["table"], best.stats["spread"] = table, spreads
@@ -81,6 +84,10 @@ class APET(Plan):
             best.notes.append(
                 f"{line['model']}, size {line['size']}: {len(self.structures)} structures lie"
                 f" {line['range']:.3f} apart in {self.metric} (standard deviation {line['std']:.3f})"
+            )
+        for model in unmeasured:
+            best.notes.append(
+                f"{model}: {self.metric} was not measured before training, so there is no low threshold"
             )
         return best
 
@@ -99,8 +106,10 @@ class APET(Plan):
         return lines
 
 
-def crossing(counts: Sequence[int], values: Sequence[float], level: float) -> int | None:
-    """The first of ascending counts whose value reaches a level; None where none does."""
+def crossing(counts: Sequence[int], values: Sequence[float], level: float | None) -> int | None:
+    """The first of ascending counts whose value reaches a level; None where none does, or without a level."""
+    if level is None:
+        return None
     for count, value in zip(counts, values, strict=True):
         if value >= level:
             return count

@@ -58,7 +58,7 @@ class PreferenceLosses(Plan):
     max_new_tokens: Annotated[int, Field(ge=1)] = 64  # maximum tokens of an answer
     flag: Annotated[float, Field(gt=1)] = 1.2  # warn where answers have become longer by this factor
     # rows of other tasks, as in a recipe's `data`, on which the cost of each loss is measured; auto: as
-    # evaluator `forgetting` finds them; null: not measured
+    # the recipe's evaluator `forgetting` finds them; null: not measured
     tax: Any = "auto"
 
     def recipes(self, recipe):
@@ -70,7 +70,12 @@ class PreferenceLosses(Plan):
         }
         evaluate = [*(recipe.evaluate or ()), measure]
         if self.tax is not None:
-            others = {"name": "forgetting", "data": None if self.tax == "auto" else self.tax}
+            others = {"name": "forgetting", "data": None}
+            for own in evaluate:
+                if name_of(own) == "forgetting" and isinstance(own, dict):
+                    others = own
+            if self.tax != "auto":
+                others = {**others, "data": self.tax}
             evaluate = [e for e in evaluate if name_of(e) != "forgetting"] + [others]
         reports = yield [recipe.but(objective=o, evaluate=evaluate) for o in self.objectives]
         table = [self.line(o, r) for o, r in zip(self.objectives, reports, strict=True)]
