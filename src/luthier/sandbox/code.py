@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import warnings
 from collections.abc import Iterator
 
-from .limits import TEXT
+from .limits import CODE, TEXT
 
 OPENING = re.compile(r"```[ \t]*([\w+-]*)")
 CLOSING = re.compile(r"\n[ \t]*```")
 PYTHON = ("", "py", "python", "python3")
 DEFINES = re.compile(r"^[ \t]*(?:async def|def|class) ", re.MULTILINE)
+UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what `parse` may raise
 
 
 def extract_code(text: str) -> str:
@@ -28,6 +31,25 @@ def extract_code(text: str) -> str:
     if defining is not None:
         return defining
     return text if last is None else last
+
+
+def parse(code: str) -> ast.Module:
+    """The syntax tree of a program, without Python's warnings about it. Raises one of UNPARSABLE."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(code)
+
+
+def tree_of(code: str) -> ast.Module | None:
+    """The syntax tree of a program that a model wrote; None where there is none, or it is longer than
+    `limits.CODE`.
+    """
+    if len(code) > CODE:
+        return None
+    try:
+        return parse(code)
+    except UNPARSABLE:
+        return None
 
 
 def fenced(text: str) -> Iterator[tuple[str, str]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from luthier.methods.rewards.verifiers.code_bleu import bleu, edges, parsed, subtrees
+from luthier.methods.rewards.verifiers.code_bleu import bleu, edges, subtrees
 from luthier.registry import build
+from luthier.sandbox.code import tree_of
 
 REFERENCE = (
     "def f(a, b):\n    total = a + b\n    for i in range(b):\n        total = total * i\n    return total\n"
@@ -29,10 +30,20 @@ def test_renamed_is_nearer_than_otherwise_computed():
 
 
 def test_names_matter_neither_for_syntax_nor_for_flow():
-    one, other = parsed(REFERENCE), parsed(RENAMED)
+    one, other = tree_of(REFERENCE), tree_of(RENAMED)
     assert subtrees(one) == subtrees(other) and edges(one) == edges(other)
     assert edges(one)["v0", "v1"] == 1 and edges(one)["return", "v0"] == 1
-    assert edges(parsed(OTHER)) != edges(one) and not edges(None)
+    assert edges(tree_of(OTHER)) != edges(one) and not edges(None)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_program_may_be_deep_or_odd():
+    """Nested far deeper than Python calls functions, and escapes of which Python warns."""
+    deep = "x = a" + ".b" * 900
+    for program in (deep, "x = " + "+".join("a" * 900), "x = '\\d'", "x = " + "-" * 50_000 + "1"):
+        reward = build("reward", "code_bleu")
+        assert reward.scores({"answer": program}, [program]) in ([pytest.approx(1.0)], [pytest.approx(0.5)])
+    assert subtrees(tree_of(deep)).total() > 900
 
 
 def test_bleu_in_closed_form():

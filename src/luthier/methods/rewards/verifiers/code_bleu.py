@@ -11,6 +11,7 @@ syntax nor flow.
 from __future__ import annotations
 
 import ast
+import hashlib
 import keyword
 import math
 import re
@@ -20,6 +21,7 @@ from typing import Any
 from luthier.methods.formats._base import ANSWER
 from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
+from luthier.sandbox.code import tree_of
 
 TOKENS = re.compile(r"\w+|[^\w\s]")
 OTHER = 0.2  # weight of a token that is no keyword, beside 1
@@ -50,7 +52,7 @@ def score(text: str, reference: str) -> float:
     """CodeBLEU of one program against one reference."""
     ours, theirs = TOKENS.findall(text), TOKENS.findall(reference)
     parts = [bleu(ours, theirs, even=True), bleu(ours, theirs, even=False)]
-    tree, reference_tree = parsed(text), parsed(reference)
+    tree, reference_tree = tree_of(text), tree_of(reference)
     both: list[tuple[Counter[Any], Counter[Any]]] = [
         (subtrees(reference_tree), subtrees(tree)),
         (edges(reference_tree), edges(tree)),
@@ -85,30 +87,29 @@ def grams(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
-def parsed(text: str) -> ast.Module | None:
-    """The syntax tree; None where there is none."""
-    try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
 def subtrees(tree: ast.AST | None) -> Counter[str]:
-    """The kinds of nodes of each subtree that is more than a leaf, without names and values."""
+    """The shapes of all subtrees that are more than a leaf: kinds of nodes, without names and values. A shape
+    is a digest, so that a program may be as deep as Python reads it.
+    """
     out: Counter[str] = Counter()
-
-    def shape(node: ast.AST) -> str:
-        children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context)]
-        inner = list(map(shape, children))
-        text = type(node).__name__
+    if tree is None:
+        return out
+    shapes: dict[int, str] = {}
+    nodes = [tree]
+    for node in nodes:  # parents first; it grows meanwhile
+        nodes += children(node)
+    for node in reversed(nodes):
+        shape = type(node).__name__
+        inner = [shapes[id(child)] for child in children(node)]
         if inner:
-            text += f"({' '.join(inner)})"
-            out[text] += 1
-        return text
-
-    if tree is not None:
-        shape(tree)
+            shape = hashlib.sha256(f"{shape}({' '.join(inner)})".encode()).hexdigest()
+            out[shape] += 1
+        shapes[id(node)] = shape
     return out
+
+
+def children(node: ast.AST) -> list[ast.AST]:
+    return [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context)]
 
 
 def edges(tree: ast.AST | None) -> Counter[tuple[str, ...]]:

@@ -12,7 +12,8 @@ from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
 from luthier.sandbox import limits
 from luthier.sandbox.cell.judge import is_case, is_test
-from luthier.sandbox.code import extract_code
+from luthier.sandbox.code import UNPARSABLE, extract_code, tree_of
+from luthier.sandbox.code import parse as parse_code
 from luthier.sandbox.sandbox import kernel_walls, missing_walls, run_many
 
 
@@ -80,17 +81,9 @@ def continues(start: str, text: str) -> bool:
     """Is a text no Python by itself, and with its prompt before it a whole program?"""
     if len(start) + len(text) > limits.PARSED:
         return False
-    return not parses(text) and bool(text.strip()) and bool(start.strip()) and parses(start + text)
-
-
-def parses(code: str) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    if not text.strip() or not start.strip():
         return False
-    return True
+    return tree_of(text) is None and tree_of(start + text) is not None
 
 
 def split(tests: str | list[str]) -> list[str]:
@@ -133,8 +126,8 @@ def runs_alone(node: ast.stmt, mentioned: set[str]) -> bool:
 def parse(test: str) -> ast.Module:
     """A test as a tree; a sentence where it is not Python."""
     try:
-        return ast.parse(test)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        return parse_code(test)
+    except (*UNPARSABLE, TypeError) as error:
         raise RecipeError(
             f"reward 'python_tests': a row's test is not valid Python ({error}): {str(test)[:80]!r}"
         ) from None
