@@ -9,8 +9,9 @@ import torch
 
 from helpers.models import make_llama
 from helpers.subset_tuners import batch
+from helpers.tuners import base
 from luthier.methods.architectures.text.causal import Causal
-from luthier.methods.evaluators.cost.compression import linear_weights
+from luthier.methods.evaluators.cost.compression import error_of, linear_weights
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy
 from luthier.model.quantized import quantize
@@ -40,3 +41,14 @@ def test_bits_bytes_and_errors_are_those_of_the_codes(tmp_path):
     total = sum(float(plain.get_submodule(n).weight.square().sum()) for n in names)
     assert found["weight_error"] == pytest.approx((off / total) ** 0.5, rel=1e-4)
     assert found["perplexity"] > 1 and found["tokens_per_second"] > 0
+
+
+def test_square_weights_of_conv1d_are_compared_as_they_lie(tmp_path):
+    plain = base("gpt2")
+    plain.save_pretrained(tmp_path)
+    model = type(plain).from_pretrained(tmp_path)
+    assert error_of(model) == 0
+    with torch.no_grad():
+        for module in linear_weights(model).values():
+            module.weight.mul_(1.5)
+    assert error_of(model) == pytest.approx(0.5)

@@ -23,7 +23,7 @@ from torch import Tensor
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, batches, liked
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.model.linear import base_layer, linear_modules, oriented
+from luthier.model.linear import base_layer, is_transposed, linear_modules, oriented
 from luthier.model.quantized_linear import Quantized, modules
 from luthier.registry import Metric, evaluator
 
@@ -106,7 +106,7 @@ def error_of(model: Any) -> float | None:
         module = ours[name]
         own = module.dense(torch.float32) if isinstance(module, Quantized) else oriented(module).float()
         W = weight.to(own.device).float()
-        if W.shape != own.shape:
+        if is_transposed(module):
             W = W.T
         if W.shape != own.shape:
             continue
