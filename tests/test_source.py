@@ -44,12 +44,17 @@ def calls(path: Path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(HOME)))
 def test_nothing_foreign_is_run(path):
-    """No pickle is loaded, no model's own code is trusted, and text becomes a program in the sandbox only."""
+    """No pickle is loaded, no model's own code is trusted, and text becomes a program in the sandbox only.
+    What another library calls private is used in compat/ alone.
+    """
     where = str(path.relative_to(HOME))
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = {a.name for a in node.names} | {getattr(node, "module", "") or ""}
             assert not UNPICKLE & {m.split(".")[0] for m in modules}
+        if isinstance(node, ast.ImportFrom) and not node.level and not where.startswith("compat/"):
+            private = [a.name for a in node.names if a.name.startswith("_")]
+            assert node.module.startswith("luthier") or not private, f"{where}: {private} belong into compat/"
     for whole, name, call in calls(path):
         assert whole != "torch.load", f"{where}: torch.load; safetensors carry no code"
         if name in RUNS and (isinstance(call.func, ast.Name) or whole.startswith("os.")):

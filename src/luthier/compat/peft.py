@@ -2,7 +2,9 @@
 
 PeftType is a closed enum and `register_peft_method` insists on a member of it, so a member is added by hand.
 Within a run the types that it uses are registered and taken back at its end. `register_peft()` makes all of
-them known for good: for plain PEFT to load what luthier saved.
+them known for good: for plain PEFT to load what luthier saved. Two functions of PEFT's own are
+used as they are: `name_all_linear` turns all-linear of a config into names, `fit_prompt_config` fills in the
+sizes of a prompt.
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ import warnings
 from importlib import import_module
 
 from peft import mapping
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as name_all_linear
 from peft.utils import peft_types
+from peft.utils.other import _prepare_prompt_learning_config as fit_prompt_config
 from peft.utils.peft_types import PeftType, register_peft_method
 
 from luthier import compat
+
+__all__ = ["add_type", "fit_prompt_config", "name_all_linear", "register_peft", "register_type"]
 
 TUNERS = "luthier.methods.tuners._peft"  # whose `register` makes every Delta known
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
 from peft.utils.peft_types import PeftType
 
+from luthier.compat.peft import name_all_linear
 from luthier.errors import RecipeError
 from luthier.methods.tuners._peft.registration import register
 from luthier.methods.tuners._peft.targets import as_list, ends_one, first_line, modules_in_layers
@@ -147,7 +147,7 @@ def _fit_feedforward(config: Any, model: Network) -> None:
         return
     network = getattr(model.config, "model_type", "")
     usual = as_list(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(network))
-    _maybe_include_all_linear_layers(config, model)
+    name_all_linear(config, model)
     if isinstance(config.target_modules, str):
         return
     among = set()

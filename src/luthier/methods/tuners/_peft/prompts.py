@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils.other import _prepare_prompt_learning_config
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
 from torch import Tensor
 
+from luthier.compat.peft import fit_prompt_config
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.methods.tuners._delta import Delta
@@ -40,7 +40,7 @@ def attach_prompt(settings: Any, config: Any, model: Network) -> TunedModel:
     config.task_type = config.task_type or "CAUSAL_LM"
     config.num_transformer_submodules = config.num_transformer_submodules or 1
     try:
-        config = _prepare_prompt_learning_config(config, model.config)
+        config = fit_prompt_config(config, model.config)
     except ValueError as error:
         raise RecipeError(f"tuner 'peft' on {type(model).__name__}: {first_line(error)}") from None
     if type_of(config) == PREFIX:
