@@ -171,12 +171,15 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         base.weight.data, bias_of_base = self._undo[0]
         if merged_bias is not None:
             base.bias = bias_of_base
-        weight, bias = self.tuned(adapter)
-        weight = now + weight - oriented(base).detach().float()
-        base.weight.data = merged
+        try:
+            weight, bias = self.tuned(adapter)
+            weight = now + weight - oriented(base).detach().float()
+        finally:
+            base.weight.data = merged
+            if merged_bias is not None:
+                base.bias = merged_bias
         if merged_bias is None or bias is None:
             return weight, bias
-        base.bias = merged_bias
         return weight, merged_bias.float() + bias - (0.0 if bias_of_base is None else bias_of_base.float())
 
     def unmerge(self) -> None:

@@ -20,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, out_of_memory
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.methods.tuners._peft.io import low_rank_factors, plain_state, write_adapter
@@ -284,6 +284,8 @@ class PeftTunedModel(TunedModel):
             try:
                 self.peft.merge_adapter()
             except (NotImplementedError, ValueError, RuntimeError) as error:
+                if out_of_memory(error):
+                    raise
                 reason = f": {first_line(error)}" if str(error) else ""
                 raise RecipeError(
                     f"tuner '{self.settings.name}' cannot be merged into the weights{reason}"
@@ -344,6 +346,8 @@ class PeftTunedModel(TunedModel):
                 raise RuntimeError(", ".join(odd[:3]) + " ..." * (len(odd) > 3))
             return self.tensors()
         except (RuntimeError, KeyError) as error:
+            if out_of_memory(error):
+                raise
             raise RecipeError(
                 f"the adapter in {folder} does not fit tuner '{self.settings.name}': {first_line(error)}"
             ) from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, out_of_memory
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.model.anatomy import layer_of
 from luthier.storage import checkpoints
@@ -103,6 +103,8 @@ class TunedWeights(TunedModel):
         try:
             saved = self._saved(Path(folder))
         except (OSError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
             raise RecipeError(
                 f"the model in {folder} cannot be read: {str(error).strip().splitlines()[0]}"
             ) from None
