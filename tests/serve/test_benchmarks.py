@@ -7,11 +7,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 import luthier
+from helpers.models import make_llama, make_tokenizer
 from luthier.cli import app
 from luthier.errors import RecipeError
 from luthier.serve import benchmarks
@@ -109,3 +111,47 @@ def test_names_are_checked_before_a_model_is_loaded(stubs):
     pytest.importorskip("lm_eval")
     with pytest.raises(RecipeError, match="no task 'stub_choise'; did you mean 'stub_choice'"):
         benchmarks.evaluate("nowhere", ["stub_choise"], include=stubs)
+
+
+def made_with_bos(folder: Path) -> str:
+    """A tiny model of 40 positions, whose tokenizer puts a token before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|system|>"
+    before = ("<|system|>", tokenizer.bos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<|system|> $A", special_tokens=[before])
+    tokenizer.save_pretrained(folder)
+    make_llama(num_hidden_layers=1, max_position_embeddings=40).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.long
+def test_what_texts_begin_with_and_what_is_cut(tmp_path):
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    from luthier.serve.benchmarks.adapter import Adapter
+
+    folder = made_with_bos(tmp_path)
+    ours, theirs = Adapter(luthier.load(folder)), HFLM(pretrained=folder, device="cpu", dtype="float32")
+    pairs = [("two and", " two"), ("", "two"), ("<|system|>two", " four"), ("two ", "four")]
+    requests = [SimpleNamespace(args=pair) for pair in pairs]
+    same = zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True)
+    for (mine, greedy), (other, best) in same:
+        assert mine == pytest.approx(other, abs=1e-4) and greedy == best
+    # of what has no room the beginning is cut; a whole text begins with the token once
+    assert ours.fitted([*range(50)], [7, 8, 9]) == ([*range(13, 50)], [7, 8, 9])
+    assert ours.fitted([1, 2], [*range(40)]) == ([0], [*range(1, 40)])
+    assert ours.fitted([], [7]) == ([ours.prefix_token_id], [7])
+    text = "two and two are four. " * 4
+    (whole,) = ours.loglikelihood_rolling([SimpleNamespace(args=(text,))])
+    ids = ours.tok_encode(text)
+    assert len(ids) > 2 * 40 and ids[0] == ours.prefix_token_id and whole < 0
+    with pytest.raises(RecipeError, match="answers of 40 tokens"):
+        ours.generate_until([SimpleNamespace(args=("two", {"max_gen_toks": 40}))])
+    # through the run's own chat, as in training: its switches, and a typed special token stays text
+    turns = [{"role": "user", "content": "<|end|>two"}]
+    chat = Adapter(luthier.load(folder, chat_template_kwargs={"x": 1}), chat=True)
+    assert chat.renderer.chat.options == {"x": 1}
+    assert chat.tok_encode(chat.apply_chat_template(turns)) == chat.renderer.prompt({"prompt": turns})

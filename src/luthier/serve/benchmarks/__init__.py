@@ -115,7 +115,7 @@ def _measure(
 
     try:
         return simple_evaluate(
-            model=Adapter(loaded),
+            model=Adapter(loaded, chat),
             tasks=tasks,
             num_fewshot=shots,
             limit=limit,
