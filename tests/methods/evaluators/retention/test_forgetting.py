@@ -11,8 +11,10 @@ import torch
 
 import luthier
 from luthier.errors import RecipeError
+from luthier.methods.evaluators._base import keep
+from luthier.methods.evaluators.retention.forgetting import write_changes
 from luthier.methods.evaluators.retention.forgetting.checks import CHECKS, passes
-from luthier.methods.evaluators.retention.forgetting.measure import choose
+from luthier.methods.evaluators.retention.forgetting.measure import Measured, choose
 from luthier.methods.evaluators.retention.forgetting.probe import CHOICE, SHIPPED, probe_rows
 from luthier.registry import build
 from luthier.report.retention import read_skills, sentence
@@ -54,7 +56,9 @@ def test_the_shipped_probe_is_whole():
         ({"words": 1}, " Green.", "It is green"),
         ({"most_words": 3}, "a sour fruit", "a very sour fruit"),
         ({"one_of": ["yes", "no"]}, "Yes.", "Yes, it is"),
+        ({"one_of": ["Yes.", "No"]}, "yes", "maybe"),
         ({"exactly": "hello hello hello"}, "Hello hello hello.", "hello"),
+        ({"exactly": "U.S."}, "u.s.", "us"),
         ({"case": "upper"}, "HELLO!", "Hello!"),
         ({"case": "lower"}, "the sea is wide.", "The sea is wide."),
         ({"items": 3}, "- a\n- b\n- c", "- a\n- b"),
@@ -62,7 +66,8 @@ def test_the_shipped_probe_is_whole():
         ({"starts": "because"}, '"Because we must.', "We sleep because"),
         ({"ends": "?"}, "How was it?", "How was it."),
         ({"ends": "forest"}, "We met in the forest.", "The forest is old."),
-        ({"includes": ["river", "bridge"]}, "A bridge over a River", "A bridge"),
+        ({"starts": "Dear"}, "dear friend", "My dear"),
+        ({"includes": ["river", "Bridge"]}, "A bridge over a River", "A bridge"),
         ({"excludes": [","]}, "Dogs bark", "Dogs, too, bark"),
         ({"words": 1, "excludes": ["e"]}, "pink", "red"),
         ({"digits": True}, "7.", "seven"),
@@ -86,6 +91,11 @@ def test_a_probe_of_ones_own_is_refused_in_a_sentence(tmp_path):
         ({"question": "A?"}, "`choices` must be two texts or more"),
         ({"question": "A?", "choices": ["a"]}, "must be two texts"),
         ({"question": "A?", "check": {"wrods": 1}}, "no check 'wrods'; did you mean 'words'"),
+        ({"question": "A?", "check": {"words": "one"}}, "'words' takes a whole number, not 'one'"),
+        ({"question": "A?", "check": {"includes": "snow"}}, "'includes' takes a list of texts"),
+        ({"question": "A?", "check": {"case": "title"}}, "takes upper or lower"),
+        ({"question": "A?", "check": {"declines": 1}}, "takes true or false, not 1"),
+        ({"question": "A?", "check": {"exactly": " "}}, "takes a text"),
         ({"prompt": "A?"}, "`text`, or `question` with"),
     ):
         files.write_rows(tmp_path / "p.jsonl", [{"text": "fine"}, row])
@@ -139,6 +149,21 @@ def test_a_run_measures_skills_before_and_after(loaded, tmp_path):
     per_row = json.loads((tmp_path / "per_example-after.json").read_text(encoding="utf-8"))
     assert len(per_row["retention_accuracy"]) == 36 and len(per_row["retention_loss"]) == 4
     assert sentence(skills).startswith("What was lost: ")
+
+
+def test_texts_stand_under_their_own_skills(tmp_path):
+    """Each with the loss per token of its own rows; a row alone has no interval."""
+    measured = Measured(
+        loss={"a": 1.0, "b": 3.0, "c": 2.0, "d": 2.0, "e": 0.5},
+        skills={"a": "news", "b": "news", "c": "poems", "d": "poems"},
+        tokens={"a": 10, "b": 10, "c": 30, "d": 30, "e": 20},
+    )
+    keep(tmp_path, "before", retention_loss=dict.fromkeys("abcde", 0.0))
+    write_changes(measured, tmp_path)
+    skills = {skill.skill: skill for skill in read_skills(tmp_path)}
+    assert skills.keys() == {"news", "poems"} and skills["news"].rows == 2
+    assert skills["news"].after == pytest.approx(2.0 * 20 / 10)
+    assert skills["poems"].after == pytest.approx(2.0 * 20 / 30)
 
 
 def test_without_a_key_the_shipped_probe_is_asked(loaded, tmp_path):

@@ -23,10 +23,8 @@ from luthier.methods.evaluators._base import Evaluator, keep, paired_change, per
 from luthier.methods.evaluators.retention.forgetting.measure import Measured, measure
 from luthier.methods.evaluators.retention.forgetting.probe import CHECK, SHIPPED, probe_rows
 from luthier.registry import Artifact, Metric, evaluator
+from luthier.report.retention import CHANGES
 from luthier.storage import files
-
-CHANGES = "forgetting.json"  # what report/retention.py reads
-OWN_TEXTS = "own texts"  # the skill of texts that the model generated itself
 
 
 @evaluator(
@@ -173,14 +171,14 @@ def write_changes(measured: Measured, folder: Path) -> None:
     path = per_example_file(folder, "before")
     before = files.read_json(path) if path.is_file() else {}
     groups = [("retention_accuracy", skill, rows) for skill, rows in measured.by_skill().items()]
-    texts = {name: value for name, value in measured.loss.items() if name not in measured.accuracy}
-    if texts:
-        groups.append(("retention_loss", measured.skills.get(next(iter(texts)), OWN_TEXTS), texts))
+    groups += [("retention_loss", skill, rows) for skill, rows in measured.texts_by_skill().items()]
     skills = []
     for metric, skill, after in groups:
         former = before.get(metric, {})
         if len(after) > 1 and after.keys() <= former.keys():
-            change = paired_change({name: former[name] for name in after}, after)
+            scale = measured.scale(after) if metric == "retention_loss" else 1.0
+            earlier = {name: scale * former[name] for name in after}
+            change = paired_change(earlier, {name: scale * value for name, value in after.items()})
             skills.append({"skill": skill, "metric": metric, "rows": len(after), **change._asdict()})
     if skills:
         files.write_json(folder / CHANGES, {"skills": skills})

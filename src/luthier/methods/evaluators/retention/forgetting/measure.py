@@ -4,7 +4,7 @@ loss of a text, and for rows of any data whether every token is the likeliest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from luthier.methods.evaluators.retention.forgetting.checks import passes
 from luthier.methods.evaluators.retention.forgetting.probe import CHECK, CHOICE, NEXT_QUESTION
 
 OTHER = "other tasks"  # the skill of rows that name none
+OWN_TEXTS = "own texts"  # and of texts: those that the model generated itself
 # tokens of an answer that suffice for a check; a longer one has failed it, or has passed it
 TOKENS = {"words": 8, "one_of": 8, "digits": 8, "starts": 8, "exactly": 16, "case": 16, "declines": 20}
 
@@ -27,6 +28,7 @@ class Measured:
     accuracy: dict[str, float] = field(default_factory=dict)  # 1 where the row is right, else 0
     skills: dict[str, str] = field(default_factory=dict)  # of the rows that name one
     answers: list[dict] = field(default_factory=list)  # what was generated, and whether it passes
+    tokens: dict[str, int] = field(default_factory=dict)  # of the rows that have a loss
 
     def by_skill(self) -> dict[str, dict[str, float]]:
         """Skill -> accuracy of its rows, in the order of the rows."""
@@ -34,6 +36,21 @@ class Measured:
         for name, value in self.accuracy.items():
             out.setdefault(self.skills.get(name, OTHER), {})[name] = value
         return out
+
+    def texts_by_skill(self) -> dict[str, dict[str, float]]:
+        """Skill -> loss of its rows that have no accuracy, in the order of the rows."""
+        out: dict[str, dict[str, float]] = {}
+        for name, value in self.loss.items():
+            if name not in self.accuracy:
+                out.setdefault(self.skills.get(name, OWN_TEXTS), {})[name] = value
+        return out
+
+    def scale(self, rows: Collection[str]) -> float:
+        """What losses of these rows are multiplied with, so that their mean is the loss per token of these
+        rows: as they are, it is that of all rows.
+        """
+        mean = sum(self.tokens.values()) / len(self.tokens)
+        return mean * len(rows) / max(1, sum(self.tokens[name] for name in rows))
 
 
 def measure(
@@ -57,6 +74,7 @@ def measure(
     stats = read(roles, others, batch_size, {"loss", "first"} if answered else {"loss"})
     if sum(value.tokens for value in stats.values()):
         measured.loss = shares(stats)
+        measured.tokens = {name: value.tokens for name, value in stats.items()}
         measured.accuracy |= exact({name: value for name, value in stats.items() if name in answered})
     return measured
 
