@@ -17,7 +17,7 @@ def test_means_and_shares_over_prompts(tmp_path):
     answers = {"a": ["1", "1"], "b": ["1", "2"], "c": ["3", "2"]}
 
     def generate(prompts, **how):
-        assert how["n"] == 2 and how["temperature"] == 1.0 and len({*how["seeds"]}) == 3
+        assert how["n"] == 2 and how["temperature"] == 1.0 and len({*how["seeds"]}) == len(prompts)
         return [[tokenizer.encode(text) for text in answers[tokenizer.decode(p)]] for p in prompts]
 
     renderer = SimpleNamespace(
@@ -33,3 +33,5 @@ def test_means_and_shares_over_prompts(tmp_path):
     }
     by_row = json.loads((tmp_path / "per_example-after.json").read_text())["sampled_reward"]
     assert by_row == {"a": 1.0, "b": 0.5, "c": 0.0}
+    later = build("evaluator", {"name": "sampled", "samples": 2, "skip": 1, "n": 1})
+    assert later.run(roles, rows, tmp_path, "after")["sampled_reward"] == 0.5

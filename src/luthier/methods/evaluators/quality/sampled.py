@@ -34,6 +34,7 @@ class Sampled(Evaluator):
 
     reward: Any = "exact_match"  # the reward that scores the answers
     n: Annotated[int, Field(ge=1)] = 64  # prompts that are answered
+    skip: Annotated[int, Field(ge=0)] = 0  # held-out prompts before these, such as those a plan selects on
     samples: Annotated[int, Field(ge=1), Range(2, 16)] = 4  # answers of each
     max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens per answer
     temperature: Annotated[float, Field(gt=0)] = 1.0  # sampling temperature
@@ -45,7 +46,7 @@ class Sampled(Evaluator):
     def run(self, roles, rows, folder, when):
         judge = build("reward", self.reward)
         answerable, prompts, seeds = [], [], []
-        for row in rows[: self.n]:
+        for row in rows[self.skip : self.skip + self.n]:
             try:
                 prompts.append(roles.renderer.prompt(row))
             except BadRow:
