@@ -19,7 +19,7 @@ from luthier.registry import build
 from luthier.run.folder import clear
 from luthier.run.report import Report
 from luthier.storage import files
-from luthier.storage.failure import write_failure
+from luthier.storage.failure import write_failure, write_failure_for_main
 from luthier.storage.layout import FAILED, REPORT, STATE, run_folder, run_folders
 
 
@@ -45,6 +45,8 @@ def perform_plan(
         outcome = processes.agree(error)
         if processes.main:
             write_failure(folder, outcome)
+        if processes.main_is_lost:
+            write_failure_for_main(folder, outcome)
         processes.wait_before_leaving()
         if outcome is error:
             raise
