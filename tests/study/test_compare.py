@@ -11,7 +11,7 @@ import pytest
 
 import luthier
 from helpers.rows import SUMS
-from luthier.errors import RecipeError
+from luthier.errors import DiskError, RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.report.console import Console
 from luthier.study.compare import (
@@ -22,6 +22,7 @@ from luthier.study.compare import (
     run_comparison,
     sentence,
 )
+from luthier.study.compare.run import Runner
 
 
 @pytest.fixture
@@ -324,3 +325,14 @@ def test_an_arm_that_cannot_run_is_left_out_and_arms_are_added(shared, tmp_path)
     assert added["table"]["loss"]["a"] == found["table"]["loss"]["a"]
     with pytest.raises(RecipeError, match="holds another comparison"):
         run_comparison(spec(shared, {"a": {"tuner": "loldu"}}, seeds=1), tmp_path / "c")
+
+
+def test_a_full_disk_is_no_arms_fault(shared, tmp_path, monkeypatch):
+    def full(self, *run):
+        raise DiskError("the disk is full")
+
+    monkeypatch.setattr(Runner, "perform", full)
+    arms = {"a": {"tuner": "lora"}, "b": {"tuner": "full"}}
+    for how in ({"together": False}, {"learning_rates": (1e-3, 1e-2)}, {"budget": "1s"}):
+        with pytest.raises(DiskError, match="is full"):
+            run_comparison(spec(shared, arms, seeds=1, **how), tmp_path / next(iter(how)))

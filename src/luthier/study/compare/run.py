@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.errors import NotFinite, RecipeError, from_code
+from luthier.errors import DiskError, NotFinite, RecipeError, from_code
 from luthier.recipe.recipe import Recipe, plain
 from luthier.registry import COSTS
 from luthier.registry import metric as metric_of
@@ -150,6 +150,8 @@ class Runner:
             elif name not in steps:
                 try:
                     steps[name] = max(1, int(size / self._pilot(name, recipe, unit)))
+                except DiskError:
+                    raise
                 except RecipeError as error:
                     self.fail(name, error)
                     continue
@@ -228,7 +230,7 @@ class Runner:
                     continue
                 try:
                     value = self._final_metric(recipe, run)
-                except NoMetric:
+                except (NoMetric, DiskError):
                     raise
                 except RecipeError as error:
                     self.fail(name, error)
@@ -287,6 +289,8 @@ class Runner:
         except NotFinite as error:
             arm.stopped = f"it diverged with seed {seed}: {error}"
             self.callback.warn(f"{name} was stopped: {arm.stopped}")
+        except DiskError:  # the same for every arm
+            raise
         except RecipeError as error:
             del arm.runs[seed]
             arm.stopped = f"its run with seed {seed} failed: {error}"
@@ -351,6 +355,8 @@ class Runner:
                 subprocess.side_by_side(runs, stop_at=until)
             else:
                 batched.perform(runs, stop_at=until)
+        except DiskError:
+            raise
         except RecipeError as error:
             self.callback.warn(f"{error}; the runs are trained one after the other instead")
             return False
