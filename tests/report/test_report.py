@@ -19,6 +19,7 @@ from luthier.report.console import Callback, Console
 from luthier.report.html import marked, script, script_hash
 from luthier.report.numbers import (
     cost,
+    damaged_generations,
     format_duration,
     format_number,
     generations,
@@ -27,7 +28,7 @@ from luthier.report.numbers import (
     metric_row,
     metric_rows,
 )
-from luthier.report.page import page, write_report
+from luthier.report.page import page, shown_generations, write_report
 from luthier.report.text import MARKS
 from luthier.run.run import Report
 
@@ -293,6 +294,16 @@ def test_answers_are_matched_by_row(tmp_path):
         (tmp_path / f"samples-{when}.jsonl").write_text(text)
     found = {a["prompt"]: (a["before"], a["after"]) for a in generations(tmp_path)}
     assert found == {"a": ("beforea", None), "b": ("beforeb", "afterb"), "c": (None, "afterc")}
+    assert not damaged_generations(tmp_path)
+    (tmp_path / "samples-before.jsonl").write_bytes(b"\xff\xfe")
+    with open(tmp_path / "samples-after.jsonl", "a") as file:
+        file.write('{"id": "d", "pro\n[1]\n')
+    assert [row["id"] for row in generations(tmp_path)] == ["b", "c"]
+    assert damaged_generations(tmp_path) == [
+        "samples-before.jsonl is damaged: 1 of its lines cannot be read",
+        "samples-after.jsonl is damaged: 2 of its lines cannot be read",
+    ]
+    assert "2 of its lines" in shown_generations(tmp_path)["note"]
 
 
 def test_a_curve_keeps_its_spikes_and_its_mean():

@@ -268,21 +268,41 @@ def generations(folder: Any) -> list[dict]:
         if not path.is_file():
             continue
         for i, row in enumerate(_samples(path)):
+            if row is None:
+                continue
             by_row.setdefault(str(row.get("id", i)), {})[when] = row
     return list(map(_before_and_after, by_row.values()))
 
 
-def _samples(path: Path) -> Iterator[dict]:
-    """The rows of a file of generated texts; damaged lines are left out."""
+def damaged_generations(folder: Any) -> list[str]:
+    """A sentence for each file of generated texts that is damaged: `generations` leaves out what cannot be
+    read.
+    """
+    sentences = []
+    for when in ("before", "during", "after"):
+        path = Path(folder) / f"samples-{when}.jsonl"
+        if not path.is_file():
+            continue
+        damaged = sum(row is None for row in _samples(path))
+        if damaged:
+            sentences.append(f"{path.name} is damaged: {damaged:,} of its lines cannot be read")
+    return sentences
+
+
+def _samples(path: Path) -> Iterator[dict | None]:
+    """The rows of a file of generated texts; None for each damaged line, and for a file that is no text."""
     try:
         text = files.read_text(path)
     except Damaged:
+        yield None
         return
     for line in text.split("\n"):  # splitlines would also cut at marks that a model may have written
+        if not line.strip():
+            continue
+        row = None
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict):
-                yield row
+        yield row if isinstance(row, dict) else None
 
 
 def _before_and_after(both: dict[str, dict]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from luthier.report.html import render
 from luthier.report.numbers import (
     HELD_OUT,
     cost,
+    damaged_generations,
     format_duration,
     generations,
     headline,
@@ -146,9 +147,11 @@ def _extra(logged: Sequence[Mapping]) -> list[str]:
 
 
 def shown_generations(folder: Path) -> dict[str, Any] | None:
-    """The first generations with how many became better or worse; None where nothing was generated."""
-    rows = generations(folder)
-    if not rows:
+    """The first generations with how many became better or worse, and what of them is damaged; None where
+    nothing was generated.
+    """
+    rows, damage = generations(folder), damaged_generations(folder)
+    if not rows and not damage:
         return None
     note = f"{len(rows)} prompts"
     if len(rows) > GENERATIONS:
@@ -159,7 +162,7 @@ def shown_generations(folder: Path) -> dict[str, Any] | None:
             gains.append(np.sign(row["score_after"] - row["score_before"]))
     if gains:
         note += f"; of all, {gains.count(1)} better, {gains.count(-1)} worse, {gains.count(0)} unchanged"
-    return {"note": f"{note}.", "rows": rows[:GENERATIONS]}
+    return {"note": "; ".join([note, *damage]) + ".", "rows": rows[:GENERATIONS]}
 
 
 def _rows(folder: Path) -> list[str]:

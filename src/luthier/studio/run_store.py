@@ -28,7 +28,7 @@ import psutil
 import yaml
 
 from luthier.errors import Damaged, RecipeError, shortened
-from luthier.report.numbers import HELD_OUT, cost, generations, metric_rows
+from luthier.report.numbers import HELD_OUT, cost, damaged_generations, generations, metric_rows
 from luthier.storage import files
 from luthier.storage.bounded_yaml import read_yaml
 from luthier.storage.failure import read_failure
@@ -163,7 +163,7 @@ class RunStore:
             "arms": or_else({}, first_runs, comparison),
             "numbers": [asdict(row) for row in or_else([], metric_rows, measured)],
             "cost": or_else([], lambda: list(cost(measured.stats))),
-            "notes": notes,
+            "notes": [*notes, *or_else([], damaged_generations, at)],
             "writes": writes,
             "answers": or_else([], generations, at)[:ANSWERS],
         }
