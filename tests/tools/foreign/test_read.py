@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
+
 import pytest
 
+from helpers.paths import FIXTURES
 from luthier.errors import RecipeError
-from luthier.tools.foreign.convert import import_file
+from luthier.tools.foreign.convert import TOOLS, convert, import_file, recognise
+from luthier.tools.foreign.read import read_configuration
 
 SCRIPT = """
 # nproc=99
@@ -89,3 +94,26 @@ def test_a_process_reward_model_of_axolotl(tmp_path):
     )
     recipe = import_file(path).recipe
     assert recipe["objective"] == "process_reward" and recipe["stages"] == ["mark_steps"]
+
+
+ODD = ([], {}, "{", -1, 0, float("nan"), float("inf"), {"a": {}}, [{}], True, [None], 3.5)
+
+
+@pytest.mark.parametrize("tool", sorted(TOOLS))
+def test_an_odd_value_under_any_key_is_a_recipe_or_a_sentence(tool):
+    for number, path in enumerate(sorted((FIXTURES / "foreign" / tool).iterdir())):
+        written = read_configuration(path)
+        if not written.command:
+            written = replace(written, command=path.stem)
+        module = TOOLS[written.tool or recognise(written.values, path)]
+        for i, key in enumerate(written.values):
+            for value in (ODD[(number + i) % len(ODD)], ODD[(number + 7 * i + 3) % len(ODD)]):
+                with suppress(RecipeError):
+                    convert(replace(written, values={**written.values, key: value}), module)
+
+
+def test_settings_as_json_text_that_is_none(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text("model_name_or_path: m\ndataset_name: d\nlr_scheduler_kwargs: '{min_lr'\n")
+    with pytest.raises(RecipeError, match="'{min_lr' stands where"):
+        import_file(path, "trl")

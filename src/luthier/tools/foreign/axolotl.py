@@ -7,7 +7,7 @@ from typing import Any
 from luthier.data.foreign import AXOLOTL_TYPES, from_axolotl
 from luthier.errors import RecipeError
 from luthier.tools.foreign import goals
-from luthier.tools.foreign.draft import Draft, Drop, Rule, To, as_list, is_on, number, whole
+from luthier.tools.foreign.draft import Draft, Drop, Rule, To, as_list, as_object, is_on, number, whole
 from luthier.tools.foreign.training_arguments import (
     ATTENTION,
     GROUPING,
@@ -164,7 +164,7 @@ def read_saving(draft: Draft) -> None:
         times = number(draft.get(often, 1 if strategy == "epoch" else 0))
         if draft.get(key):
             draft.put(key, number(draft.get(key)), key)
-        elif times:
+        elif times and epochs:
             draft.put(
                 key, min(0.999, round(1 / (times * epochs), 6)), often, key.replace("steps", "strategy")
             )
@@ -259,7 +259,7 @@ def read_objective(draft: Draft) -> None:
             draft.put("objective.label_smoothing_factor", factor, "label_smoothing_factor")
     elif rl in ("grpo", "gdpo"):
         read_grpo(draft)
-    elif rl in goals.PREFERENCE_LOSSES or rl in ("dpo", "ipo"):
+    elif str(rl) in goals.PREFERENCE_LOSSES or rl in ("dpo", "ipo"):
         read_preference(draft, str(rl))
     else:
         raise RecipeError(f"{NAME}: rl: {rl!r} must be one of dpo, ipo, kto, orpo, simpo, grpo")
@@ -326,7 +326,7 @@ def sources(draft: Draft, entries: list[Any], key: str) -> Any:
     """The sources of a list of data sets; one alone where there is one."""
     out = []
     for entry in entries:
-        entry = {"path": entry} if isinstance(entry, str) else dict(entry)
+        entry = {"path": entry} if isinstance(entry, str) else as_object(entry)
         out.extend(of_files(draft, entry, key))
     return out[0] if len(out) == 1 else out
 
@@ -336,7 +336,7 @@ def of_files(draft: Draft, entry: dict[str, Any], key: str) -> list[dict[str, An
     files = entry.pop("data_files", None)
     local = entry.get("ds_type") or entry.get("path") in ("json", "csv", "parquet", "text")
     if files and not local:
-        draft.change(key, "data", f"{entry['path']}: all its files are read, not only {files}")
+        draft.change(key, "data", f"{entry.get('path')}: all its files are read, not only {files}")
         files = None
     if files is None:
         return [source(draft, entry, key)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, quoted
 
 Outcome = Literal["mapped", "changed", "dropped", "unknown"]
 
@@ -133,7 +134,23 @@ def number(value: Any) -> Any:
 
 def whole(value: Any) -> int:
     """A count, written as a number or as text. Raises RecipeError where it is none."""
-    return int(number(value))
+    try:
+        return int(number(value))
+    except (ValueError, OverflowError):  # not a number, or endless
+        raise RecipeError(f"{value!r} stands where a whole number is expected") from None
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """A mapping, also written as JSON text; empty where there is none. Raises RecipeError for others."""
+    parsed = value or {}
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            parsed = None
+    if not isinstance(parsed, Mapping):
+        raise RecipeError(f"{quoted(value)} stands where `key: value` or a JSON object is expected")
+    return {str(key): inner for key, inner in parsed.items()}
 
 
 def is_on(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from luthier.errors import RecipeError
 from luthier.tools.foreign.draft import Draft, as_list, is_on, number, whole
 
 # loss_type of TRL's DPOTrainer and of the tools that follow it -> our objective
@@ -164,6 +165,8 @@ def put_policy_gradient(draft: Draft, loss: str, key: str, scale_key: str = "sca
 
 def put_prompts(draft: Draft, rows: int, n: int, key: str) -> None:
     """Prompts of a micro-batch, where the tool counts completions and n belong to a prompt."""
+    if n < 1:
+        raise RecipeError(f"{key}: {n} stands where a number of completions is expected")
     steps = draft.recipe.get("gradient_accumulation_steps", 1)
     prompts = max(1, round(rows * steps / n))
     size = max(1, rows // n)

@@ -4,12 +4,11 @@ arguments.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.tools.foreign import goals
-from luthier.tools.foreign.draft import Draft, Drop, Rule, To, as_list, is_on, number, whole
+from luthier.tools.foreign.draft import Draft, Drop, Rule, To, as_list, as_object, is_on, number, whole
 from luthier.tools.foreign.training_arguments import (
     ATTENTION,
     HUB,
@@ -212,7 +211,7 @@ def read_objective(draft: Draft) -> None:
         teacher = draft.get("teacher_model", draft.recipe.get("model"))
         draft.put("roles.teacher", {"name": "model", "model": teacher}, "teacher_model")
         draft.change("rlhf_type", "objective", "the rows' own answers are distilled, without fresh samples")
-    elif kind in BETAS:
+    elif str(kind) in BETAS:
         read_preference(draft, str(kind))
     else:
         choices = ", ".join((*BETAS, "rm", "ppo", "gkd"))
@@ -305,11 +304,9 @@ def source(draft: Draft, entry: str) -> dict[str, Any]:
         spec["name"] = subset.partition("/")[0]
     if rows:
         spec["limit"] = whole(rows)
-    columns = draft.get("columns")
-    if isinstance(columns, str):
-        columns = json.loads(columns)
+    columns = as_object(draft.get("columns"))
     if columns:
-        spec["columns"] = {COLUMNS.get(ours, ours): theirs for theirs, ours in columns.items()}
+        spec["columns"] = {COLUMNS.get(str(ours), str(ours)): theirs for theirs, ours in columns.items()}
     if draft.get("command") == "pt":
         spec["format"] = "text"
     if str(draft.get("loss_scale", "default")) == "all" and draft.get("rlhf_type") is None:

@@ -4,11 +4,10 @@ what several keys say together.
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from typing import Any
 
-from luthier.tools.foreign.draft import Draft, Drop, Rule, To, as_list, is_on, number, whole
+from luthier.tools.foreign.draft import Draft, Drop, Rule, To, as_list, as_object, is_on, number, whole
 
 SCHEDULES = {  # transformers' schedule -> ours
     "linear": "linear",
@@ -89,10 +88,7 @@ def put_schedule(draft: Draft, name: str, key: str) -> None:
 
 def read_schedule_settings(draft: Draft) -> None:
     """Those settings of transformers' schedules that a recipe has."""
-    settings = draft.get("lr_scheduler_kwargs")
-    if isinstance(settings, str):
-        settings = json.loads(settings)
-    settings = dict(settings or {})
+    settings = as_object(draft.get("lr_scheduler_kwargs"))
     for key in ("num_decay_steps", "num_stable_steps", "warmup_type"):
         if settings.pop(key, None) is not None:
             why = f"`{key}`: decay_ratio is the share of the steps in which the rate falls"
@@ -214,7 +210,7 @@ def put_trackers(draft: Draft, names: list[str], key: str) -> None:
     for name in names:
         if name in OTHERS:
             continue
-        installed = any(find_spec(package) for package in PACKAGES.get(name, (name,)))
+        installed = any(is_installed(package) for package in PACKAGES.get(name, (name,)))
         (usable if installed else missing).append(name)
     if usable:
         draft.put("report_to", usable)
@@ -222,6 +218,11 @@ def put_trackers(draft: Draft, names: list[str], key: str) -> None:
         text = " ".join(missing)
         draft.change(key, "report_to", f"not installed here: {text} (pip install {text}, then add it)")
     draft.note(key, "mapped", "report_to")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a name that none can have is not."""
+    return package.isidentifier() and find_spec(package) is not None
 
 
 def read_noise(draft: Draft) -> None:

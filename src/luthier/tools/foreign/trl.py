@@ -9,7 +9,7 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.tools.foreign import goals
-from luthier.tools.foreign.draft import Draft, Drop, Rule, To, as_list, is_on, number, whole
+from luthier.tools.foreign.draft import Draft, Drop, Rule, To, as_list, as_object, is_on, number, whole
 from luthier.tools.foreign.training_arguments import (
     ATTENTION,
     LOADING,
@@ -214,7 +214,7 @@ def sources(draft: Draft, entries: list[Any], split: str) -> Any:
     """The sources of data sets; one alone where there is one."""
     out = []
     for entry in entries:
-        entry = {"path": entry} if isinstance(entry, str) else dict(entry)
+        entry = {"path": entry} if isinstance(entry, str) else as_object(entry)
         columns = entry.pop("columns", None)
         if columns:  # TRL keeps these columns, and reads no others
             draft.note("datasets", "mapped", "data")
