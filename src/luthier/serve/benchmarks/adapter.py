@@ -4,10 +4,10 @@ answers.
 It goes through the policy as everything does, so what is measured is what was tuned, soft prompts, side
 networks and quantized bases among it. Continuations of one context are read with it once.
 
-Texts begin as lm-eval's own class for transformers lets them begin: with what the tokenizer puts before a text
-unless it is there already, an empty context with the beginning-of-sequence token, else the end-of-sequence
-token. Departs: a text whose whole likelihood is asked has that token once, not twice; questions through the
-chat template begin as the template lets them, as in training.
+Texts begin as with lm-eval's own class for transformers: with what the tokenizer puts before a text, unless
+it is there already; an empty context is the beginning-of-sequence token, else the end-of-sequence token.
+Departs: a text whose whole likelihood is asked has that token once, not twice; questions through the chat
+template begin as the template lets them, as in training.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Adapter(TemplateLM):
         raise RecipeError(f"a question cannot be read: {problems[0]}")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """With what the tokenizer puts before a text, unless the text has it or `add_special_tokens` says no."""
+        """With what the tokenizer puts before a text, unless it is there or `add_special_tokens` is False."""
         try:
             ids = tokenize_marked(self.tokenizer, string)
         except BadRow as why:
