@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -49,6 +50,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     seeds: Sequence[int],
+    begun: Sequence[int] = (),
     n: int = 1,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
@@ -58,14 +60,20 @@ def generate(
     limit: int | None = None,
     hear: Callable[[list[list[int]]], object] | None = None,
     decoder: Callable[..., Tensor] | None = None,
+    join: Callable[[Writer], Writer] | None = None,
 ) -> list[list[list[int]]]:
     """n completions of each prompt as token ids, the stop token included where one was written.
 
-    temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together. limit: tokens
-    that the network can hold; a sequence ends there. hear: called after each token with what prompts written
-    together have so far; where it returns true, they end there. decoder: changes the logits before each
-    token (methods/decoders/_base.py). Raises RecipeError for a prompt that leaves no room.
+    temperature 0 is greedy. seeds: one per prompt. begun: how many tokens at the end of each prompt were
+    written before with its seed, which goes on from there (default: none). Prompts of like length are
+    written together. limit: tokens that the network can hold; a sequence ends there. hear: called after
+    each token with what prompts written together have so far; where it returns true, they end there.
+    decoder: changes the logits before each token (methods/decoders/_base.py). join: puts other networks
+    beside the writer, which then write together (`Joined`). Raises RecipeError for a prompt that leaves no
+    room.
     """
+    if join is not None:
+        writer = join(writer)
     room = [max_new_tokens] * len(prompts)
     if limit is not None:
         for i, prompt in enumerate(prompts):
@@ -80,11 +88,12 @@ def generate(
     some = max(1, SEQUENCES // n)
     for start in range(0, len(order), some):
         chosen = order[start : start + some]
-        names, ends = [], []  # of each sequence
+        names, ends, firsts = [], [], []  # of each sequence
         for i in chosen:
             names += [(seeds[i], k) for k in range(n)]
             ends += [room[i]] * n
-        pick = Picker(names, max_new_tokens, temperature, top_p, top_k)
+            firsts += [begun[i] if begun else 0] * n
+        pick = Picker(names, max_new_tokens, temperature, top_p, top_k, firsts)
         with prepacked(writer.model):
             texts = [list(prompts[i]) for i in chosen]
             written = _write(writer, texts, n, ends, pick, set(stop), hear, decoder)
@@ -138,14 +147,16 @@ class Picker:
         temperature: float,
         top_p: float = 1.0,
         top_k: int = 0,
+        firsts: Sequence[int] | None = None,
     ):
-        """names: the (seed, sample) of each sequence."""
+        """names: the (seed, sample) of each sequence. firsts: at which position of its draws each begins."""
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.buffers: Tensor | None = None  # [2, B, V] in fp32, for whatever is computed of logits
         if temperature:
             uniforms = []
-            for seed, sample in names:
-                uniforms.append(torch.rand(length, generator=Clock(seed).rng("sample", sample)))
+            for (seed, sample), first in zip(names, firsts or [0] * len(names), strict=True):
+                rng = Clock(seed).rng("sample", sample)
+                uniforms.append(torch.rand(first + length, generator=rng)[first:])
             self.uniforms = torch.stack(uniforms)
 
     def __call__(self, logits: Tensor, which: list[int], step: int) -> Tensor:
@@ -376,6 +387,43 @@ class Rereading(Writer):
             both = (order >= 0) & (order < self.first[:, None])
             inputs["attention_mask"] = prefix_mask(self.model, mask.bool(), both)
         return logits_at(self.model, inputs, ends)
+
+
+class Joined(Writer):
+    """Several networks that read the same tokens; what they say of the next one is combined into one."""
+
+    def __init__(
+        self,
+        writers: Sequence[tuple[Writer, Callable[[], AbstractContextManager]]],
+        combine: Callable[[list[Tensor]], Tensor],
+    ):
+        """writers: each with what its network is called in. combine: logits [B, V] of each, in their order ->
+        logits [B, V].
+        """
+        first, _ = writers[0]
+        super().__init__(first.model, first.attached, first.prefix)
+        self.writers, self.combine = writers, combine
+
+    def needed(self, prompt):
+        return max(writer.needed(prompt) for writer, _ in self.writers)
+
+    def begin(self, prompts, n):
+        return self.each(lambda writer: writer.begin(prompts, n))
+
+    def keep(self, rows):
+        for writer, _ in self.writers:
+            writer.keep(rows)
+
+    def next(self, tokens):
+        return self.each(lambda writer: writer.next(tokens))
+
+    def each(self, read: Callable[[Writer], Tensor]) -> Tensor:
+        """The combined logits of what each network reads now."""
+        logits = []
+        for writer, context in self.writers:
+            with context():
+                logits.append(read(writer).float())
+        return self.combine(logits)
 
 
 def decoder_writer(model: Network, attached: Any, prefix: bool = False) -> Writer:

@@ -83,7 +83,8 @@ class Loaded:
             seed: of the random draws.
             hear: for one prompt, called with the answer so far after each token; where it returns true, the
                 answer ends there.
-            decoder: a method that changes the logits, by name or with settings ({name: instruction_rules}).
+            decoder: how it is written, by name or with settings: {name: instruction_rules}, {name:
+                proxy_tuning, expert: RUN}.
             how: `top_p` and `top_k`.
 
         Raises:
@@ -97,7 +98,7 @@ class Loaded:
             )
         several = isinstance(prompt, (list, tuple)) and not all(isinstance(p, dict) for p in prompt)
         renderer, clock = self.roles.renderer, self.roles.clock
-        prompts, seeds = [], []
+        rows, prompts, seeds = [], [], []
         for i, text in enumerate(prompt if several else [prompt]):
             row = {"id": str(i), "prompt": text}
             if isinstance(text, list) and is_continued(text):
@@ -106,6 +107,7 @@ class Loaded:
                 prompts.append(renderer.prompt(row))
             except BadRow as why:
                 raise RecipeError(f"the prompt cannot be read: {why}") from None
+            rows.append(row)
             seeds.append(clock.derive_seed("ask", seed, i, at=0))
         options = {
             "seeds": seeds,
@@ -114,11 +116,13 @@ class Loaded:
             "stop": renderer.stop_ids,
             **how,
         }
-        if decoder is not None:
-            options["decoder"] = build("decoder", decoder).begin(renderer)
         if hear:
             options["hear"] = lambda written: hear(renderer.answer(written[0]))
-        answers = [renderer.answer(ids) for (ids,) in self.roles.policy.generate(prompts, **options)]
+        if decoder is None:
+            written = self.roles.policy.generate(prompts, **options)
+        else:
+            written = build("decoder", decoder).generate(self.roles, rows, prompts, **options)
+        answers = [renderer.answer(ids) for (ids,) in written]
         return answers if several else answers[0]
 
     def ask(self, text: str, before: Sequence[dict] = (), **how: Any) -> str:

@@ -50,7 +50,7 @@ class Generate(Evaluator):
     n: int = 32  # prompts that are answered
     max_new_tokens: int = 64  # tokens per answer
     reward: Any = None  # a reward that scores the answers, e.g. exact_match
-    decoder: Any = None  # a method that changes the logits while answers are written, e.g. instruction_rules
+    decoder: Any = None  # how answers are written, e.g. instruction_rules or {name: qalign, reward: ...}
 
     @property
     def active_requires(self):
@@ -68,9 +68,11 @@ class Generate(Evaluator):
         ]
         seeds = [roles.clock.derive_seed("generate", r["id"], at=0) for r in rows]
         how: dict[str, Any] = {"seeds": seeds, "max_new_tokens": self.max_new_tokens, "temperature": 0.0}
-        if self.decoder is not None:
-            how["decoder"] = build("decoder", self.decoder).begin(roles.renderer)
-        written = roles.policy.generate(prompts, stop=roles.renderer.stop_ids, **how)
+        how["stop"] = roles.renderer.stop_ids
+        if self.decoder is None:
+            written = roles.policy.generate(prompts, **how)
+        else:
+            written = build("decoder", self.decoder).generate(roles, rows, prompts, **how)
         samples = []
         for row, prompt, begun, (ids,) in zip(rows, prompts, opened, written, strict=True):
             sample = {
