@@ -27,7 +27,7 @@ from luthier.storage import files
 from luthier.study import search as searching
 from luthier.study.goals import front_figure, parse_goals, parse_limits
 from luthier.study.search import Measurement, TrialStore, optimize, parse_seeds, search_spec
-from luthier.study.search.result import read_result
+from luthier.report.search_result import read_result
 
 pytest.importorskip("optuna")
 

@@ -55,10 +55,10 @@ def sections(result: Mapping[str, Any]) -> dict[str, Any]:
         "arms": finished_arms(result),
         "front": result["front"],
         "goals": result["goals"],
-        "metrics": _metrics(result),
+        "metrics": metric_table(result),
         "pairs": _pairs(result),
         "parts": _parts(result),
-        "tradeoffs": _tradeoffs(result),
+        "tradeoffs": tradeoffs(result),
         "colours": dict(zip(result["arms"], map(colour, range(len(result["arms"]))))),
         "training": _training(result),
         "calibration": _calibration(result),
@@ -81,7 +81,7 @@ def colour(i: int) -> str:
 # ---------------------------------------------------------------------------------------------- metrics
 
 
-def _metrics(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def metric_table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Metrics by arm. The best mean is bold only where a difference from some other arm is significant."""
     arms = finished_arms(result)
     rows = []
@@ -140,6 +140,27 @@ def _pairs(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return tables
 
 
+def paired_differences(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every paired difference with its interval, by metric, the one that arms are compared by first: {label,
+    better, pairs: [{a, b, mean, low, high, text, p, significant}]}, for a picture of them. better: which way
+    a metric is, 'higher', 'lower' or empty.
+    """
+    families = []
+    for metric in dict.fromkeys((result["metric"], *result["pairs"])):
+        pairs = []
+        for pair in result["pairs"].get(metric, ()):
+            numbers = (pair["difference"], pair["low"], pair["high"])
+            mean, low, high = (format_difference(metric, number) for number in numbers)
+            one = {"a": pair["a"], "b": pair["b"], "p": pair["p"], "significant": pair["apart"]}
+            one |= {"mean": pair["difference"], "low": pair["low"], "high": pair["high"]}
+            pairs.append({**one, "text": f"{mean} ({low} to {high})"})
+        described = metric_of(metric)
+        if pairs:
+            label = described.label + " (points)" * described.is_share
+            families.append({"label": label, "better": described.better or "", "pairs": pairs})
+    return families
+
+
 def _parts(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Parts of metrics ('retention_accuracy/chat') by arm: {label of the metric: rows}."""
     arms = finished_arms(result)
@@ -156,7 +177,7 @@ def _parts(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def _tradeoffs(result: Mapping[str, Any]) -> list[Figure]:
+def tradeoffs(result: Mapping[str, Any]) -> list[Figure]:
     """A map of the metric against each other goal: an arm is a point, its interval a line."""
     metric, table = result["metric"], result["table"]
     figures = []

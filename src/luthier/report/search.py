@@ -41,12 +41,12 @@ def page(result: Mapping[str, Any]) -> str:
         goals=result["goals"],
         candidates=_candidates(result),
         candidates_note=_candidates_note(result),
-        figures=_maps(result),
-        trials=[_trial(result, trial) for trial in trials[:MOST]],
+        figures=maps(result),
+        trials=[trial_row(result, trial) for trial in trials[:MOST]],
         trials_note=f"The first {MOST}; search.json has all {len(trials)}." if len(trials) > MOST else "",
         tested=comparison.sections(result["comparison"]) if result["comparison"] else None,
         space=[describe_dimension(dimension) for dimension in result["space"]],
-        commands=_commands(result),
+        commands=commands(result),
         recipe=result["recipe"],
         date=result["date"],
     )
@@ -96,14 +96,14 @@ def _candidates_note(result: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------- every trial
 
 
-def _maps(result: Mapping[str, Any]) -> list[Figure]:
+def maps(result: Mapping[str, Any]) -> list[Figure]:
     """The first goal by each other; of one goal, by the order of trials."""
     first, *others = result["goals"]
     trials = [trial for trial in result["trials"] if trial["share"] >= 1 and not trial["failed"]]
     if len(trials) < 2:
         return []
-    maps = [_map(result, trials, first, goal) for goal in others or [None]]
-    return [figure for figure in maps if figure]
+    figures = [_map(result, trials, first, goal) for goal in others or [None]]
+    return [figure for figure in figures if figure]
 
 
 def _map(
@@ -144,7 +144,7 @@ def _point_text(goals: Sequence[Mapping[str, Any]], trial: Mapping[str, Any]) ->
     return "\n".join(lines)
 
 
-def _trial(result: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
+def trial_row(result: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the table of all trials."""
     return {
         "number": trial["number"],
@@ -173,7 +173,7 @@ def describe_dimension(dimension: Mapping[str, Any]) -> str:
     return text
 
 
-def _commands(result: Mapping[str, Any]) -> list[dict[str, str]]:
+def commands(result: Mapping[str, Any]) -> list[dict[str, str]]:
     commands = []
     for one in result["chosen"]:
         path = shlex.quote(os.path.join(result["folder"], one["name"]))

@@ -42,6 +42,7 @@ from luthier.storage.layout import (
     REPORT,
     ROWS,
     STATE,
+    STATUS,
     log_entry,
     read_state,
     state_is_unchanged,
@@ -50,7 +51,7 @@ from luthier.storage.layout import (
 from luthier.version import __version__
 
 # of a run, beside its checkpoints and what its methods declare; run.json goes last
-FILES = (REPORT, BEFORE, ROWS, LOG, QUARANTINE, PAUSED, FAILED, "shown.json", "report.html")
+FILES = (REPORT, BEFORE, ROWS, LOG, QUARANTINE, PAUSED, FAILED, STATUS, "shown.json", "report.html")
 DEFAULTED = ("learning_rate", "num_train_epochs")  # keys whose defaults have changed
 PATTERNS = (
     "per_example-*.json",

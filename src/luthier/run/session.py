@@ -25,6 +25,7 @@ from luthier.processes.lifeline import Fault, describe
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, check_trackers, dry_run
 from luthier.report.console import Callback
+from luthier.report.status import StatusFile
 from luthier.run.folder import as_begun, open_folder, rows_fingerprint
 from luthier.run.report import Report
 from luthier.storage import files
@@ -157,6 +158,8 @@ def open_session(
             )
             yield Report.read(folder)
             return
+        if main:
+            callback = StatusFile(callback, folder)
         if state.version != __version__:
             callback.warn(
                 f"this run was started by luthier {state.version} and is resumed by"

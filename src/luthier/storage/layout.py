@@ -15,6 +15,7 @@ CHECKSUM = "checksum"  # in run.json: of all the rest of it
 BEFORE = "before.json"  # metrics before training
 ROWS = "rows.jsonl"  # what the stages made of the data
 LOG = "metrics.jsonl"  # a line for each logged step
+STATUS = "status.json"  # of a run that goes on: what it is doing now
 PAUSED = "paused.json"  # of a run that pauses: what it measured there
 REPORT = "report.json"
 FAILED = "failed.json"  # of a run that failed: which outcome it was, and the sentence

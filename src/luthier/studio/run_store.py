@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,41 @@ import psutil
 import yaml
 
 from luthier.errors import Damaged, RecipeError, shortened
-from luthier.report.numbers import HELD_OUT, cost, damaged_generations, generations, metric_rows
+from luthier.report.numbers import (
+    cost,
+    damaged_generations,
+    format_duration,
+    generations,
+    headline,
+    metric_rows,
+    row_counts,
+)
 from luthier.storage import files
 from luthier.storage.bounded_yaml import read_yaml
 from luthier.storage.failure import read_failure
-from luthier.storage.layout import FAILED, run_folders
+from luthier.storage.layout import FAILED, STATUS, run_folders
+from luthier.studio import facts
+from luthier.studio.facts import Measured, method_name, read_object
+from luthier.studio.studies import comparison_result, search_result
 
 # any of them makes a folder a run's
-MARKS = ("run.json", "submitted.yaml", "asked.yaml", "study.json", "report.json")
+MARKS = (
+    "run.json",
+    "submitted.yaml",
+    "asked.yaml",
+    "study.json",
+    "search_spec.json",
+    "quest.json",
+    "report.json",
+)
+RESULTS = {"run": "report.json", "comparison": "comparison.json", "search": "search.json"}
+COUNTED = {"run": "step", "comparison": "run", "search": "configuration"}  # what a status counts
 NAME = r"[A-Za-z0-9][\w.+-]{0,120}"
 CHUNK = 1 << 20  # bytes of metrics.jsonl in one answer
 TAIL = 8000  # characters of a log in an answer
-REPORT_TYPES = {"folder": str, "before": dict, "after": dict, "stats": dict, "notes": list}
 ANSWERS = 40  # generations in an answer
 MAX_RECIPE = 1 << 22  # bytes of a recipe in an answer
+RECENT = 1 << 16  # bytes of a log that the table of runs looks through
 MAX_LOG = 1 << 24  # bytes of a log that are looked through for the latest metrics
 # what reading a damaged or foreign folder may raise
 DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -101,37 +122,55 @@ class RunStore:
             return {**UNREADABLE, "name": name, "why": reason}
 
     def summary(self, name: str) -> dict[str, Any]:
-        """What it is, its step and state, and why it ended if it did not finish."""
+        """What it is, its step and state, why it ended if it did not finish, and its columns in the table.
+
+        While a process runs, step and `doing` come from its status file alone, so that they agree.
+        """
         folder = self.folder(name)
         pid = self.process(name)  # first: once it has ended, the end of its log is there
         state, output = read_object(folder / "run.json"), log(folder)
-        comparison = (folder / "study.json").is_file() or (folder / "arms").is_dir()
-        result = "comparison.json" if comparison else "report.json"
-        finished = (folder / result).is_file() and (not state or bool(state.get("finished")))
-        at = folder if state else current_run(folder)
-        status, reason = "stopped", ""
+        kind = kind_of(folder)
+        finished = (folder / RESULTS[kind]).is_file() and (not state or bool(state.get("finished")))
+        at = folder if state or kind != "run" else current_run(folder)
+        status = current_status(at, pid) if pid else {}
+        condition, reason = "stopped", ""
         if pid:
-            status = "running"
-            if not comparison and not (at / "before.json").is_file():
-                status = "starting"
+            condition = "running" if status or (at / "before.json").is_file() else "starting"
         elif finished:
-            status = "finished"
+            condition = "finished"
         else:
             reason = why_ended(folder, output)
             if reason and not reason.startswith("stopped"):
-                status = "failed"
+                condition = "failed"
         return {
             "name": name,
-            "kind": "comparison" if comparison else "run",
-            "state": status,
+            "kind": kind,
+            "state": condition,
             "why": reason,
-            "step": last_step(at / "metrics.jsonl"),
-            "steps": number(read_object(at / "run.json").get("steps")),
+            "step": number(status.get("step")) or last_step(at / "metrics.jsonl"),
+            "steps": number(status.get("steps")) or number(read_object(at / "run.json").get("steps")),
+            "counted": COUNTED[kind],
             "act": at.name if at != folder else "",
             "what": title(folder),
-            "doing": output.strip().rsplit("\n", 1)[-1] if pid else "",
+            "doing": doing(status, kind) if pid else "",
             "report": (folder / "report.html").is_file(),
             "changed": last_change(folder),
+            **facts.labels_of(folder),
+            **self.columns(folder, at, kind),
+        }
+
+    def columns(self, folder: Path, at: Path, kind: str) -> dict[str, Any]:
+        """What the table of runs shows of a run beside its state. at: the folder of a plan's current run."""
+        if kind != "run":
+            return {"methods": {}, "metrics": {}, "stats": {}, "measured_on": ""}
+        measured, _, _ = facts.report_of(folder)
+        if not measured.stats:
+            measured = Measured(facts.before_of(at), last_metrics(at / "metrics.jsonl", RECENT), {})
+        return {
+            "methods": facts.methods_of(folder, recipe_in(folder)),
+            "metrics": or_else({}, facts.metric_cells, measured),
+            "stats": facts.shown_stats(measured.stats),
+            "measured_on": facts.measured_on(at, measured.stats),
         }
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -142,26 +181,26 @@ class RunStore:
         for path in sorted((self.home / "exports").glob(f"{name}-*")):
             if path.is_dir():
                 exports.append(str(path.relative_to(self.home)))
-        comparison = read_object(folder / "comparison.json")
-        report = read_object(folder / "report.json", **REPORT_TYPES)
-        if report:
-            measured = Measured(numbers_in(report["before"]), numbers_in(report["after"]), report["stats"])
-            at, notes = self.home / report["folder"], list(map(str, report["notes"]))
-            writes = bool(report["stats"].get("writes", False))
+        measured, notes, reported = facts.report_of(folder)
+        if measured.stats:
+            at, writes = self.home / reported, bool(measured.stats.get("writes", False))
         else:
-            before = numbers_in(read_object(folder / "before.json"))
-            measured = Measured(before, last_metrics(folder / "metrics.jsonl"), {})
-            at, notes, writes = folder, [], True
+            at, writes = current_run(folder), True
+            if (folder / "run.json").is_file():
+                at = folder
+            measured = Measured(facts.before_of(at), last_metrics(at / "metrics.jsonl"), {})
         return {
             **self.summary_of_any(name),
             "recipe": or_else("", files.read_text, recipe, MAX_RECIPE) if recipe else "",
             "command": shlex.join(["luthier", *command]) if command else "",
             "log": log(folder),
             "exports": exports,
-            "measured_on": str(read_object(at / "run.json").get("measured_on", HELD_OUT)),
-            "sentence": str(comparison.get("sentence", "")),
-            "arms": or_else({}, first_runs, comparison),
+            "sentence": or_else("", sentence_of, folder, measured),
+            "trend": str(measured.stats.get("trend") or ""),
+            "row_counts": or_else("", row_counts, measured.stats),
+            "study": or_else(None, study_of, folder, self.home),
             "numbers": [asdict(row) for row in or_else([], metric_rows, measured)],
+            "losses": {"before": measured.before.get("loss"), "after": measured.after.get("loss")},
             "cost": or_else([], lambda: list(cost(measured.stats))),
             "notes": [*notes, *or_else([], damaged_generations, at)],
             "writes": writes,
@@ -348,15 +387,6 @@ class RunStore:
 # --------------------------------------------------------------------------------------------------- folders
 
 
-@dataclass(frozen=True)
-class Measured:
-    """As much of a report as its metrics are made from."""
-
-    before: dict
-    after: dict
-    stats: dict
-
-
 # of a folder that cannot be read
 UNREADABLE = {
     "kind": "run",
@@ -368,6 +398,13 @@ UNREADABLE = {
     "doing": "",
     "report": False,
     "changed": 0.0,
+    "counted": "step",
+    "tags": [],
+    "note": "",
+    "methods": {},
+    "metrics": {},
+    "stats": {},
+    "measured_on": "",
 }
 
 
@@ -397,13 +434,56 @@ def has_open(pid: int, path: Path) -> bool:
         return False
 
 
-def first_runs(comparison: Mapping[str, Any]) -> dict[str, str]:
-    """The name of each arm's first run."""
-    arms = {}
-    for arm, outcome in (comparison.get("arms") or {}).items():
-        if outcome["runs"]:
-            arms[arm] = Path(outcome["runs"][0]).name
-    return arms
+def kind_of(folder: Path) -> str:
+    """What lies in a folder: a run, a comparison or a search."""
+    if (folder / "study.json").is_file() or (folder / "arms").is_dir():
+        return "comparison"
+    if (folder / "search_spec.json").is_file() or (folder / "quest.json").is_file():
+        return "search"
+    return "run"
+
+
+def current_status(folder: Path, pid: int) -> dict[str, Any]:
+    """What the process of a run last wrote of itself; empty where it has not yet, and an earlier one did."""
+    path = folder / STATUS
+    status = read_object(path, doing=str, step=int)
+    began = birth(pid)
+    if not status or began is None or path.stat().st_mtime < began:
+        return {}
+    return status
+
+
+def doing(status: Mapping[str, Any], kind: str) -> str:
+    """What a process is doing now: 'evaluating before training: 3 of 16 rows'."""
+    if not status:
+        return "starting: loading libraries and rows"
+    text, of, left = status["doing"], status.get("of"), status.get("left")
+    if isinstance(of, int) and isinstance(status.get("done"), int):
+        text += f": {status['done']:,} of {of:,} {status.get('unit', '')}"
+    elif isinstance(left, (int, float)) and text == "training":
+        text += f", about {format_duration(left)} left"
+    if kind != "run" and text.startswith("training"):
+        text = text.replace("training", f"running each {COUNTED[kind]}", 1)
+    return text
+
+
+def sentence_of(folder: Path, measured: Measured) -> str:
+    """A run, a comparison or a search in one sentence; empty where nothing is measured yet."""
+    for name in (RESULTS["comparison"], RESULTS["search"]):
+        if (folder / name).is_file():
+            return str(read_object(folder / name).get("sentence", ""))
+    if not measured.stats:
+        return ""
+    return headline(measured)
+
+
+def study_of(folder: Path, home: Path) -> dict[str, Any] | None:
+    """The result of a comparison or a search as its page shows it; None of a run, and where there is none."""
+    if (folder / RESULTS["search"]).is_file():
+        return search_result(folder / RESULTS["search"], home)
+    if (folder / RESULTS["comparison"]).is_file():
+        return comparison_result(folder / RESULTS["comparison"], home)
+    return None
 
 
 def number(value: Any) -> int | None:
@@ -446,19 +526,6 @@ def recipe_in(folder: Path) -> Path | None:
         if path.is_file():
             return path
     return None
-
-
-def read_object(path: Path, **types: Any) -> dict[str, Any]:
-    """A JSON object as `files.read_object` reads it; empty where it is not there or not whole."""
-    try:
-        return files.read_object(path, **types)
-    except Damaged:
-        return {}
-
-
-def numbers_in(values: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics by name; those that are no numbers are left out."""
-    return {k: v for k, v in values.items() if isinstance(v, (int, float))}
 
 
 def parse_lines(text: bytes) -> list[dict]:
@@ -520,11 +587,11 @@ def last_step(path: Path) -> int:
     return step if isinstance(step, int) else 0
 
 
-def last_metrics(path: Path) -> dict[str, float]:
-    """The latest value of each metric that is measured during a run."""
+def last_metrics(path: Path, limit: int = MAX_LOG) -> dict[str, float]:
+    """The latest value of each metric that is measured during a run, in the last bytes of its log."""
     latest: dict[str, float] = {}
     if path.is_file():
-        for entry in parse_lines(tail(path, MAX_LOG)):
+        for entry in parse_lines(tail(path, limit)):
             for key, value in entry.items():
                 if key.startswith("eval_") and isinstance(value, (int, float)):
                     latest[key.removeprefix("eval_")] = value
@@ -535,6 +602,8 @@ def title(folder: Path) -> str:
     """'toy:lm, lora, sft' of a run, the arms of a comparison."""
     if (folder / "arms").is_dir():
         return " / ".join(sorted(path.stem for path in (folder / "arms").glob("*.yaml")))
+    if (folder / "study.json").is_file():
+        return " / ".join(map(str, read_object(folder / "study.json", arms=dict).get("arms", ())))
     recipe, keys = recipe_in(folder), None
     if recipe:
         with suppress(RecipeError):
@@ -542,13 +611,6 @@ def title(folder: Path) -> str:
     if not isinstance(keys, Mapping):
         return ""
 
-    def name(method: Any) -> str:
-        if isinstance(method, list):
-            return " + ".join(map(name, method))
-        if isinstance(method, Mapping):
-            return str(method.get("name", ""))
-        return str(method)
-
-    names = [name(keys.get("model") or "toy:lm")]
-    names += [name(keys.get("tuner") or "lora"), name(keys.get("objective") or "sft")]
+    names = [method_name(keys.get("model") or "toy:lm")]
+    names += [method_name(keys.get("tuner") or "lora"), method_name(keys.get("objective") or "sft")]
     return ", ".join(filter(None, names))

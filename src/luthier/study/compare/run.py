@@ -44,12 +44,13 @@ def run_comparison(spec: ComparisonSpec, folder: Path | None = None, callback: A
     """
     from luthier.report.comparison import page
     from luthier.report.console import Callback
+    from luthier.report.status import StatusFile
 
     folder = Path(folder or Path("runs") / f"compare-{spec.fingerprint()}")
     spec, added = with_earlier_arms(spec, folder)
     arms, notes, unable = resolve_arms(spec)
     notes += added
-    runner = Runner(spec, folder, callback or Callback())
+    runner = Runner(spec, folder, StatusFile(callback or Callback(), folder))
     with _exclusive(folder, spec):
         for name, error in unable.items():
             runner.fail(name, error)

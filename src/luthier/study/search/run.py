@@ -14,10 +14,11 @@ from luthier.methods.searchers._base import Suggestion, load_optuna
 from luthier.report.console import Callback
 from luthier.report.numbers import format_metric, format_number
 from luthier.report.search import describe_dimension, page
+from luthier.report.search_result import RESULT
+from luthier.report.status import StatusFile
 from luthier.storage import files
 from luthier.study.search.measure import describe, measure, remove_weights
 from luthier.study.search.optimize import optimize
-from luthier.study.search.result import RESULT
 from luthier.study.search.spec import SearchSpec
 from luthier.study.search.trials import Trial, TrialStore, full_runs
 from luthier.study.search.verdict import choose, dimension_of, judge
@@ -39,8 +40,8 @@ def run_search(
     storage: URL of a database, as Optuna has it; None: a journal in the folder.
     workers: how many of a Ray cluster measure side by side (luthier/study/cluster.py).
     """
-    callback = callback or Callback()
     folder = Path(folder or Path("runs") / f"search-{spec.fingerprint()}")
+    callback = StatusFile(callback or Callback(), folder)
     with files.exclusive(folder):
         _claim(folder, spec)
         store = open_store(spec, folder, storage)

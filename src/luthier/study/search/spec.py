@@ -19,9 +19,9 @@ from luthier.recipe.capabilities import columns_of, requirements
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, evaluator_of, provides_of, spec
+from luthier.report.search_result import RESULT, read_result
 from luthier.study.compare import DEFAULT_EVALUATORS, TUNING_SEED, parse_budget
 from luthier.study.goals import Goal, Limit, parse_goals, parse_limits
-from luthier.study.search.result import RESULT, read_result
 from luthier.study.space import SearchSpace, parse_space
 
 DEFAULT_SEARCHER = "gp"
