@@ -35,8 +35,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from luthier.data.files import READERS
 from luthier.errors import RecipeError, shortened
-from luthier.registry import KINDS, module_of
+from luthier.registry import KINDS, Card, cards, module_of
 from luthier.report.html import POLICY, STATIC
+from luthier.studio import facts, places, presets
+from luthier.studio.machine import Machine
 from luthier.studio.run_store import RunStore
 from luthier.studio.worker import Worker
 
@@ -56,6 +58,10 @@ METHOD_KINDS = (  # those that the page offers
     "evaluator",
     "plan",
 )
+EXPORTS = {
+    "lora": "An adapter that plain PEFT loads; small, and needs the base model.",
+    "merged": "A plain transformers model, the adapter merged into its weights.",
+}
 UPLOAD = "/api/upload"
 SMALL = 4 << 20  # bytes of any other request
 TOO_LARGE = f"a request may have at most {SMALL >> 20} MB; use the upload for files"
@@ -251,6 +257,7 @@ def studio(home: Path, token: str, worker: Callable[[Path], Any] = Worker) -> Fa
         return refuse(500, f"internal error: {error}")
 
     add_page_routes(app)
+    add_machine_route(app)
     add_recipe_routes(app, store, recipe_worker)
     add_run_routes(app, store, worker)
     add_chat_routes(app, chat_workers)
@@ -277,7 +284,23 @@ def add_page_routes(app: FastAPI) -> None:
         return FileResponse(files[name], media_type=MIME[files[name].suffix])
 
 
+def add_machine_route(app: FastAPI) -> None:
+    machine = Machine()
+
+    @app.get("/api/machine")
+    def state() -> Any:
+        return machine.state()
+
+
 # -------------------------------------------------------------------------------------------------- choosing
+
+
+def family_of(card: Card) -> str:
+    """'low_rank' of luthier.methods.tuners.low_rank.lora; of another package's method its package."""
+    parts = card.module.split(".")
+    if parts[:2] == ["luthier", "methods"] and len(parts) > 4:
+        return parts[3]
+    return parts[0]
 
 
 def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
@@ -298,10 +321,19 @@ def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
             "home": str(store.home),
             "version": __version__,
             "models": [f"toy:{model}" for model in toy.models()],
+            "near": places.nearby_models(store.home),
+            "cached": places.cached_models(),
+            "hub": places.HUB_MODELS,
             "runs": runs,
-            "data": nearby_data(store.home),
+            "data": places.nearby_data(store.home),
+            "tasks": [f"toy:{task}" for task in toy.task_names()],
             "ends": sorted(READERS),
+            "presets": presets.listed(),
         }
+
+    @app.get("/api/browse")
+    def browse(folder: Annotated[str, AfterValidator(check_text)] = "") -> Any:
+        return places.browse(store.home, folder)
 
     @app.get("/api/methods")
     def methods() -> Any:
@@ -310,9 +342,12 @@ def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
         titles = {paper["name"]: paper["title"] for paper in catalogue.all_papers()}
         answer = []
         for kind in METHOD_KINDS:
+            described = {card.name: card for card in cards(kind)}
             for method in catalogue.methods(kind):
                 papers = [titles[row] for row in method["rows"] if row in titles]
-                answer.append({**method, "titles": papers})
+                card = described[method["name"]]
+                about = {"use_when": card.use_when, "rate": card.default_rate, "family": family_of(card)}
+                answer.append({**method, **about, "titles": papers})
         return answer
 
     @app.get("/api/settings/{kind}/{name}")
@@ -336,6 +371,11 @@ def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
     @app.post("/api/look")
     def look(changes: Changes, offset: Annotated[int, Body(embed=True, ge=0, lt=2**63)] = 0) -> Any:
         return worker.ask("look", changes=changes, offset=offset)
+
+    @app.post("/api/costs")
+    def costs(model: Word) -> Any:
+        """What each preset takes of a model."""
+        return worker.ask("preset_costs", model=model)
 
     @app.post("/api/forecast")
     def forecast(changes: Changes) -> Any:
@@ -370,22 +410,6 @@ def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
         return {"path": str(path.relative_to(store.home)), "bytes": size}
 
 
-def nearby_data(home: Path, limit: int = 60) -> list[str]:
-    """Files of rows in the folder and one below, and the toy tasks."""
-    from luthier import toy
-
-    endings = tuple(ending for ending in READERS if ending not in (".txt", ".md"))
-    paths = []
-    for path in sorted([*home.glob("*"), *home.glob("*/*")]):
-        parts = path.relative_to(home).parts
-        if not path.name.endswith(endings) or not path.is_file():
-            continue
-        if {"runs", "exports"} & {*parts} or any(part.startswith(".") for part in parts):
-            continue
-        paths.append(str(path.relative_to(home)))
-    return paths[:limit] + [f"toy:{task}" for task in toy.task_names()]
-
-
 # --------------------------------------------------------------------------------------------------- running
 
 
@@ -407,6 +431,10 @@ def add_run_routes(app: FastAPI, store: RunStore, worker: Callable[[Path], Any])
     @app.get("/api/runs/{name}/live")
     def live(name: str, since: int = 0, mark: str = "") -> Any:
         return {"run": store.summary(name), **store.metrics(name, max(0, since), mark)}
+
+    @app.post("/api/runs/{name}/labels")
+    def labels(name: str, tags: Annotated[list[Text], Body()], note: Word = "") -> Any:
+        return facts.write_labels(store.folder(name), tags, note)
 
     @app.post("/api/runs/{name}/stop")
     def stop(name: str) -> Any:
@@ -431,6 +459,11 @@ def add_run_routes(app: FastAPI, store: RunStore, worker: Callable[[Path], Any])
     ) -> Any:
         return store.compare(name, runs, seeds, budget, metric)
 
+    @app.get("/api/exports")
+    def export_forms() -> Any:
+        """The forms that a run can be exported in."""
+        return [{"name": name, "says": says} for name, says in EXPORTS.items()]
+
     @app.post("/api/runs/{name}/export")
     def export(name: str, kind: Word, to: Word = "") -> Any:
         folder = store.folder(name).relative_to(store.home)
@@ -454,6 +487,13 @@ def add_run_routes(app: FastAPI, store: RunStore, worker: Callable[[Path], Any])
 
 
 def add_chat_routes(app: FastAPI, workers: Mapping[str, Any]) -> None:
+    @app.post("/api/say/{side}/load")
+    def load(side: str, model: Word) -> Any:
+        """Load a model before the first message."""
+        if side not in workers:
+            raise RecipeError(f"there is no side '{side}'")
+        return workers[side].ask("prepare_model", model=model)
+
     @app.post("/api/say/{side}")
     async def say(
         side: str,

@@ -27,6 +27,7 @@ import yaml
 from luthier.errors import RecipeError, outcome_of, shortened
 from luthier.registry import default_of, find, helps
 from luthier.storage.bounded_yaml import load_yaml
+from luthier.studio import presets
 
 SAMPLE = 2000  # rows that are encoded to be counted: a large file is looked at, not read to its end
 ROW_LENGTH = 4000  # characters of a row in an answer
@@ -82,15 +83,15 @@ def flow(value: Any) -> str:
 
 
 def check(changes: Mapping[str, str], read_rows: bool = True) -> dict[str, Any]:
-    """A recipe's text, the recipe with all defaults, its warnings, and the error that it would be refused
-    with. read_rows: validate it with its rows too.
+    """A recipe's text, the recipe with all defaults, the learning rate that it gets where it names none, its
+    warnings, and the error that it would be refused with. read_rows: validate it with its rows too.
     """
     from luthier.data.load import sample_rows
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import validate
     from luthier.run.folder import default_folder
 
-    answer: dict[str, Any] = {"text": "", "whole": "", "warnings": [], "error": "", "name": ""}
+    answer: dict[str, Any] = {"text": "", "whole": "", "warnings": [], "error": "", "name": "", "rate": None}
     try:
         keys = read_form(changes)
         keys.pop("output_dir", None)
@@ -100,6 +101,8 @@ def check(changes: Mapping[str, str], read_rows: bool = True) -> dict[str, Any]:
         answer["whole"] = recipe.yaml()
         answer["warnings"] = list(recipe.warnings)
         answer["name"] = default_folder(recipe).name
+        rate = recipe.default_rate()
+        answer["rate"] = {"value": f"{rate.value:g}", "reason": rate.reason}
         if read_rows:
             if recipe.data is None:
                 raise RecipeError(NO_DATA)
@@ -250,6 +253,8 @@ def look(changes: Mapping[str, str], offset: int = 0, limit: int = 4) -> dict[st
         "longest": stats.get("longest", 0),
         "cut": stats.get("cut", 0),
         "note": renderer.note or "",
+        "model": recipe.model,
+        "template": template_of(recipe.chat_template, renderer),
         "shown": page,
         "offset": offset,
         "bad": len(bad),
@@ -257,6 +262,15 @@ def look(changes: Mapping[str, str], offset: int = 0, limit: int = 4) -> dict[st
         "aside": quarantine,
         "feeds": objectives,
     }
+
+
+def template_of(chat_template: str | None, renderer: Any) -> str:
+    """Which template rows were rendered with, in words; empty where they were not rendered as turns."""
+    if renderer.note:
+        return ""
+    if chat_template:
+        return "the chat template of the recipe"
+    return "the model's own chat template"
 
 
 def spans(text: str, marks: tuple[str, str]) -> list[list[Any]]:
@@ -425,6 +439,51 @@ def format_size(n: float) -> str:
     return f"{n / 2**30:.2f} GB"
 
 
+@lru_cache(maxsize=8)
+def model_size(model: str) -> dict[str, int]:
+    """A model counted by its configuration, no weight loaded: parameters, those of linear layers, those of an
+    adapter of the presets' rank, bytes of each. Raises RecipeError where it cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from luthier.model.load import device, pick_dtype
+    from luthier.recipe.model_names import model_config
+
+    config = model_config(model)
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = shortened(str(error), 200)
+        raise RecipeError(f"model: {model} cannot be counted as a language model: {reason}") from None
+    linear = adapter = 0
+    head = network.get_output_embeddings()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            linear += module.weight.numel()
+            adapter += presets.RANK * sum(module.weight.shape)
+    total = sum(p.numel() for p in network.parameters())
+    size = pick_dtype("auto", device()).itemsize
+    return {"parameters": total, "linear": linear, "lora": adapter, "bytes": size}
+
+
+def preset_costs(model: str) -> dict[str, Any]:
+    """What each preset takes of a model: {parameters, costs: {preset: {memory, trained}}}."""
+    from luthier.report.numbers import format_count
+
+    size = model_size(model)
+    costs = {}
+    for preset in presets.PRESETS:
+        need = presets.memory(preset, size)
+        share = 100 * need["trained"] / size["parameters"]
+        costs[preset.name] = {
+            "memory": format_size(need["weights"] + need["state"]),
+            "trained": f"trains {format_count(need['trained'])} ({share:.3g}%)",
+        }
+    return {"parameters": format_count(size["parameters"]), "costs": costs}
+
+
 # --------------------------------------------------------------------------------------------------- talking
 
 
@@ -433,6 +492,20 @@ def loaded(model: str, version: float) -> Any:
     from luthier.model.loaded import load
 
     return load(model)
+
+
+def version_of(model: str) -> float:
+    """When a run's folder was last finished: then it is loaded again."""
+    report = Path(model) / "report.json"
+    if report.is_file():
+        return report.stat().st_mtime
+    return 0.0
+
+
+def prepare_model(model: str) -> dict[str, Any]:
+    """Load a model to talk to: whether it takes turns, the system prompt of its rows, what to know of it."""
+    network = loaded(model, version_of(model))
+    return {"turns": network.turns, "system": network.system, "notes": network.notes}
 
 
 def say(
@@ -447,10 +520,7 @@ def say(
     """A model's answer after earlier turns. on_part: called with each part of it; where it returns true, the
     answer ends there.
     """
-    report, version = Path(model) / "report.json", 0.0
-    if report.is_file():
-        version = report.stat().st_mtime
-    network = loaded(model, version)
+    network = loaded(model, version_of(model))
     turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in before]
     streamed, stopped = "", False
 
@@ -483,7 +553,9 @@ TASKS: dict[str, Callable[..., Any]] = {
     "look": look,
     "forecast": forecast,
     "say": say,
+    "prepare_model": prepare_model,
     "export": export,
+    "preset_costs": preset_costs,
     "fields_of": fields_of,
 }
 

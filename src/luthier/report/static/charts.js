@@ -9,7 +9,8 @@ const mounted = new Set(); // charts of this page, to be drawn again in other co
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
-/** Curves. spec: {label, x, zero, log, height, series: [{name, colour, dash, width, points: [[x, y], ...]}]}; colour: of theme.css. */
+/** Curves. spec: {label, x, zero, log, height, series: [{name, colour, dash, width, marks, points: [[x, y], ...]}]}; colour: of theme.css;
+    marks: large points and no line. */
 export function curves(box, spec) {
   return mount(box, spec, curveOptions, curveData(spec.series));
 }
@@ -180,6 +181,10 @@ function curveOptions(spec, width, logarithmic) {
 function curve(one, alone) {
   const colour = css(one.colour);
   const few = one.points.length <= 20;
+  if (one.marks) {
+    const points = { show: true, size: 10, width: 2, fill: css("paper"), stroke: colour };
+    return { label: one.name, stroke: colour, width: 0, paths: () => null, value: lastValue, points };
+  }
   return {
     label: alone ? "value" : one.name, // a lone curve is named by its caption
     stroke: colour,

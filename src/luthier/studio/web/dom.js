@@ -137,3 +137,35 @@ export function every(seconds, signal, work) {
   document.addEventListener("visibilitychange", () => document.hidden || again(), { signal });
   again();
 }
+
+/** A dialog over the page; it is in the page as long as it is open. Escape and a click beside it close it. */
+export function dialog(title, content, attributes = {}) {
+  const close = h("button", { type: "button", class: "quiet close", "aria-label": "Close", onclick: () => box.close() }, "×");
+  const box = h("dialog", { "aria-label": title, ...attributes },
+    h("div", { class: "inside" }, h("header", {}, h("h2", {}, title), close), content));
+  box.addEventListener("click", (e) => { if (e.target === box) box.close(); });
+  const opener = document.activeElement;
+  box.addEventListener("close", () => { box.remove(); if (opener?.isConnected) opener.focus(); });
+  window.addEventListener("hashchange", () => box.open && box.close(), { once: true });
+  document.body.append(box);
+  box.showModal();
+  return box;
+}
+
+/** 123456789 -> "118 MB". */
+export function bytes(n) {
+  if (n === null || n === undefined) return "";
+  for (const [size, unit, digits] of [[2 ** 30, "GB", 1], [2 ** 20, "MB", 0], [2 ** 10, "KB", 0]]) {
+    if (n >= size) return `${(n / size).toFixed(digits)} ${unit}`;
+  }
+  return `${n} B`;
+}
+
+/** 75.2 -> "1 min 15 s". */
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "";
+  if (seconds < 60) return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+  const minutes = Math.floor(seconds / 60);
+  if (minutes < 60) return `${minutes} min ${Math.round(seconds % 60)} s`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}

@@ -1,6 +1,7 @@
 // Which page is shown: the address says so, so that a reload and a second tab find it again.
 
 import { announce, ask, fill, h } from "./dom.js";
+import { meters } from "./machine.js";
 import { begin } from "./new.js";
 import { run } from "./run.js";
 import { runs } from "./runs.js";
@@ -11,7 +12,7 @@ let leaving = new AbortController();
 let first = true;
 
 async function show() {
-  const [page, rest] = (location.hash.slice(1) || "new").split(/\/(.*)/s);
+  const [page, rest] = (location.hash.slice(1) || await start()).split(/\/(.*)/s);
   leaving.abort();
   leaving = new AbortController();
   const { signal } = leaving;
@@ -20,6 +21,7 @@ async function show() {
     const here = link.hash === `#${page}` || page === "run" && link.hash === "#runs";
     here ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
   }
+  main.dataset.page = page;
   try {
     const content = await (PAGES[page] ?? begin)(decodeURIComponent(rest ?? ""), signal);
     if (signal.aborted) return;
@@ -36,7 +38,14 @@ async function show() {
   }
 }
 
+/** Where one begins: at the runs, where there are any. */
+async function start() {
+  const all = await ask("/api/runs").catch(() => []);
+  return all.length ? "runs" : "new";
+}
+
 document.querySelector(".skip").addEventListener("click", (e) => { e.preventDefault(); document.getElementById("main").focus(); }); // the address stays the page's
 window.addEventListener("hashchange", show);
+meters(document.getElementById("machine"));
 show();
 ask("/api/settings/recipe/recipe").catch(() => {}); // so that what reads rows is awake when it is needed

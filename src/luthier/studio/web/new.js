@@ -1,16 +1,27 @@
-// A new run: model and rows, what the model will see, methods, settings, what it will cost, and the recipe that comes of it.
+// A new run: where to begin, model and rows, what the model will see, methods, settings, and the recipe that comes of it.
 
-import { announce, ask, button, complaint, count, field, fill, h, tabStore, percent, suggested } from "./dom.js";
+import { ask, announce, button, complaint, count, field, fill, h, percent, suggested, tabStore } from "./dom.js";
+import { browse, familyOrder, familyTitle, pick } from "./pickers.js";
+import { apply, presetCards } from "./presets.js";
+import { recipe } from "./sheet.js";
 
 const KINDS = [ // key of a recipe, kind of method, what it is called here
-  ["tuner", "tuner", "Tuner"],
-  ["objective", "objective", "Objective"],
-  ["optim", "optimizer", "Optimizer"],
+  ["tuner", "tuner", "Tuner", "what is trained"],
+  ["objective", "objective", "Objective", "the loss"],
+  ["optim", "optimizer", "Optimizer", "how a gradient becomes a step"],
 ];
-const MORE = [["estimator", "estimator", "Gradient estimator"], ["quantization", "quantizer", "Quantization"], ["architecture", "architecture", "Architecture"]];
+const MORE = [
+  ["estimator", "estimator", "Gradient estimator", "how the gradient is computed"], ["quantization", "quantizer", "Quantization", "how frozen weights are stored"],
+  ["architecture", "architecture", "Architecture", "what kind of model it is"],
+];
 const DEFAULTS = { tuner: "lora", objective: "sft", optim: "adamw", estimator: "backprop", quantization: "", architecture: "auto" };
+const USUAL = { // what most runs take; everything else stands below by its family
+  tuner: ["lora", "full", "ia3", "bitfit", "prompt"],
+  objective: ["sft", "dpo", "orpo", "kto", "grpo", "distill", "reward"],
+};
 const MAIN = ["learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "eval_data", "eval_steps", "seed"];
 const ELSEWHERE = ["model", "data", "output_dir", "overwrite", "tuner", "objective", "optim", "estimator", "quantization", "architecture"];
+const READ = ["model", "data", "chat_template", "max_length", "architecture"]; // what decides how rows are read
 
 /** Take over a run's recipe as the draft. */
 export async function clone(text) {
@@ -22,74 +33,102 @@ export async function clone(text) {
 
 export async function begin(_, signal) {
   const [start, methods] = await Promise.all([ask("/api/start"), ask("/api/methods")]);
-  const draft = tabStore.get("draft", { model: "toy:lm-small" });
-  const asides = { check() {}, feeds: {} };
-  let timer = 0;
+  const draft = tabStore.get("draft", null) ?? firstDraft(start.presets);
+  const page = { check() {}, look() {}, draw: [], rate: null, feeds: {} }; // what the parts of the page tell each other
+  let timer = 0, looking = 0;
   const put = (key, value) => {
     value = value.trim();
+    if (value === (draft[key] ?? "")) return;
     if (value) draft[key] = value; else delete draft[key];
     tabStore.set("draft", draft);
     clearTimeout(timer);
-    timer = setTimeout(() => asides.check(), 350);
+    timer = setTimeout(() => page.check(), 350);
+    if (!READ.includes(key)) return;
+    clearTimeout(looking);
+    looking = setTimeout(() => page.look(0), 500);
+    if (key === "model") presets.cost(draft.model ?? "toy:lm");
   };
-  signal.addEventListener("abort", () => clearTimeout(timer));
+  signal.addEventListener("abort", () => { clearTimeout(timer); clearTimeout(looking); });
+  const presets = presetCards(start.presets, draft, (preset) => {
+    apply(draft, preset);
+    tabStore.set("draft", draft);
+    page.draw.forEach((draw) => draw());
+    page.check();
+    page.look(0);
+    announce(`${preset.title} chosen`);
+  });
+  page.draw.push(presets.show);
   const general = ask("/api/settings/recipe/recipe");
-  const side = recipe(draft, asides, signal);
+  const side = recipe(draft, page, signal);
   const view = h("div", { class: "bench" },
     h("div", { class: "form" },
       h("header", {}, h("p", { class: "what" }, start.home), h("h1", {}, "A new run")),
-      rows(draft, put, start, asides, signal),
-      choosing(draft, put, methods, asides),
-      training(draft, put, general)),
+      presets.box,
+      rows(draft, put, start, page, signal),
+      choosing(draft, put, methods, page),
+      training(draft, put, general, page)),
     side);
-  asides.check();
+  presets.cost(draft.model ?? "toy:lm");
+  page.check();
   return view;
+}
+
+/** Where nobody has begun yet: the first preset on a model that needs no network. */
+function firstDraft(presets) {
+  const draft = { model: "toy:lm-small" };
+  apply(draft, presets[0]);
+  return draft;
 }
 
 // ------------------------------------------------------------------------------------------------ model and rows
 
-function rows(draft, put, start, asides, signal) {
-  const problems = complaint();
-  const [model, models] = suggested(start.models, { value: draft.model ?? "", placeholder: "toy:lm", onchange: (e) => { put("model", e.target.value); } });
-  const [data, files] = suggested(start.data, { value: draft.data ?? "", placeholder: "rows.jsonl", onchange: (e) => { put("data", e.target.value); if (e.target.value) look(0); } });
-  const view = h("div", { class: "shown" });
+function rows(draft, put, start, page, signal) {
+  const problems = complaint(), view = h("div", { class: "shown" });
+  const [model, models] = suggested([...start.near, ...start.cached, ...start.models], { value: draft.model ?? "", placeholder: "toy:lm", onchange: () => put("model", model.value) });
+  const [data, files] = suggested([...start.data, ...start.tasks], { value: draft.data ?? "", placeholder: "rows.jsonl", onchange: () => put("data", data.value) });
   const file = h("input", { type: "file", class: "hidden", id: "upload", accept: [...start.ends, ".gz"].join(","), onchange: () => file.files[0] && upload(file.files[0]) });
-  const pick = h("label", { class: "button quiet", for: "upload" }, "Upload a file");
+  const drop = h("label", { class: "button quiet", for: "upload" }, "Upload a file");
+  const set = (input, key) => (value) => { input.value = value; put(key, value); };
+
+  const chooseModel = h("button", { type: "button", class: "quiet", onclick: () => pick("Choose a model", modelGroups(start), draft.model, (name) => (name === "/browse" ? browse("A folder with a model", ".", false, set(model, "model")) : set(model, "model")(name)), (text) => (text ? "a folder or a name on the hub" : null)) }, "Choose …");
+  const chooseData = h("button", { type: "button", class: "quiet", onclick: () => pick("Choose rows", dataGroups(start), draft.data, (name) => (name === "/browse" ? browse("A file of rows", ".", true, set(data, "data")) : set(data, "data")(name)), (text) => (text ? "a path or a name on the hub" : null)) }, "Choose …");
 
   async function upload(one) {
     problems.say("");
     announce(`uploading ${one.name}`);
-    pick.textContent = "Uploading …";
+    drop.textContent = "Uploading …";
     try {
       const { path } = await ask(`/api/upload?name=${encodeURIComponent(one.name)}`, null, { body: one, headers: { "content-type": "application/octet-stream" } });
-      data.value = path;
-      put("data", path);
-      await look(0);
-    } catch (error) { problems.say(error.message); } finally { pick.textContent = "Upload a file"; file.value = ""; }
+      set(data, "data")(path);
+    } catch (error) { problems.say(error.message); } finally { drop.textContent = "Upload a file"; file.value = ""; }
   }
 
   let turns = 0;
   async function look(offset) {
     const mine = ++turns;
     problems.say("");
+    if (!draft.data) { fill(view); return; }
     view.setAttribute("aria-busy", "true");
+    if (!view.firstChild) fill(view, h("p", { class: "note" }, "Reading the rows as this model will …"));
     try {
-      const result = await ask("/api/look", { changes: { ...draft, model: model.value || "toy:lm" }, offset }, { signal });
+      const result = await ask("/api/look", { changes: { ...draft, model: draft.model || "toy:lm" }, offset }, { signal });
       if (mine !== turns) return;
       fill(view, preview(result, look));
-      asides.feeds = result.feeds;
-      asides.feed?.();
+      page.feeds = result.feeds;
+      page.feed?.();
       announce(`${count(result.rows)} rows read, ${result.bad} unusable`);
     } catch (error) {
       if (mine === turns && error.name !== "AbortError") { problems.say(error.message); fill(view); }
     } finally { if (mine === turns) view.removeAttribute("aria-busy"); }
   }
 
+  page.look = look;
+  page.draw.push(() => { model.value = draft.model ?? ""; data.value = draft.data ?? ""; });
   const section = h("section", { "aria-labelledby": "s-rows" }, h("h2", { id: "s-rows" }, "Model and data"),
     h("div", { class: "fields two" },
-      field("Model", model, "A folder, a hub name, or toy:NAME"), models,
-      field("Data", data, "A path on this machine, a hub name, or toy:TASK"), files),
-    h("p", { class: "buttons" }, button("Preview the data", () => look(0), problems, { class: "quiet" }), file, pick),
+      h("div", { class: "chooser" }, field("Model", model, "A folder, a hub name, or toy:NAME"), chooseModel), models,
+      h("div", { class: "chooser" }, field("Data", data, "A path on this machine, a hub name, or toy:TASK; or drop a file here"), chooseData), files),
+    h("p", { class: "buttons" }, file, drop),
     problems.box, view);
   for (const kind of ["dragover", "drop"]) section.addEventListener(kind, (e) => {
     if (!e.dataTransfer?.types.includes("Files")) return;
@@ -100,6 +139,25 @@ function rows(draft, put, start, asides, signal) {
   return section;
 }
 
+function modelGroups(start) {
+  const plain = (says) => (name) => ({ name, says });
+  return [
+    ["", [{ name: "/browse", title: "Browse this machine …", says: "any folder with a model in it" }]],
+    ["In this folder", start.near.map(plain(""))],
+    ["Of the hub, on this machine already", start.cached.map(plain(""))],
+    ["Of the hub, downloaded when first used", start.hub.filter(([name]) => !start.cached.includes(name)).map(([name, says]) => ({ name, says }))],
+    ["Built in, for trying things out", start.models.map(plain("no network needed"))],
+  ];
+}
+
+function dataGroups(start) {
+  return [
+    ["", [{ name: "/browse", title: "Browse this machine …", says: "any file of rows, or a folder of them" }]],
+    ["In this folder", start.data.map((name) => ({ name }))],
+    ["Built in, for trying things out", start.tasks.map((name) => ({ name }))],
+  ];
+}
+
 /** Rows as the model reads them; what is learned is coloured AND underlined. */
 function preview(result, look) {
   const about = result.counted < result.rows ? `, counted on the first ${count(result.counted)}` : "";
@@ -107,7 +165,7 @@ function preview(result, look) {
   const page = result.shown.length || 1;
   return [
     h("p", { class: "note" }, `${notes}.`),
-    result.note && h("p", { class: "note" }, result.note),
+    h("p", { class: "note template" }, "As ", h("b", {}, result.model), " reads them", result.template ? `; turns are written with ${result.template}.` : ".", result.note && ` ${result.note}`),
     h("p", { class: "key" }, h("mark", {}, "supervised"), " tokens count in the loss (underlined); the others are context"),
     result.shown.map((row) => h("article", { class: "row" }, h("h3", {}, row.id), h("pre", {}, row.parts.map(([text, learned]) => learned ? h("mark", {}, text) : text)))),
     h("p", { class: "buttons pager" },
@@ -122,64 +180,85 @@ function preview(result, look) {
 
 // ------------------------------------------------------------------------------------------------ methods
 
-function choosing(draft, put, methods, asides) {
-  const picks = [...KINDS, ...MORE].map(([key, kind, title]) => picker(key, kind, title, draft, put, methods.filter((m) => m.kind === kind), asides));
+function choosing(draft, put, methods, page) {
+  const picks = [...KINDS, ...MORE].map((line) => picker(line, draft, put, methods.filter((m) => m.kind === line[1]), page));
+  const more = MORE.some(([key]) => key in draft);
   return h("section", { "aria-labelledby": "s-methods" }, h("h2", { id: "s-methods" }, "Methods"), picks.slice(0, KINDS.length),
-    h("details", {}, h("summary", {}, "Estimator, quantization, architecture"), picks.slice(KINDS.length)));
+    h("details", { open: more }, h("summary", {}, "Estimator, quantization, architecture"), picks.slice(KINDS.length)));
 }
 
-function picker(key, kind, title, draft, put, methods, asides) {
-  const names = methods.map((m) => m.name);
+function picker([key, kind, title, meaning], draft, put, methods, page) {
   const about = h("div", { class: "about" }), settings = h("div");
-  const other = h("input", { type: "text", value: draft[key] ?? "", "aria-label": `${title}, in words`, placeholder: "dpo + 0.1*sft", onchange: () => chosen(other.value) });
-  const select = h("select", { onchange: () => (select.value === "*" ? (other.hidden = false, other.focus()) : chosen(select.value)) });
+  const chosen = h("button", { type: "button", class: "chosen", "aria-haspopup": "dialog", onclick: open });
   const now = () => draft[key] ?? DEFAULTS[key];
+  const known = (name) => methods.find((m) => m.name === name);
 
-  function offer() {
-    const option = (m, note = "") => h("option", { value: m.name }, m.name + note);
-    const empty = DEFAULTS[key] === "" ? h("option", { value: "" }, "none") : DEFAULTS[key] === "auto" ? h("option", { value: "auto" }, "auto") : null;
-    const groups = key === "objective" && Object.keys(asides.feeds).length ? [["yes", "the data has what it needs"], ["through a stage", "through a stage"], ["no", "the data lacks what it needs"]] : null;
-    fill(select, empty,
-      groups ? groups.map(([how, label]) => h("optgroup", { label }, methods.filter((m) => (asides.feeds[m.name]?.[0] ?? "no") === how).map((m) => option(m)))) : methods.map((m) => option(m)),
-      key === "objective" && h("option", { value: "*" }, "a sum of several …"));
-    const listed = names.includes(now()) || now() === "" || now() === "auto";
-    select.value = listed ? now() : "*";
-    if (!listed && key !== "objective") { select.append(h("option", { value: now() }, now())); select.value = now(); }
-    other.hidden = listed || key !== "objective";
+  function open() {
+    pick(`${title}: ${meaning}`, groups(), now(), use, key === "objective" ? (text) => (/[+*]/.test(text) ? "a sum of several objectives, with their weights" : null) : null);
   }
 
-  function chosen(value) {
+  function groups() {
+    const option = (m) => {
+      const lacks = key === "objective" ? page.feeds[m.name] : null;
+      const note = lacks && lacks[0] !== "yes" ? (lacks[0] === "no" ? `Your rows lack what it needs: it ${lacks[1]}.` : `Through a stage: ${lacks[1]}.`) : "";
+      const says = m.use_when ? `When ${sentence(m.use_when)}` : plain(m.summary, m.name);
+      return { name: m.name, says, extra: m.rate ? `learning rate ${m.rate}` : "", more: `${m.summary} ${m.use_when} ${m.titles.join(" ")}`, note };
+    };
+    const byFamily = new Map(), usual = (USUAL[key] ?? []).map(known).filter(Boolean);
+    for (const m of methods) if (!usual.includes(m)) byFamily.set(m.family, [...(byFamily.get(m.family) ?? []), m]);
+    const suits = (m) => (page.feeds[m.name]?.[0] ?? "yes") === "no";
+    const families = [...byFamily].sort(([a], [b]) => familyOrder(a) - familyOrder(b));
+    const all = families.map(([family, some]) => [familyTitle(family), [...some].sort((a, b) => suits(a) - suits(b)).map(option)]);
+    if (usual.length) all.unshift(["The usual ones", usual.map(option)]);
+    if (DEFAULTS[key] === "") all.unshift(["", [{ name: "", title: "none", says: "weights as they are" }]]);
+    if (DEFAULTS[key] === "auto") all.unshift(["", [{ name: "auto", says: "as the model's configuration says" }]]);
+    return all;
+  }
+
+  function use(value) {
     for (const k of Object.keys(draft)) if (k.startsWith(`${key}.`)) delete draft[k];
     put(key, value === DEFAULTS[key] ? "" : value);
-    tell();
+    page.draw.forEach((draw) => draw());
   }
 
   let turn = 0;
-  async function tell() {
-    const mine = ++turn;
-    offer();
-    const m = methods.find((x) => x.name === now());
-    const feeds = key === "objective" && m ? asides.feeds[m.name] : null;
-    fill(about, m && h("p", {}, m.summary),
-      m && h("p", { class: "note" }, papers(m), m.requires.length > 0 && ` Requires ${m.requires.join(", ")}.`, m.provides.length > 0 && ` Provides ${m.provides.join(", ")}.`),
-      feeds && feeds[0] !== "yes" && h("p", { class: "warn" }, feeds[0] === "no" ? `The data lacks what it needs: it ${feeds[1]}.` : `Through a stage: ${feeds[1]}.`));
-    fill(settings);
-    if (!m) return;
+  async function show() {
+    const mine = ++turn, m = known(now());
+    fill(chosen, h("b", {}, now() || "none"), h("span", { class: "extra" }, "Change"));
+    chosen.setAttribute("aria-label", `${title}: ${now() || "none"}. Change`);
+    const feeds = key === "objective" && m ? page.feeds[m.name] : null;
+    fill(about, m && h("p", {}, plain(m.summary, m.name)),
+      m?.use_when && h("p", { class: "note" }, `Use it when ${m.use_when}`),
+      m && h("p", { class: "note" }, papers(m)),
+      feeds && feeds[0] !== "yes" && h("p", { class: "warn" }, feeds[0] === "no" ? `Your rows lack what it needs: it ${feeds[1]}.` : `Through a stage: ${feeds[1]}.`));
+    if (!m) { fill(settings); return; }
     const fields = await ask(`/api/settings/${kind}/${m.name}`).catch(() => []);
-    if (mine !== turn || !fields.length) return;
+    if (mine !== turn) return;
     const set = Object.keys(draft).filter((k) => k.startsWith(`${key}.`)).length;
-    fill(settings, h("details", { open: set > 0 }, h("summary", {}, `Settings of ${m.name} (${fields.length})`), h("div", { class: "fields" }, fields.map((f) => entry(`${key}.${f.name}`, f, draft, put)))));
+    const unfolded = settings.querySelector("details")?.open || set > 0;
+    fill(settings, fields.length > 0 && h("details", { open: unfolded }, h("summary", {}, `Settings of ${m.name} (${fields.length}${set ? `, ${set} set` : ""})`), h("div", { class: "fields" }, fields.map((f) => entry(`${key}.${f.name}`, f, draft, put)))));
   }
 
-  if (key === "objective") asides.feed = tell;
-  tell();
-  return h("div", { class: "pick" }, field(title, select), other, about, settings);
+  if (key === "objective") page.feed = show;
+  page.draw.push(show);
+  show();
+  return h("div", { class: "pick" }, h("div", { class: "line" }, h("h3", {}, title, h("span", { class: "note" }, ` ${meaning}`)), chosen), about, settings);
+}
+
+/** The first sentence of a text. */
+const sentence = (text) => text.split(/(?<=[.:;])\s/)[0].replace(/[:;]$/, ".");
+
+/** The first sentence of what a method's file says of itself, without its name in front. */
+function plain(summary, name) {
+  const [first] = summary.split(/(?<=\.)\s/);
+  const rest = first.includes(": ") && first.indexOf(": ") < 40 ? first.slice(first.indexOf(": ") + 2) : first;
+  return rest ? rest[0].toUpperCase() + rest.slice(1) : name;
 }
 
 function papers(m) {
   const link = m.paper?.startsWith("arXiv:") ? h("a", { href: `https://arxiv.org/abs/${m.paper.slice(6)}`, target: "_blank", rel: "noreferrer noopener" }, m.paper) : m.paper;
-  const rows = m.titles.length ? `In the catalogue: ${m.titles.join("; ")}.` : "";
-  return link ? [link, ". ", rows] : rows || "No paper introduced it.";
+  const rows = m.titles.length ? m.titles.join("; ") : "";
+  return link ? [link, rows && `. ${rows}.`] : rows;
 }
 
 /** A setting as a field: its default stands in it as a hint, its help below. */
@@ -187,88 +266,37 @@ function entry(key, f, draft, put) {
   const value = draft[key] ?? "";
   const input = f.choices.length
     ? h("select", { onchange: (e) => put(key, e.target.value) }, h("option", { value: "" }, `${f.default} (default)`), f.choices.filter((c) => c !== f.default).map((c) => h("option", { value: c }, c)))
-    : h("input", { type: "text", value, placeholder: f.default, autocomplete: "off", spellcheck: "false", autocapitalize: "off", oninput: (e) => put(key, e.target.value) });
+    : h("input", { type: "text", value, placeholder: f.default === "null" ? "none" : f.default, autocomplete: "off", spellcheck: "false", autocapitalize: "off", oninput: (e) => put(key, e.target.value) });
   if (f.choices.length) {
     if (value && ![...input.options].some((o) => o.value === value)) input.append(h("option", { value }, value));
     input.value = value === f.default ? "" : value;
   }
-  return field(f.name, input, f.help);
+  const made = field(f.name, input, f.help);
+  made.dataset.key = key;
+  return made;
 }
 
-function training(draft, put, general) {
-  const box = h("section", { "aria-labelledby": "s-training" }, h("h2", { id: "s-training" }, "Training"), h("p", { class: "note" }, "Loading the settings …"));
-  general.then((fields) => {
+function training(draft, put, general, page) {
+  const title = () => h("h2", { id: "s-training" }, "Training");
+  const box = h("section", { "aria-labelledby": "s-training" }, title(), h("p", { class: "note" }, "Loading the settings …"));
+  let fields = [];
+  function show() {
     const by = Object.fromEntries(fields.map((f) => [f.name, f]));
     const rest = fields.filter((f) => !MAIN.includes(f.name) && !ELSEWHERE.includes(f.name));
-    const set = rest.some((f) => f.name in draft);
-    fill(box, h("h2", { id: "s-training" }, "Training"), h("div", { class: "fields" }, MAIN.map((name) => entry(name, by[name], draft, put))),
-      h("details", { open: set }, h("summary", {}, `Every other setting (${rest.length})`), h("p", { class: "note" }, "Lists and mappings as a line of YAML, such as [{name: rollout, n: 8}]."), h("div", { class: "fields" }, rest.map((f) => entry(f.name, f, draft, put)))));
-  }).catch((error) => fill(box, h("h2", { id: "s-training" }, "Training"), h("p", { class: "complaint", role: "alert" }, error.message)));
+    const set = rest.filter((f) => f.name in draft).length, unfolded = box.querySelector("details")?.open || set > 0;
+    fill(box, title(), h("div", { class: "fields" }, MAIN.map((name) => entry(name, by[name], draft, put))),
+      h("details", { open: unfolded }, h("summary", {}, `Every other setting (${rest.length}${set ? `, ${set} set` : ""})`), h("p", { class: "note" }, "Lists and mappings as a line of YAML, such as [{name: rollout, n: 8}]."), h("div", { class: "fields" }, rest.map((f) => entry(f.name, f, draft, put)))));
+    rate();
+  }
+  /** The learning rate that this tuner and objective declare, in the field that leaves it out. */
+  function rate() {
+    const place = box.querySelector("[data-key=learning_rate]");
+    if (!place || !page.rate) return;
+    place.querySelector("input").placeholder = page.rate.value;
+    place.querySelector("small").textContent = `Peak learning rate. Left out: ${page.rate.value} (${page.rate.reason})`;
+  }
+  page.told = rate;
+  general.then((list) => { fields = list; show(); page.draw.push(show); })
+    .catch((error) => fill(box, title(), h("p", { class: "complaint", role: "alert" }, error.message)));
   return box;
-}
-
-// ------------------------------------------------------------------------------------------------ the recipe
-
-function recipe(draft, asides, signal) {
-  const problems = complaint(), startProblems = complaint();
-  const text = h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" });
-  const whole = h("pre"), notes = h("ul", { class: "told" }), cost = h("div");
-  const name = h("input", { type: "text", autocomplete: "off", spellcheck: "false", autocapitalize: "off", placeholder: "a name", oninput: () => (named = true) });
-  const command = h("code");
-  const tell = () => fill(command, `luthier tune runs/${name.value || "NAME"}/submitted.yaml output_dir=runs/${name.value || "NAME"}`);
-  let named = false, latest = { text: "", error: "not checked yet" }, turn = 0;
-
-  asides.check = async () => {
-    const mine = ++turn;
-    text.setAttribute("aria-busy", "true");
-    try {
-      const result = await ask("/api/check", { changes: draft }, { signal });
-      if (mine !== turn) return;
-      latest = result;
-      fill(text, result.text || "# empty: every value is its default");
-      fill(whole, result.whole);
-      fill(notes, result.warnings.map((t) => h("li", {}, t)));
-      if (!named) name.value = result.name.slice(0, 100);
-      tell();
-      problems.say(result.error);
-      start.disabled = Boolean(result.error);
-      announce(result.error ? "" : "the recipe can run");
-    } catch (error) { if (error.name !== "AbortError" && mine === turn) problems.say(error.message); } finally { if (mine === turn) text.removeAttribute("aria-busy"); }
-  };
-  name.addEventListener("input", tell);
-
-  const start = button("Start the run", async () => {
-    await asides.check();
-    if (latest.error) throw new Error(latest.error);
-    await ask("/api/runs", { name: name.value, text: latest.text });
-    announce(`run ${name.value} started`);
-    location.hash = `#run/${name.value}`;
-  }, startProblems, { class: "main", disabled: true });
-  const foretell = button("Estimate the cost", async () => {
-    fill(cost, h("p", { class: "note" }, "Loading the model to look …"));
-    try {
-      const result = await ask("/api/forecast", { changes: draft }, { signal });
-      fill(cost, h("dl", { class: "tiles" }, result.figures.map(([what, much, is]) => h("div", {}, h("dt", {}, what), h("dd", {}, much), h("p", {}, is)))), result.notes.map((n) => h("p", { class: "note" }, n)));
-      announce("the cost is estimated");
-    } catch (error) { fill(cost); throw error; }
-  }, startProblems, { class: "quiet" });
-
-  const writing = h("textarea", { rows: 12, spellcheck: "false", "aria-label": "A recipe as YAML" });
-  const wrong = complaint();
-  const pasted = h("details", {}, h("summary", {}, "Write or paste a recipe instead"), writing,
-    h("p", { class: "buttons" }, button("Use this recipe", async () => {
-      const fields = await ask("/api/fields", { text: writing.value });
-      tabStore.set("draft", fields);
-      location.hash === "#new" ? window.dispatchEvent(new HashChangeEvent("hashchange")) : (location.hash = "#new");
-    }, wrong, { class: "quiet" })), wrong.box);
-  pasted.addEventListener("toggle", () => { if (pasted.open && !writing.value) writing.value = latest.text; });
-
-  return h("aside", { class: "sheet", "aria-label": "The recipe and its cost" },
-    h("h2", {}, "The recipe"),
-    text, problems.box, notes,
-    h("div", { class: "fields one" }, field("Name of the run", name, "Its folder: runs/NAME")),
-    h("p", { class: "buttons" }, start, foretell), startProblems.box, cost,
-    h("p", { class: "note" }, "The same from a shell: ", command),
-    h("details", {}, h("summary", {}, "The whole recipe, with defaults"), whole), pasted,
-    h("p", { class: "buttons" }, h("button", { type: "button", class: "quiet", onclick: () => { tabStore.set("draft", { model: "toy:lm-small" }); window.dispatchEvent(new HashChangeEvent("hashchange")); } }, "Reset")));
 }

@@ -7,8 +7,8 @@ import { positive, series, smoothed } from "./curves.js";
 const OWN = ["step", "tokens", "seconds", "epoch", "eval_loss"];
 const MOST = 8; // colours that can be told apart
 
-/** names: the runs that are chosen now. `show` reads what is new of each and draws. */
-export function overlay(names, signal) {
+/** names: the runs that are chosen now. rows: on which rows a run is evaluated. `show` reads what is new of each and draws. */
+export function overlay(names, rows, signal) {
   const logs = new Map(); // run -> what was read of it
   const what = h("select", { onchange: () => draw() });
   const drawn = h("div"), box = h("section", { class: "panel", hidden: true, "aria-labelledby": "o-title" }, h("h2", { id: "o-title" }, "Curves"), h("div", { class: "fields" }, field("Curve", what)), drawn);
@@ -44,7 +44,7 @@ export function overlay(names, signal) {
     const lossLike = key === "loss";
     const drawnCurves = some.flatMap((name, i) => [
       { name, colour: `c${i}`, points: lossLike ? smoothed(points(name, key)) : points(name, key) },
-      { name: `${name}, evaluated`, colour: `c${i}`, dash: true, points: heldOut(name) },
+      { name: `${name}, ${rows(name)}`, colour: `c${i}`, dash: true, points: heldOut(name) },
     ]).filter((one) => one.points.length);
     const label = `${key.replaceAll("_", " ")} by step of ${some.join(", ")}`;
     fill(drawn, some.length === 0 ? h("p", { class: "note" }, "Nothing is logged yet.") : [

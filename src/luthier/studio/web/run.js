@@ -1,36 +1,54 @@
-// One run: how far it is, its curves while they grow, its answers, its recipe, and what can be done with it.
+// One run: what it came to, its curve and one pair of answers first; below them the rest, and what can be done with it.
 
-import { announce, ask, button, complaint, every, field, fill, h, shell } from "./dom.js";
+import { announce, ask, button, complaint, every, field, fill, h } from "./dom.js";
 import { curves as drawCurves } from "./charts.js";
 import { positive, series, smoothed } from "./curves.js";
+import { answersSection, bestPair, conversation } from "./answers.js";
+import { exporting } from "./export.js";
 import { clone } from "./new.js";
-import { badge, progress } from "./runs.js";
+import { badge, progress, tags } from "./runs.js";
+import { studyPage } from "./study.js";
 
 const PLAIN = ["step", "loss", "learning_rate", "tokens", "seconds", "epoch", "eval_loss"]; // of a log line; the rest gets small charts
+const busyStates = ["running", "starting"];
+const isBusy = (r) => busyStates.includes(r.state);
 
 export async function run(name, signal) {
   const at = `/api/runs/${encodeURIComponent(name)}`;
   let whole = await ask(at);
   const logged = [], place = { since: 0, mark: "" };
-  const head = h("div", { class: "state" }), curves = h("div"), numbers = h("div"), answers = h("div"), more = h("div"), log = h("pre", { class: "log", tabindex: "0", "aria-label": "Console output" });
   const problems = complaint();
-  let state = "", drawn = 0, quarter = 0;
+  const actions = h("p", { class: "buttons" }), head = h("div", { class: "now" }), title = h("div", { class: "titles" });
+  const sentence = h("div"), chart = h("section", { class: "card curve", "aria-labelledby": "s-curve" }), pair = h("section", { class: "card pair", "aria-labelledby": "s-pair" });
+  const fold = h("div", { class: "fold" }, chart, pair);
+  const numbers = h("div"), study = h("div"), more = h("div"), answers = h("div"), smallsBox = h("div"), labels = h("div");
+  const log = h("pre", { class: "log", tabindex: "0", "aria-label": "Console output" });
+  const command = h("p", { class: "note" }), recipe = h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" });
+  let state = "", drawn = 0, quarter = 0, studied = "";
 
-  const actions = h("p", { class: "buttons" });
+  // ---------------------------------------------------------------------------------------------- what can be done
+
+  async function reload() {
+    whole = await ask(at, undefined, { signal });
+    show();
+  }
+
   function act(r) {
-    const busy = r.state === "running" || r.state === "starting";
-    const reload = async () => { whole = await ask(at); show(); };
+    const busy = isBusy(r), finished = r.state === "finished";
     fill(actions,
       busy && button("Stop", async () => { await ask(`${at}/stop`, {}); announce("stopping"); }, problems),
-      !busy && r.state !== "finished" && button("Resume", async () => { await ask(`${at}/resume`, {}); place.mark = "?"; await reload(); live(); }, problems, { class: "main" }),
-      r.kind === "run" && whole.recipe && button("Clone with changes", () => clone(whole.recipe), problems, { class: "quiet" }),
+      !busy && !finished && whole.command && button("Resume", async () => { await ask(`${at}/resume`, {}); place.mark = "?"; await reload(); live(); }, problems, { class: "main" }),
+      finished && r.kind === "run" && button("Export", () => exporting(at, name, whole.exports, reload), problems, { class: "main" }),
+      finished && r.kind === "run" && whole.writes && h("a", { class: "button", href: `#talk/${encodeURIComponent(JSON.stringify([modelOf(r), `runs/${name}`]))}` }, "Chat with it"),
       r.report && h("a", { class: "button quiet", href: `/runs/${encodeURIComponent(name)}/report.html`, target: "_blank" }, "Report"),
-      r.state === "finished" && r.kind === "run" && whole.writes && h("a", { class: "button quiet", href: `#talk/${encodeURIComponent(JSON.stringify([modelOf(whole.recipe), `runs/${name}`]))}` }, "Chat with it"),
+      r.kind === "run" && whole.recipe && button("Clone with changes", () => clone(whole.recipe), problems, { class: "quiet" }),
       !busy && removing(at, name, problems));
   }
 
   function top(r) {
-    fill(head, badge(r), progress(r), r.doing && h("span", { class: "doing" }, r.doing), r.why && h("p", { class: r.state === "failed" ? "complaint" : "note" }, r.why));
+    fill(title, h("h1", {}, name), badge(r), tags(r.tags));
+    fill(head, progress(r), r.why && h("p", { class: r.state === "failed" ? "complaint" : "note" }, r.why));
+    head.hidden = !head.childNodes.length;
     if (r.state !== state) {
       if (state) announce(`${name} is ${r.state}`);
       state = r.state;
@@ -41,19 +59,45 @@ export async function run(name, signal) {
     }
   }
 
+  // ---------------------------------------------------------------------------------------------- what it came to
+
   function show() {
+    const finished = whole.state === "finished";
     top(whole);
     act(whole);
-    fill(numbers, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))), table(whole.numbers, whole.state === "finished", numbers.querySelector("details")?.open));
-    fill(answers, generationsSection(whole.answers, whole.state === "finished"));
+    fill(sentence, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.trend && h("p", { class: "note" }, `${whole.trend[0].toUpperCase()}${whole.trend.slice(1)}.`));
+    showPair(finished);
+    fill(numbers,
+      whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))),
+      table(whole, finished, numbers.querySelector("details")?.open));
+    const opened = answers.querySelector("[data-open]");
+    fill(answers, answersSection(whole.answers, finished, whole.measured_on, Boolean(opened)));
+    if (whole.study && JSON.stringify(whole.study) !== studied) {
+      studied = JSON.stringify(whole.study);
+      fill(study, studyPage(whole.study));
+    }
+    fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Warnings and notes"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))));
+    fill(command, whole.command ? ["From a shell: ", h("code", {}, whole.command)] : "");
+    recipe.textContent = whole.recipe;
     log.textContent = whole.log;
-    fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Warnings and notes"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))),
-      Object.keys(whole.arms).length > 0 && h("section", {}, h("h2", {}, "Arms"), h("p", { class: "note" }, "The report shows their curves, answers and recipes side by side.")),
-      whole.state === "finished" && whole.kind === "run" && exporting(at, name, whole));
+    drawn = -1; // which rows the points are of may be known now
+    draw();
   }
 
+  function showPair(finished) {
+    const best = bestPair(whole.answers);
+    const later = isBusy(whole) ? "Answers before and after stand here once the run has generated some." : "This run generated no answers before and after; `evaluate: [loss, generate]` has it do so.";
+    fill(pair, h("h2", { id: "s-pair" }, "One answer, before and after"),
+      best ? [conversation(best, finished), h("p", { class: "note" }, whole.measured_on && `A prompt of the ${whole.measured_on}. `, whole.answers.length > 1 && h("button", { type: "button", class: "link", onclick: () => answers.scrollIntoView({ behavior: "smooth" }) }, `All ${whole.answers.length} answers`))] : h("p", { class: "note" }, later));
+    fold.hidden = whole.kind !== "run";
+  }
+
+  // ---------------------------------------------------------------------------------------------- curves
+
   const charts = new Map(); // key -> chart, which grows where it stands
-  const smalls = h("div", { class: "smalls" }), loss = h("div", { class: "plot" });
+  const smalls = h("div", { class: "smalls" }), loss = h("div", { class: "plot" }), waiting = h("p", { class: "note" });
+  fill(chart, h("h2", { id: "s-curve" }, "Loss"), waiting, loss);
+
   function grow(key, caption, box, spec) {
     if (charts.has(key)) charts.get(key).update(spec);
     else charts.set(key, drawCurves(box, { label: `${caption} by step`, ...spec }));
@@ -62,21 +106,28 @@ export async function run(name, signal) {
   function draw() {
     if (logged.length === drawn) return;
     drawn = logged.length;
-    const raw = series(logged, "loss"), heldOut = series(logged, "eval_loss");
+    const raw = series(logged, "loss"), rows = whole.measured_on, points = evaluated(logged, whole);
+    waiting.textContent = raw.length ? "" : isBusy(whole) ? "The curve begins with the first step." : "No step was logged.";
+    waiting.hidden = raw.length > 0;
+    const onRows = rows || "evaluated";
+    const lines = [
+      { name: "each step", colour: "raw", width: 1, points: raw }, { name: "smoothed", colour: "wood", points: smoothed(raw) },
+      { name: onRows, colour: "held", points: points.between }, { name: "○ before and after", colour: "held", marks: true, points: points.ends },
+    ].filter((one) => one.points.length);
+    if (raw.length) grow("loss", "loss", loss, { height: 270, zero: true, log: positive(raw, points.between, points.ends), series: lines });
     const extra = [...new Set(logged.flatMap((x) => Object.keys(x)))].filter((k) => !PLAIN.includes(k) && !k.includes("/"));
     const names = ["learning_rate", ...extra].filter((k) => series(logged, k).length > 0).slice(0, 12);
-    if (!raw.length && !names.length) return;
-    if (!curves.firstChild) fill(curves, h("section", {}, h("h2", {}, "Training"), h("figure", {}, h("figcaption", {}, "loss by step"), loss), smalls));
-    if (raw.length) grow("loss", "loss", loss, { zero: true, log: positive(raw, heldOut), series: [
-      { name: "each step", colour: "raw", width: 1, points: raw }, { name: "smoothed", colour: "wood", points: smoothed(raw) }, { name: whole.measured_on, colour: "held", points: heldOut }].filter((one) => one.points.length) });
+    if (names.length && !smallsBox.firstChild) fill(smallsBox, h("section", {}, h("h2", {}, "Also logged"), smalls));
     for (const key of names) {
       const metric = whole.numbers.find((x) => `eval_${x.name}` === key);
-      const caption = metric ? `eval ${metric.label}` : key.replaceAll("_", " ");
+      const caption = metric ? `${metric.label}, ${rows || "evaluated"}` : key.replaceAll("_", " ");
       const box = h("div", { class: "plot" });
       if (!charts.has(key)) smalls.append(h("figure", {}, h("figcaption", {}, caption), box));
       grow(key, caption, box, { height: 150, series: [{ name: caption, colour: "wood", points: series(logged, key) }] });
     }
   }
+
+  // ---------------------------------------------------------------------------------------------- while it goes on
 
   async function tick() {
     const result = await ask(`${at}/live?since=${place.since}&mark=${encodeURIComponent(place.mark)}`, undefined, { signal });
@@ -89,8 +140,8 @@ export async function run(name, signal) {
     draw();
     const was = state;
     top(result.run);
-    const over = !["running", "starting"].includes(result.run.state);
-    if (over !== !["running", "starting"].includes(was) || !over) {
+    const over = !isBusy(result.run);
+    if (over !== !busyStates.includes(was) || !over) {
       whole = await ask(at, undefined, { signal });
       show();
     }
@@ -108,27 +159,52 @@ export async function run(name, signal) {
   state = whole.state;
   show();
   live();
+  fill(labels, labelling(at, whole, problems, reload));
   return [
-    h("header", {}, h("p", { class: "what" }, whole.what), h("h1", {}, name)),
-    head, actions, problems.box, numbers, curves, answers, more,
-    h("section", {}, h("h2", {}, "Recipe"), whole.command && h("p", { class: "note" }, "From a shell: ", h("code", {}, whole.command)), h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" }, whole.recipe)),
+    h("header", { class: "run-head" }, h("p", { class: "what" }, h("a", { href: "#runs" }, "Runs"), " / ", whole.what), h("div", { class: "bar" }, title, actions)),
+    head, problems.box, sentence, fold, study, numbers, answers, smallsBox, more,
+    h("section", {}, h("h2", {}, "Tags and note"), labels),
+    whole.recipe && h("section", {}, h("h2", {}, "Recipe"), command, recipe),
     h("section", {}, h("details", {}, h("summary", {}, "Console output"), log)),
   ];
 }
 
-/** The model a recipe starts from, for talking to both. */
-function modelOf(text) {
-  return /^model: *(.+?) *$/m.exec(text)?.[1].replace(/^['"]|['"]$/g, "") ?? "toy:lm";
+/** The loss on evaluated rows: before training and after it, and the curve between them. */
+function evaluated(logged, whole) {
+  const { before, after } = whole.losses;
+  const known = (x) => typeof x === "number" && Number.isFinite(x);
+  const between = series(logged, "eval_loss"), last = whole.steps ?? logged.at(-1)?.step ?? 0;
+  const ends = [];
+  if (known(before)) ends.push([0, before]);
+  if (whole.state === "finished" && known(after)) ends.push([last, after]);
+  const curve = new Map([...between, ...ends]);
+  const points = [...curve].sort(([a], [b]) => a - b);
+  return { between: points.length > 1 ? points : [], ends };
 }
 
+/** The model that a run was tuned from, for talking to both. */
+const modelOf = (r) => r.methods.model ?? "toy:lm";
+
+// -------------------------------------------------------------------------------------------------- numbers
+
 /** Metrics before and after; the parts of a metric, such as retention by task, in a table of their own. */
-function table(rows, finished, unfolded = false) {
+function table(whole, finished, unfolded = false) {
+  const rows = whole.numbers;
   if (!rows.length) return null;
-  const whole = rows.filter((x) => !x.name.includes("/")), parts = rows.filter((x) => x.name.includes("/"));
+  const metrics = rows.filter((x) => !x.name.includes("/")), parts = rows.filter((x) => x.name.includes("/"));
   const short = (x) => ({ ...x, label: x.name.replace(/^[^/]*\//, "") });
   return h("section", {}, h("h2", {}, finished ? "Evaluation: before and after" : "Evaluation: before and now"),
-    beforeAfter("metric", whole, finished),
+    h("p", { class: "note" }, onWhich(whole)),
+    beforeAfter("metric", metrics, finished),
     parts.length > 0 && h("details", { open: unfolded }, h("summary", {}, `By task (${parts.length})`), beforeAfter(parts[0].label.split(": ")[0], parts.map(short), finished)));
+}
+
+/** Which rows metrics were measured on, so that nobody takes training rows for held-out ones. */
+function onWhich(whole) {
+  const n = whole.stats.held_out_rows, counts = whole.row_counts ? ` ${whole.row_counts}.` : "";
+  if (whole.measured_on === "training rows") return [h("b", { class: "warn" }, "Measured on training rows: no rows were held out."), counts];
+  if (whole.measured_on === "held-out rows") return `Measured on ${n ? `${n.toLocaleString("en")} ` : ""}held-out rows, which were not trained on.${counts}`;
+  return "";
 }
 
 function beforeAfter(title, rows, finished) {
@@ -141,36 +217,18 @@ function beforeAfter(title, rows, finished) {
     })));
 }
 
-function generationsSection(answers, finished) {
-  if (!answers.length) return null;
-  const mark = (score) => score === null || score === undefined ? null : h("b", { class: score > 0 ? "good" : "bad" }, score === 1 ? " correct" : score === 0 ? " wrong" : ` ${score.toFixed(2)}`);
-  const part = (title, text, score) => text !== null && text !== undefined && h("div", {}, h("h3", {}, title, mark(score)), h("pre", {}, text || " "));
-  return h("section", {}, h("h2", {}, "Generations"), answers.slice(0, 12).map((a) => h("article", {}, h("h3", {}, "prompt"), h("pre", {}, a.prompt),
-    h("div", { class: "sides" }, part("before", a.before, a.score_before), part(finished ? "after" : "now", a.after, a.score_after), part("reference", a.expected)))));
-}
+// -------------------------------------------------------------------------------------------------- tags, removal
 
-function exporting(at, name, whole) {
-  const problems = complaint();
-  const kind = h("select", {}, h("option", { value: "lora" }, "an adapter for plain PEFT"), h("option", { value: "merged" }, "a plain transformers model"));
-  const to = h("input", { type: "text", placeholder: "", autocomplete: "off", spellcheck: "false" });
-  const command = h("code");
-  const say = () => {
-    to.placeholder = `exports/${name}-${kind.value}`;
-    command.textContent = shell("luthier", "export", `runs/${name}`, "--output-dir", to.value || to.placeholder, "--as", kind.value);
-  };
-  for (const one of [kind, to]) one.addEventListener("input", say);
-  say();
-  const done = h("ul", { class: "told" }, whole.exports.map((x) => h("li", {}, x)));
-  return h("section", { class: "work" }, h("h2", {}, "Export"), h("p", { class: "note" }, "The export is loaded back and compared with the tuned model; it is deleted where its outputs differ."),
-    h("div", { class: "fields" }, field("As", kind), field("To", to, "A folder on this machine")),
-    h("p", { class: "buttons" }, button("Export", async (b) => {
-      b.textContent = "Exporting …";
-      try {
-        const exported = await ask(`${at}/export`, { kind: kind.value, to: to.value });
-        done.append(h("li", { class: "good" }, exported.message));
-        announce(`exported: ${exported.message}`);
-      } finally { b.textContent = "Export"; }
-    }, problems)), problems.box, done, h("p", { class: "note" }, "From a shell: ", command));
+function labelling(at, whole, problems, reload) {
+  const tag = h("input", { type: "text", value: whole.tags.join(", "), autocomplete: "off", spellcheck: "false", placeholder: "baseline, try again" });
+  const note = h("textarea", { rows: 3, placeholder: "What was tried, and why" });
+  note.value = whole.note;
+  return h("div", { class: "work" }, h("div", { class: "fields two" }, field("Tags", tag, "Several with commas between"), field("Note", note)),
+    h("p", { class: "buttons" }, button("Save tags and note", async () => {
+      await ask(`${at}/labels`, { tags: tag.value.split(","), note: note.value });
+      announce("saved");
+      await reload();
+    }, problems, { class: "quiet" })));
 }
 
 function removing(at, name, problems) {
