@@ -43,7 +43,7 @@ BOTH = f'talk/["{MODEL}","runs/first"]'
 PAGES = {
     "new": "document.querySelector('.row mark') && document.querySelector('.sheet dl.tiles')",
     "runs/first,second": "document.querySelector('.panel table')",
-    "run/first": "document.querySelector('.plot canvas') && document.querySelector('article')",
+    "run/first": "document.querySelector('.plot canvas') && document.querySelector('.pair .bubble')",
     BOTH: (
         "document.querySelectorAll('.turn.assistant').length > 1 &&"
         " !document.querySelector('.turns[aria-busy]')"
@@ -252,7 +252,7 @@ def test_a_run_by_keyboard_alone(served, page):
     page.key("Enter", 13)
     page.see("document.querySelector('h1').textContent === 'hand' && document.activeElement.tagName === 'H1'")
     page.see("document.querySelector('.badge.finished, .badge.failed')", 120)
-    page.see("document.querySelector('.plot canvas') && document.querySelector('article')")
+    page.see("document.querySelector('.plot canvas') && document.querySelector('.pair .bubble')")
     aloud = page.run("aloud")
     for words in ("81 rows read, 1 unusable", "the recipe can run", "run hand started", "hand is finished"):
         assert words in aloud, aloud
@@ -260,8 +260,14 @@ def test_a_run_by_keyboard_alone(served, page):
     page.see("document.querySelector('.badge.finished') && document.querySelector('.plot canvas')")
     tab_to(page, "Export")
     page.key("Enter", 13)
+    page.see("document.activeElement.tagName === 'SELECT'")
+    tab_to(page, "Export")
+    page.key("Enter", 13)
     page.see("document.querySelector('li.good')?.textContent.includes('outputs match the tuned model')")
     assert (served.home / "exports/hand-lora/adapter_model.safetensors").is_file()
+    tab_to(page, "Close")
+    page.key("Enter", 13)
+    page.see("!document.querySelector('dialog') && document.activeElement.textContent === 'Export'")
     tab_to(page, "Chat with it")
     page.key("Enter", 13)
     page.see("document.activeElement.textContent === 'Chat'")
@@ -356,7 +362,7 @@ def test_words_stand_out_on_screen_and_paper_and_fit_a_phone(served, page, addre
     page.media(True, "print")
     assert (
         page.run(
-            "[...document.querySelectorAll('.top, .buttons, .asking, .work')].filter(x =>"
+            "[...document.querySelectorAll('.top, .buttons, .asking, .work, .tools')].filter(x =>"
             " x.checkVisibility()).length"
         )
         == 0
@@ -422,7 +428,7 @@ def test_every_page_can_be_read_aloud(served, page, address):
     has = {
         "new": [
             ("complementary", "The recipe and its cost"),
-            ("combobox", "Objective"),
+            ("button", "Objective: sft. Change"),
             ("combobox", "Data"),
         ],
         "runs/first,second": [
@@ -432,9 +438,9 @@ def test_every_page_can_be_read_aloud(served, page, address):
             ("table", "loss, in numbers"),
         ],
         "run/first": [
-            ("progressbar", "Steps of first"),
             ("button", "Clone with changes"),
-            ("combobox", "As"),
+            ("button", "Export"),
+            ("region", "Loss"),
         ],
     }.get(address, [("log", "Conversation, left"), ("log", "Conversation, right"), ("textbox", "Message")])
     assert set(has) <= {(r, n) for r, n, _ in told}
@@ -501,7 +507,12 @@ def test_curves_of_several_runs_in_one_chart(served, page):
         " getComputedStyle(x.querySelector('.u-marker')).borderBottomColor,"
         " getComputedStyle(x.querySelector('.u-marker')).borderBottomStyle])"
     )
-    assert [name for name, _, _ in legend] == ["first", "first, evaluated", "second", "second, evaluated"]
+    assert [name for name, _, _ in legend] == [
+        "first",
+        "first, held-out rows",
+        "second",
+        "second, held-out rows",
+    ]
     assert [style for _, _, style in legend] == ["solid", "dashed"] * 2
     assert legend[0][1] == legend[1][1] != legend[2][1] == legend[3][1]
     logged = [json.loads(x) for x in (served.home / "runs/second/metrics.jsonl").read_text().splitlines()]
@@ -521,8 +532,84 @@ def test_curves_of_several_runs_in_one_chart(served, page):
     )
     page.see(
         "document.querySelectorAll('.panel .u-series + .u-series').length === 2 &&"
-        " document.querySelector('caption').textContent === 'learning rate, in numbers'"
+        " document.querySelector('.panel caption').textContent === 'learning rate, in numbers'"
     )
+
+
+ROWS = "[...document.querySelectorAll('table.runs tbody tr')].map(x => x.querySelector('a').textContent)"
+
+
+@needs_browser
+def test_the_table_is_filtered_sorted_and_tagged(served, page):
+    """Words, a column's words, a metric's bound; a click on a column's head; tags by the bulk bar."""
+    page.run("sessionStorage.removeItem('luthier-runs')")
+    turn(page, "runs")
+    page.see(f"{ROWS}.length === 2")
+    measured = {
+        name: json.loads((served.home / f"runs/{name}/report.json").read_text())["after"]["loss"]
+        for name in ("first", "second")
+    }
+    low, high = sorted(measured, key=measured.__getitem__)
+    middle = sum(measured.values()) / 2
+    filters = {"second": ["second"], "tuner:lora first": ["first"], "state:failed": [], f"loss<{middle}": [low]}
+    for text, names in filters.items():
+        page.run(
+            "(() => { const x = document.querySelector('input[type=search]'); x.value ="
+            f" {json.dumps(text)}; x.dispatchEvent(new Event('input')); }})()"
+        )
+        assert page.run(ROWS) == names, text
+    page.run(
+        "(() => { const x = document.querySelector('input[type=search]'); x.value = '';"
+        " x.dispatchEvent(new Event('input')); })()"
+    )
+    for order in ([high, low], [low, high]):
+        page.run("document.querySelector('[data-sort=\"metric:loss\"]').click()")
+        assert page.run(ROWS) == order
+    page.run("document.querySelector('[data-run=first]').click()")
+    page.press("Tag")
+    page.write("Add", "<b>best</b>")
+    page.press("Add")
+    page.see("document.querySelector('table.runs .tag') && !document.querySelector('dialog')")
+    assert page.run("document.querySelector('table.runs .tag').textContent") == "<b>best</b>"
+    (served.home / "runs/first/labels.json").unlink()
+
+
+@needs_browser
+def test_a_tuner_is_found_by_its_use_and_brings_its_own_learning_rate(served, page):
+    page.run(f"sessionStorage.setItem('luthier-draft', {json.dumps(json.dumps({'model': MODEL}))})")
+    turn(page, "new")
+    page.see("document.querySelector('[data-key=learning_rate] input')?.placeholder === '0.0002'")
+    page.run("document.querySelector('button.chosen').click()")
+    page.see("document.querySelectorAll('dialog .option').length > 30")
+    page.run(
+        "(() => { const x = document.querySelector('dialog input'); x.value = 'ia3';"
+        " x.dispatchEvent(new Event('input')); })()"
+    )
+    page.key("Enter", 13)
+    page.see("document.querySelector('[data-key=learning_rate] input')?.placeholder === '0.003'")
+    page.see("document.querySelector('.ready.not')?.textContent.includes('the recipe has no `data`')")
+    assert page.run("document.querySelector('button.main').disabled")
+    page.run("[...document.querySelectorAll('.preset')].find(x => x.textContent.startsWith('DPO')).click()")
+    page.see("document.querySelector('pre.recipe').textContent.includes('dpo + 0.1*chosen_sft')")
+    assert page.run("document.querySelector('.preset[aria-pressed=true]').textContent").startswith("DPO")
+    page.run("sessionStorage.clear()")
+
+
+@needs_browser
+def test_what_differs_between_two_answers(served, page):
+    cases = {
+        ("the cat sat", "the dog sat"): [
+            ["the ", True, True],
+            ["cat", True, False],
+            ["dog", False, True],
+            [" sat", True, True],
+        ],
+        ("nothing of it", "1 + 1 = 2"): None,
+        ("", "a"): None,
+    }
+    for (before, after), parts in cases.items():
+        script = f"import('/web/diff.js').then(m => m.diff({json.dumps(before)}, {json.dumps(after)}))"
+        assert page.run(script) == parts
 
 
 ANSWERS = "[...document.querySelectorAll('.turn.assistant:last-child pre')].map(x => x.textContent)"
@@ -569,7 +656,7 @@ def test_two_answers_grow_side_by_side(served, page):
     assert [stopped for _, stopped in Paced.ended] == [False, False]
     assert all(len(w) > len(b) and w.startswith(b.strip()) for w, b in zip(whole, begun)), (begun, whole)
     assert page.run("document.querySelector('.shell').innerText.split('\\n')") == [
-        f"luthier chat {m} --max-new-tokens 64" for m in (MODEL, "runs/first")
+        f"luthier chat {m} --max-new-tokens 256" for m in (MODEL, "runs/first")
     ]
     again(page)
     page.see(f"{ANSWERS}.length === 2")

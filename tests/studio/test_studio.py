@@ -629,7 +629,12 @@ def test_two_recipes_are_compared(home, tiny):
     (home / words[3]).write_text((home / words[2]).read_text().replace("0.01", "0.0001"))
     done = CliRunner().invoke(cli, [*words[1:], "--together"])  # in one process, so that it takes seconds
     run = client.get("/api/runs/both").json()
-    assert run["state"] == "finished" and set(run["arms"]) == {"good", "wrong"}, done.output
+    study = run["study"]
+    assert run["state"] == "finished" and [arm["name"] for arm in study["arms"]] == ["good", "wrong"], done.output
+    first = study["pairs"][0]
+    assert first["label"] == "loss" and first["better"] == "lower" and len(first["pairs"]) == 1
+    pair = first["pairs"][0]
+    assert pair["low"] <= pair["mean"] <= pair["high"] and " to " in pair["text"]
     assert run["sentence"] and client.get("/runs/both/report.html").status_code == 200
 
 

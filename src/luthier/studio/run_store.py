@@ -135,7 +135,9 @@ class RunStore:
         status = current_status(at, pid) if pid else {}
         condition, reason = "stopped", ""
         if pid:
-            condition = "running" if status or (at / "before.json").is_file() else "starting"
+            condition = "starting"
+            if status or kind != "run" or (at / "before.json").is_file():
+                condition = "running"
         elif finished:
             condition = "finished"
         else:
