@@ -630,7 +630,8 @@ def test_two_recipes_are_compared(home, tiny):
     done = CliRunner().invoke(cli, [*words[1:], "--together"])  # in one process, so that it takes seconds
     run = client.get("/api/runs/both").json()
     study = run["study"]
-    assert run["state"] == "finished" and [arm["name"] for arm in study["arms"]] == ["good", "wrong"], done.output
+    assert run["state"] == "finished", done.output
+    assert [arm["name"] for arm in study["arms"]] == ["good", "wrong"]
     first = study["pairs"][0]
     assert first["label"] == "loss" and first["better"] == "lower" and len(first["pairs"]) == 1
     pair = first["pairs"][0]

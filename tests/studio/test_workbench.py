@@ -79,7 +79,8 @@ def test_a_report_that_changes_is_read_again(client, tmp_path):
 
 def test_which_rows_are_measured_is_not_guessed(client, tmp_path):
     write_run(tmp_path, "young", run={"finished": False, "steps": 9})
-    write_run(tmp_path, "older", run={"finished": False, "measured_on": "training rows"}, before={"loss": 1.0})
+    state = {"finished": False, "measured_on": "training rows"}
+    write_run(tmp_path, "older", run=state, before={"loss": 1.0})
     rows = {run["name"]: run["measured_on"] for run in client.get("/api/runs").json()}
     assert rows == {"young": "", "older": "training rows"}
 
@@ -98,7 +99,8 @@ def test_step_and_work_come_from_the_status_of_the_living_process(tmp_path, monk
     now = store.summary("going")
     assert (now["state"], now["step"], now["steps"]) == ("running", 12, 80)
     assert now["doing"] == "evaluating during training: 3 of 16 rows"
-    (folder / "status.json").write_text(json.dumps({"doing": "training", "step": 12, "steps": 80, "left": 90}))
+    status = {"doing": "training", "step": 12, "steps": 80, "left": 90}
+    (folder / "status.json").write_text(json.dumps(status))
     assert store.summary("going")["doing"] == "training, about 1 min 30 s left"
     os.utime(folder / "status.json", (1, 1))
     assert store.summary("going")["step"] == 7
@@ -201,7 +203,8 @@ def test_this_machine_is_read(client):
 def test_gpus_as_nvidia_smi_tells_of_them():
     lines = "NVIDIA H200, 12, 2048, 143771, 33\nA, card, [N/A], 1, [N/A], 50\nnonsense\n"
     first, second = parse_gpus(lines)
-    assert first == {"name": "NVIDIA H200", "busy": 12.0, "heat": 33.0, "used": 2048 << 20, "total": 143771 << 20}
+    sizes = {"used": 2048 << 20, "total": 143771 << 20}
+    assert first == {"name": "NVIDIA H200", "busy": 12.0, "heat": 33.0, **sizes}
     assert (second["name"], second["busy"], second["total"]) == ("A, card", None, None)
 
 

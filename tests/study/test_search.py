@@ -23,11 +23,11 @@ from luthier.methods.searchers._base import (
 )
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
+from luthier.report.search_result import read_result
 from luthier.storage import files
 from luthier.study import search as searching
 from luthier.study.goals import front_figure, parse_goals, parse_limits
 from luthier.study.search import Measurement, TrialStore, optimize, parse_seeds, search_spec
-from luthier.report.search_result import read_result
 
 pytest.importorskip("optuna")
 

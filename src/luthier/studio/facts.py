@@ -63,6 +63,7 @@ def as_it_stands(read: Callable[[Path], Any], path: Path) -> Any:
 
 @lru_cache(maxsize=4096)
 def _read(read: Callable[[Path], Any], path: Path, version: Any) -> Any:
+    """version: of the file. What was read under it is remembered, and must not be changed."""
     return read(path)
 
 
@@ -106,15 +107,6 @@ def _report_in(path: Path) -> tuple[Measured, tuple[str, ...], str]:
     return measured, tuple(map(str, report["notes"])), report["folder"]
 
 
-def _numbers_of(path: Path) -> dict[str, float]:
-    return numbers_in(read_object(path))
-
-
-def _rows_measured_on(path: Path) -> str:
-    """Which rows metrics are measured on, as run.json says; empty before a run knows it."""
-    return str(read_object(path).get("measured_on", ""))
-
-
 # ------------------------------------------------------------------------------------------ of a run
 
 
@@ -137,12 +129,14 @@ def report_of(folder: Path) -> tuple[Measured, tuple[str, ...], str]:
 
 def before_of(folder: Path) -> dict[str, float]:
     """Metrics before training."""
-    return as_it_stands(_numbers_of, folder / BEFORE)
+    return numbers_in(as_it_stands(read_object, folder / BEFORE))
 
 
 def measured_on(folder: Path, stats: Mapping[str, Any]) -> str:
     """'held-out rows' or 'training rows'; empty where a run does not know it yet."""
-    return str(stats.get("measured_on") or as_it_stands(_rows_measured_on, folder / STATE))
+    if "measured_on" in stats:
+        return str(stats["measured_on"])
+    return str(as_it_stands(read_object, folder / STATE).get("measured_on", ""))
 
 
 def metric_cells(measured: Measured) -> dict[str, dict[str, Any]]:
@@ -157,26 +151,17 @@ def metric_cells(measured: Measured) -> dict[str, dict[str, Any]]:
     return cells
 
 
-def shown_stats(stats: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a report that the table can have as columns."""
-    return numbers_in({name: stats[name] for name in SHOWN_STATS if name in stats})
-
-
 # -------------------------------------------------------------------------------------- tags and notes
-
-
-def _labels_in(path: Path) -> dict[str, Any]:
-    labels = read_object(path)
-    tags = labels.get("tags")
-    if not isinstance(tags, list):
-        tags = []
-    shown = [str(tag)[:MAX_TAG] for tag in tags[:MAX_TAGS]]
-    return {"tags": shown, "note": str(labels.get("note", ""))[:MAX_NOTE]}
 
 
 def labels_of(folder: Path) -> dict[str, Any]:
     """{tags, note} of a run."""
-    return as_it_stands(_labels_in, folder / LABELS)
+    labels = as_it_stands(read_object, folder / LABELS)
+    tags = labels.get("tags")
+    if not isinstance(tags, list):
+        tags = []
+    plain = [str(tag)[:MAX_TAG] for tag in tags[:MAX_TAGS]]
+    return {"tags": plain, "note": str(labels.get("note", ""))[:MAX_NOTE]}
 
 
 def write_labels(folder: Path, tags: Sequence[str], note: str) -> dict[str, Any]:

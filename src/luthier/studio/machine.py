@@ -67,7 +67,7 @@ def gpus() -> list[dict[str, Any]]:
 
 def parse_gpus(text: str) -> list[dict[str, Any]]:
     """Lines of nvidia-smi's CSV; a number that a GPU does not report ('[N/A]') is None."""
-    found = []
+    listing = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.rsplit(",", 4)]
         if len(cells) != 5:
@@ -76,8 +76,8 @@ def parse_gpus(text: str) -> list[dict[str, Any]]:
         gpu = {"name": cells[0], "busy": busy, "heat": heat}
         gpu["used"] = None if used is None else used * MEGABYTE
         gpu["total"] = None if total is None else total * MEGABYTE
-        found.append(gpu)
-    return found
+        listing.append(gpu)
+    return listing
 
 
 def _number(text: str) -> float | None:

@@ -78,12 +78,12 @@ def cached_models() -> list[str]:
 
 def nearby_models(home: Path) -> list[str]:
     """Folders of models in the studio's folder and one below."""
-    found = []
+    folders = []
     for path in sorted([*home.glob("*"), *home.glob("*/*")]):
         parts = path.relative_to(home).parts
         if "runs" not in parts and not path.name.startswith(".") and path.is_dir() and is_model(path):
-            found.append(str(path.relative_to(home)))
-    return found[:MOST]
+            folders.append(str(path.relative_to(home)))
+    return folders[:MOST]
 
 
 def nearby_data(home: Path, limit: int = 60) -> list[str]:

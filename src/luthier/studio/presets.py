@@ -6,8 +6,7 @@ A learning rate is named only where it departs from the one that the tuner and t
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 RANK = 16  # of the presets' LoRA
 FLOAT = 4  # bytes of a gradient, of a master weight, of each of AdamW's two averages
@@ -102,11 +101,6 @@ PRESETS = (
         models=2,
     ),
 )
-
-
-def listed() -> list[dict[str, Any]]:
-    """Every preset for the page."""
-    return [asdict(preset) for preset in PRESETS]
 
 
 def memory(preset: Preset, model: dict[str, int]) -> dict[str, int]:

@@ -171,7 +171,7 @@ class RunStore:
         return {
             "methods": facts.methods_of(folder, recipe_in(folder)),
             "metrics": or_else({}, facts.metric_cells, measured),
-            "stats": facts.shown_stats(measured.stats),
+            "stats": facts.numbers_in({k: v for k, v in measured.stats.items() if k in facts.SHOWN_STATS}),
             "measured_on": facts.measured_on(at, measured.stats),
         }
 

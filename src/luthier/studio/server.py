@@ -16,6 +16,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -328,7 +329,7 @@ def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
             "data": places.nearby_data(store.home),
             "tasks": [f"toy:{task}" for task in toy.task_names()],
             "ends": sorted(READERS),
-            "presets": presets.listed(),
+            "presets": [asdict(preset) for preset in presets.PRESETS],
         }
 
     @app.get("/api/browse")

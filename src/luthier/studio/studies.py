@@ -45,7 +45,7 @@ def tested(result: Mapping[str, Any], folder: Path, home: Path) -> dict[str, Any
                 "colour": comparison.colour(i),
                 "best": name in result["front"],
                 "stopped": stopped,
-                "runs": [run_name(run, home) for run in arm["runs"]],
+                "runs": [os.path.relpath(home / run, home) for run in arm["runs"]],
             }
         )
     metrics = []
@@ -93,8 +93,3 @@ def figure(one: Figure) -> dict[str, Any]:
     spec = dict(one.spec)
     spec["points"] = [{**point, "link": None} for point in spec["points"]]
     return {"caption": one.caption, "spec": spec}
-
-
-def run_name(run: str, home: Path) -> str:
-    """Where a run lies, as seen from the studio's folder."""
-    return os.path.relpath(home / run, home)

@@ -33,8 +33,12 @@ export async function run(name, signal) {
     show();
   }
 
+  let offered = "";
   function act(r) {
     const busy = isBusy(r), finished = r.state === "finished";
+    const mark = JSON.stringify([r.state, r.report, r.kind, whole.writes, whole.command, whole.recipe]);
+    if (mark === offered) return; // a button that is focused stays what it is
+    offered = mark;
     fill(actions,
       busy && button("Stop", async () => { await ask(`${at}/stop`, {}); announce("stopping"); }, problems),
       !busy && !finished && whole.command && button("Resume", async () => { await ask(`${at}/resume`, {}); place.mark = "?"; await reload(); live(); }, problems, { class: "main" }),

@@ -13,7 +13,7 @@ export async function runs(rest, signal) {
   const find = (name) => all.find((r) => r.name === name);
   const over = overlay(() => [...chosen].filter((name) => find(name)?.kind === "run"), (name) => find(name)?.measured_on || "evaluated", signal);
   const head = h("tr"), body = h("tbody"), bulk = h("div", { class: "bulk", role: "group", "aria-label": "What to do with the chosen runs" });
-  const states = h("div", { class: "chips", role: "group", "aria-label": "State" }), empty = h("div"), total = h("span", { class: "note", role: "status" });
+  const states = h("div", { class: "chips", role: "group", "aria-label": "State" }), empty = h("div"), total = h("span", { class: "note" });
   const filter = h("input", { type: "search", value: view.filter, placeholder: "Filter: words, tuner:lora, tag:best, loss<2", "aria-label": "Filter runs", autocomplete: "off", spellcheck: "false", oninput: () => change({ filter: filter.value }) });
   let all = await ask("/api/runs"), before = "";
 

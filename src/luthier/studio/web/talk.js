@@ -14,7 +14,7 @@ export async function talk(rest, signal) {
   const system = h("textarea", { rows: 4, placeholder: "none", onchange: () => again() });
   system.value = was.system;
   const tokens = h("input", { type: "number", min: 1, max: 4096, value: was.tokens }), seed = h("input", { type: "number", value: was.seed });
-  const heat = h("input", { type: "range", min: 0, max: HOTTEST, step: 0.05, value: was.heat }), warmth = h("output");
+  const heat = h("input", { type: "range", min: 0, max: HOTTEST, step: 0.05, value: was.heat }), warmth = h("p", { class: "note" });
   const how = () => ({ max_new_tokens: Number(tokens.value) || TOKENS, temperature: Number(heat.value) || 0, seed: Number(seed.value) || 0 });
   const commands = h("p", { class: "shell" });
   const keep = () => {
@@ -167,5 +167,5 @@ function panel(side, i, was, start, { keep, changed }, signal) {
     }
   }
   show();
-  return { box: h("section", { class: "side", "aria-label": `Model ${side}` }, h("h2", {}, i ? "Compare with" : "Model"), chosen, state, problems.box, turns), show, ask: say };
+  return { box: h("section", { class: "side", "aria-label": `Model ${side}` }, h("h2", {}, i ? "Compare with" : "Model"), chosen, state, turns, problems.box), show, ask: say };
 }
