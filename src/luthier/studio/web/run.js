@@ -18,13 +18,13 @@ export async function run(name, signal) {
   let whole = await ask(at);
   const logged = [], place = { since: 0, mark: "" };
   const problems = complaint();
-  const actions = h("p", { class: "buttons" }), head = h("div", { class: "now" }), title = h("div", { class: "titles" });
+  const actions = h("p", { class: "buttons" }), head = h("div", { class: "now" }), marks = h("span", { class: "marks" });
   const sentence = h("div"), chart = h("section", { class: "card curve", "aria-labelledby": "s-curve" }), pair = h("section", { class: "card pair", "aria-labelledby": "s-pair" });
   const fold = h("div", { class: "fold" }, chart, pair);
   const numbers = h("div"), study = h("div"), more = h("div"), answers = h("div"), smallsBox = h("div"), labels = h("div");
   const log = h("pre", { class: "log", tabindex: "0", "aria-label": "Console output" });
   const command = h("p", { class: "note" }), recipe = h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" });
-  let state = "", drawn = 0, quarter = 0, studied = "";
+  let state = "", drawn = 0, quarter = 0, studied = "", shown = "";
 
   // ---------------------------------------------------------------------------------------------- what can be done
 
@@ -50,7 +50,7 @@ export async function run(name, signal) {
   }
 
   function top(r) {
-    fill(title, h("h1", {}, name), badge(r), tags(r.tags));
+    fill(marks, badge(r), tags(r.tags));
     fill(head, progress(r), r.why && h("p", { class: r.state === "failed" ? "complaint" : "note" }, r.why));
     head.hidden = !head.childNodes.length;
     if (r.state !== state) {
@@ -70,12 +70,15 @@ export async function run(name, signal) {
     top(whole);
     act(whole);
     fill(sentence, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.trend && h("p", { class: "note" }, `${whole.trend[0].toUpperCase()}${whole.trend.slice(1)}.`));
-    showPair(finished);
+    const generated = JSON.stringify([whole.answers, finished, whole.measured_on, whole.state]);
+    if (generated !== shown) { // where nothing is new, nothing that is scrolled or focused changes
+      shown = generated;
+      showPair(finished);
+      fill(answers, answersSection(whole.answers, finished, whole.measured_on, Boolean(answers.querySelector("[data-open]"))));
+    }
     fill(numbers,
       whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))),
       table(whole, finished, numbers.querySelector("details")?.open));
-    const opened = answers.querySelector("[data-open]");
-    fill(answers, answersSection(whole.answers, finished, whole.measured_on, Boolean(opened)));
     if (whole.study && JSON.stringify(whole.study) !== studied) {
       studied = JSON.stringify(whole.study);
       fill(study, studyPage(whole.study));
@@ -165,7 +168,7 @@ export async function run(name, signal) {
   live();
   fill(labels, labelling(at, whole, problems, reload));
   return [
-    h("header", { class: "run-head" }, h("p", { class: "what" }, h("a", { href: "#runs" }, "Runs"), " / ", whole.what), h("div", { class: "bar" }, title, actions)),
+    h("header", { class: "run-head" }, h("p", { class: "what" }, h("a", { href: "#runs" }, "Runs"), " / ", whole.what), h("div", { class: "bar" }, h("div", { class: "titles" }, h("h1", {}, name), marks), actions)),
     head, problems.box, sentence, fold, study, numbers, answers, smallsBox, more,
     h("section", {}, h("h2", {}, "Tags and note"), labels),
     whole.recipe && h("section", {}, h("h2", {}, "Recipe"), command, recipe),
