@@ -79,7 +79,7 @@ class GrAInS(Decoder):
                 states = last_states(roles.policy.model, ablated, blocks)
                 differences[positive].append([a - b for a, b in zip(whole, states, strict=True)])
         vectors = []
-        for i, block in enumerate(blocks):
+        for i in range(len(blocks)):
             vector = torch.zeros(1)
             for positive, sign in ((True, 1.0), (False, -1.0)):
                 rows = [difference[i] for difference in differences[positive]]

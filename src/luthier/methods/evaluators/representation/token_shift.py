@@ -30,7 +30,7 @@ LISTED = 20  # most shifted tokens that are listed
         Metric("unshifted_tokens", "tokens that the reference would write too", unit="%"),
         Metric("marginal_tokens", "tokens among the reference's next two", unit="%"),
         Metric("shifted_tokens", "tokens that the reference would not write", unit="%"),
-        Metric("shifted_tokens_early", f"shifted among the first {EARLY} tokens of answers", unit="%"),
+        Metric("shifted_tokens_early", "shifted among the first 16 tokens of answers", unit="%"),
         Metric("shift_kl", "KL of the policy to the reference at answers' tokens (nats)"),
     ],
     artifacts=[Artifact("token-shift.json", says="the most shifted tokens, and shares by position")],
