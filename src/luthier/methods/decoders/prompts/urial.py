@@ -117,7 +117,7 @@ class URIAL(Decoder):
         if QUERY not in text:
             return list(ids)
         answer = text[: text.index(QUERY)].rstrip()
-        kept = list(ids)
-        while not answer.startswith(roles.renderer.text(kept)):
-            kept.pop()
-        return kept + [*stop[:1]]
+        tokens = list(ids)
+        while not answer.startswith(roles.renderer.text(tokens)):
+            tokens.pop()
+        return tokens + [*stop[:1]]
