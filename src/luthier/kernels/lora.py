@@ -254,7 +254,7 @@ class Casts:
 
     def __init__(self) -> None:
         self.open = 0  # how many contexts of `once`
-        self.known: dict[int, tuple[ReferenceType[Tensor], float]] = {}  # id of a factor -> itself, its scale
+        self.factors: dict[int, tuple[ReferenceType[Tensor], float]] = {}  # id of a factor -> itself, its scale
         self.ready: dict[int, tuple[tuple, Tensor, Tensor]] = {}
 
     @contextmanager
@@ -275,17 +275,17 @@ class Casts:
         mark = _mark(factor, scale, dtype)
         entry = self.ready.get(id(factor))
         if entry is None or entry[0] != mark:
-            self.known[id(factor)] = ref(factor), scale
+            self.factors[id(factor)] = ref(factor), scale
             self._cast_all(factor.device, dtype)
             entry = self.ready[id(factor)]
         return entry[1], entry[2]
 
     def _cast_all(self, device: torch.device, dtype: torch.dtype) -> None:
         stale: dict[int, tuple[Tensor, float]] = {}
-        for key, (reference, scale) in list(self.known.items()):
+        for key, (reference, scale) in list(self.factors.items()):
             factor = reference()
             if factor is None:
-                del self.known[key]
+                del self.factors[key]
             elif factor.device == device and self._stale(factor, scale, dtype):
                 stale[key] = factor, scale
         factors = [factor.detach() for factor, _ in stale.values()]
