@@ -254,7 +254,8 @@ class Casts:
 
     def __init__(self) -> None:
         self.open = 0  # how many contexts of `once`
-        self.factors: dict[int, tuple[ReferenceType[Tensor], float]] = {}  # id of a factor -> itself, its scale
+        # id of a factor -> itself, its scale
+        self.factors: dict[int, tuple[ReferenceType[Tensor], float]] = {}
         self.ready: dict[int, tuple[tuple, Tensor, Tensor]] = {}
 
     @contextmanager
