@@ -8,13 +8,12 @@ have no such gap.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from luthier.errors import RecipeError
 from luthier.methods.mergers._base import Merger
+from luthier.methods.mergers.weights._layers import by_layer
 from luthier.model.anatomy import layer_of
 from luthier.registry import merger
 
@@ -51,7 +50,9 @@ class Average(Merger):
     def merge(self, several, base=None):
         names = self.alike(several)
         rest = self.weights or [1.0] * len(several)
-        of_layer = self.layers(names)
+        of_layer = {}
+        if self.by_layer is not None:
+            of_layer = by_layer(self.name, names, self.by_layer, f"by_layer has {len(self.by_layer)} lists")
         out = {}
         for name in names:
             weights = of_layer.get(layer_of(name), rest)
@@ -60,15 +61,3 @@ class Average(Merger):
             total = sum(t[name].double() * w for t, w in zip(several, weights, strict=True) if w)
             out[name] = (total / math.fsum(weights)).to(several[0][name].dtype)
         return out
-
-    def layers(self, names: Sequence[str]) -> dict[Any, list[float]]:
-        """Layer -> weights of the runs. Raises RecipeError where there are more or fewer layers."""
-        if self.by_layer is None:
-            return {}
-        layers = sorted({place for name in names if (place := layer_of(name))})
-        if len(layers) != len(self.by_layer):
-            raise RecipeError(
-                f"merger 'average': by_layer has {len(self.by_layer)} lists, but {len(layers)} layers were"
-                " trained"
-            )
-        return dict(zip(layers, self.by_layer, strict=True))

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.mergers._base import BASE, Merger
+from luthier.methods.mergers.weights._layers import by_layer
 from luthier.model.anatomy import layer_of
 from luthier.registry import Range, merger
 
@@ -58,11 +59,5 @@ class Wise(Merger):
         """The share of each tensor. Raises RecipeError where a list does not fit the layers."""
         if not isinstance(self.alpha, list):
             return dict.fromkeys(names, self.alpha)
-        places = {name: layer_of(name) for name in names}
-        layers = sorted({place for place in places.values() if place})
-        if len(layers) != len(self.alpha):
-            raise RecipeError(
-                f"merger 'wise': alpha has {len(self.alpha)} shares, but {len(layers)} layers were trained"
-            )
-        of_layer = dict(zip(layers, self.alpha, strict=True))
-        return {name: of_layer[place] if place else self.outside for name, place in places.items()}
+        shares = by_layer(self.name, names, self.alpha, f"alpha has {len(self.alpha)} shares")
+        return {name: shares.get(layer_of(name), self.outside) for name in names}

@@ -8,11 +8,7 @@ worse than its best run on the rows that decide; keep other rows for the final e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from luthier.errors import RecipeError
-from luthier.methods.plans._base import Plan, measured
+from luthier.methods.plans.merging._soup import Soup
 from luthier.registry import plan
 
 
@@ -28,37 +24,15 @@ from luthier.registry import plan
         "methods/plans/merging/test_greedy_soup.py::test_a_greedy_soup_is_never_worse_than_its_best_ingredient",
     ],
 )
-class GreedySoup(Plan):
+class GreedySoup(Soup):
     """Each run is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are merged."""
 
-    of: list[dict[str, Any]]  # changes to the recipe, one set per run
-    metric: str = "loss"  # metric that decides
-    greater_is_better: bool = False  # whether a higher metric is better
-
-    def __post_init__(self):
-        if len(self.of) < 2:
-            raise ValueError("of: greedy_soup needs at least two runs")
-
     def recipes(self, recipe):
-        check_held_out(self.name, recipe, self.of)
-
-        def cost(report: Any) -> float:
-            return (-1 if self.greater_is_better else 1) * measured(report, self.metric)
-
-        runs = sorted((yield [recipe.but(**changes) for changes in self.of]), key=cost)
+        runs = sorted((yield self.runs(recipe)), key=self.cost)
         soup, best = runs[:1], runs[0]
         for run in runs[1:]:
             merged = {"merge": "average", "of": [r.folder for r in (*soup, run)]}
             trial = yield recipe.but(init_from=merged, objective=None, stages=[], online_stages=[])
-            if cost(trial) <= cost(best):
+            if self.cost(trial) <= self.cost(best):
                 soup, best = [*soup, run], trial
         return best
-
-
-def check_held_out(name: str, recipe: Any, runs: Sequence[dict[str, Any]]) -> None:
-    """Raises RecipeError where runs with seeds of their own would hold out other rows."""
-    by_chance = recipe.eval_data == "auto" or isinstance(recipe.eval_data, (int, float))
-    if by_chance and any("seed" in changes for changes in runs):
-        raise RecipeError(
-            f"plan '{name}': with other seeds, other rows would be held out; set eval_data to a file"
-        )

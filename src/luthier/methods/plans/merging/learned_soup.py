@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.methods.plans._base import Plan, measured
-from luthier.methods.plans.merging.greedy_soup import check_held_out
+from luthier.methods.plans._base import measured
+from luthier.methods.plans.merging._soup import Soup
 from luthier.registry import Range, plan
 
 
@@ -31,32 +31,20 @@ from luthier.registry import Range, plan
     omits="shares by layer and a temperature are not learned; the gradient is taken by differences.",
     tests=["methods/plans/merging/test_learned_soup.py::test_shares_descend_to_the_minimum"],
 )
-class LearnedSoup(Plan):
+class LearnedSoup(Soup):
     """Each run is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are merged."""
 
-    of: list[dict[str, Any]]  # changes to the recipe, one set per run
-    metric: str = "loss"  # metric that is descended
-    greater_is_better: bool = False  # whether a higher metric is better
     steps: Annotated[int, Field(ge=1), Range(2, 16)] = 4  # steps of descent on the shares
     step_size: Annotated[float, Field(gt=0)] = 2.0  # length of the first step, in logits
     difference: Annotated[float, Field(gt=0)] = 0.3  # by which a logit is raised to see what changes
 
-    def __post_init__(self):
-        if len(self.of) < 2:
-            raise ValueError("of: learned_soup needs at least two runs")
-
     def recipes(self, recipe):
-        check_held_out(self.name, recipe, self.of)
-
-        def cost(report: Any) -> float:
-            return (-1 if self.greater_is_better else 1) * measured(report, self.metric)
-
         def soup(logits: Sequence[float]) -> Any:
             merge = {"name": "average", "weights": softmax(logits)}
             start = {"merge": merge, "of": folders}
             return recipe.but(init_from=start, objective=None, stages=[], online_stages=[])
 
-        runs = yield [recipe.but(**changes) for changes in self.of]
+        runs = yield self.runs(recipe)
         folders = [run.folder for run in runs]
         logits, size = [0.0] * len(runs), self.step_size
         best = yield soup(logits)
@@ -65,18 +53,18 @@ class LearnedSoup(Plan):
             for i in range(len(runs)):
                 raised.append([logit + self.difference * (i == k) for k, logit in enumerate(logits)])
             reports = yield [soup(vector) for vector in raised]
-            gradient = [cost(report) - cost(best) for report in reports]
+            gradient = [self.cost(report) - self.cost(best) for report in reports]
             length = math.sqrt(math.fsum(g * g for g in gradient))
             if not length:
                 break
             step = [logit - size * g / length for logit, g in zip(logits, gradient, strict=True)]
             trial = yield soup(step)
-            if cost(trial) < cost(best):
+            if self.cost(trial) < self.cost(best):
                 logits, best = step, trial
             else:
                 size /= 2
         # a run alone is a soup, too: the answer is never worse than the best of them
-        answer = min([best, *runs], key=cost)
+        answer = min([best, *runs], key=self.cost)
         shares = softmax(logits) if answer is best else [float(run is answer) for run in runs]
         changes = [", ".join(f"{k}: {v}" for k, v in some.items()) for some in self.of]
         table = []
