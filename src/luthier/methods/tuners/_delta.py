@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from luthier.methods.tuners._base import TunedModel, Tuner
+from luthier.model.anatomy import layer_of
 from luthier.model.linear import oriented
 from luthier.registry import family
 
@@ -33,6 +34,17 @@ class _AnyRMSNorm(type):
 
 class RMSNorm(metaclass=_AnyRMSNorm):
     """Any module of a class that is called RMSNorm, for `kinds`: each family of networks has its own."""
+
+
+def norms_of(model: nn.Module, layers: Sequence[int] = ()) -> dict[str, Any]:
+    """The norms of these layers by name; of a whole network where none are named."""
+    norms = {}
+    for name, module in model.named_modules():
+        place = layer_of(f"{name}.")
+        inside = not layers or (place is not None and place[1] in layers)
+        if inside and isinstance(module, (nn.LayerNorm, RMSNorm)):
+            norms[name] = module
+    return norms
 
 
 def frozen(tensor: Tensor) -> tuple[str, Tensor]:

@@ -19,8 +19,7 @@ from torch import nn
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
-from luthier.methods.tuners._delta import Delta, RMSNorm
-from luthier.model.anatomy import layer_of
+from luthier.methods.tuners._delta import Delta, RMSNorm, norms_of
 from luthier.registry import INTERNAL, tuner
 
 
@@ -63,12 +62,7 @@ class SSF(Delta):
         fitted = replace(self, scale_only=sorted(rms))
         names = list(chosen_modules(self, model))
         if self.norms:
-            layers = as_list(self.layers_to_transform)
-            for name, module in model.named_modules():
-                place = layer_of(f"{name}.")
-                inside = not layers or (place is not None and place[1] in layers)
-                if inside and isinstance(module, (nn.LayerNorm, RMSNorm)):
-                    names.append(name)
+            names += norms_of(model, as_list(self.layers_to_transform))
             fitted = replace(fitted, target_modules=names, layers_to_transform=None)
         for module in {type(rms[name]): rms[name] for name in names if name in rms}.values():
             self.check_proportional(module)

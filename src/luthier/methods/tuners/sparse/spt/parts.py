@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, RMSNorm
+from luthier.methods.tuners.adapters._bottleneck import through
 from luthier.methods.tuners.sparse._biased import Biased, BiasedEntries, Entries, in_order
 from luthier.methods.tuners.sparse._sparse import some_of
 from luthier.registry import family
@@ -103,7 +103,7 @@ class Bottleneck(Biased, Part):
 
     def forward(self, x, y, p, layer):
         y = y + self.change(p, y.shape[-1])
-        return y + F.linear(F.gelu(F.linear(y, p.down, p.down_bias)), p.up, p.up_bias)
+        return y + through(y, p.down, p.down_bias, p.up, p.up_bias, "gelu")
 
 
 @family

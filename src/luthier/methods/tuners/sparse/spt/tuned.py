@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from luthier.methods.tuners._delta import RMSNorm, oriented
+from luthier.methods.tuners._delta import norms_of, oriented
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, DeltaParams, PeftTunedModel, config_for
-from luthier.model.anatomy import layer_of
 from luthier.model.statistics import gather
 from luthier.storage import checkpoints, files
 
@@ -27,14 +26,11 @@ SIZES = {"A": ("", -1), "down": ("", -1), "values": ("", 1), "bias_values": (".b
 
 def vectors_of(model: Network, modules: Mapping[str, Any], layers: list[int]) -> dict[str, nn.Parameter]:
     """Name -> norms' weights and biases, and the biases of these modules. layers: of which; empty: all."""
-    vectors = {}
+    vectors, norms = {}, norms_of(model, layers)
     for name, module in model.named_modules():
-        place = layer_of(f"{name}.")
-        inside = not layers or (place is not None and place[1] in layers)
-        norm = inside and isinstance(module, (nn.LayerNorm, RMSNorm))
-        if norm and module.weight is not None:
+        if name in norms and module.weight is not None:
             vectors[f"{name}.weight"] = module.weight
-        if (norm or name in modules) and getattr(module, "bias", None) is not None:
+        if (name in norms or name in modules) and getattr(module, "bias", None) is not None:
             vectors[f"{name}.bias"] = module.bias
     return vectors
 
