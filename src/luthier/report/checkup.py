@@ -13,7 +13,6 @@ from typing import Any
 
 from luthier.model.weight_changes import ALIKE, FIRST
 from luthier.registry import former_metrics
-from luthier.registry import metric as metric_of
 from luthier.report.chart import Curve, Figure, curves_figure, curves_table
 from luthier.report.comparison import calibration_figure
 from luthier.report.html import render
@@ -42,10 +41,8 @@ def page(result: Mapping[str, Any], folder: Path) -> str:
         losses=[1],
         stats={"measured_on": result["measured_on"], "steps": 1},
     )
-    whole, parts = split_rows(metric_rows(report))
     skills = [skill_of(values) for values in result.get("skills", ())]
-    if skills:
-        parts.pop(metric_of("retention_accuracy").label, None)
+    whole, parts = split_rows(metric_rows(report), skills)
     groups = _grouped(whole)
     return render(
         "inspect.html.j2",

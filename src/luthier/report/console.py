@@ -259,10 +259,9 @@ class Console(Callback):
         """Metrics before and after; the parts of a metric in a table of their own, those of retention with
         their intervals.
         """
-        whole, parts = split_rows(metric_rows(report))
+        whole, parts = split_rows(metric_rows(report), skills)
         self._before_after(report.stats.get("measured_on", "metric"), whole)
         if skills:
-            parts.pop(metric_of("retention_accuracy").label, None)
             self._retention(skills)
         for label, rows in parts.items():
             self._before_after(f"{label} by task", rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,8 +140,12 @@ def metric_row(name: str, before: float | None, after: float | None) -> MetricRo
     )
 
 
-def split_rows(rows: list[MetricRow]) -> tuple[list[MetricRow], dict[str, list[MetricRow]]]:
-    """Whole metrics, and the parts of each metric under its label: a table of their own."""
+def split_rows(
+    rows: list[MetricRow], skills: Sequence[Any] = ()
+) -> tuple[list[MetricRow], dict[str, list[MetricRow]]]:
+    """Whole metrics, and the parts of each metric under its label: a table of their own. skills: those that
+    stand in a table with intervals, in place of the parts of retention.
+    """
     whole: list[MetricRow] = []
     parts: dict[str, list[MetricRow]] = {}
     for row in rows:
@@ -150,6 +154,8 @@ def split_rows(rows: list[MetricRow]) -> tuple[list[MetricRow], dict[str, list[M
             parts.setdefault(metric_of(family).label, []).append(replace(row, label=part))
         else:
             whole.append(row)
+    if skills:
+        parts.pop(metric_of("retention_accuracy").label, None)
     return whole, parts
 
 

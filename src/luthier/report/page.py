@@ -53,10 +53,8 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
     if stats.get("device"):
         tiles.append(("device", f"{stats['device']}, {stats.get('dtype', '')}".rstrip(", ")))
     measured_on = stats.get("measured_on", HELD_OUT)
-    whole, parts = split_rows(metric_rows(report))
     skills = read_skills(folder)
-    if skills:
-        parts.pop(metric_of("retention_accuracy").label, None)
+    whole, parts = split_rows(metric_rows(report), skills)
     text = recipe.yaml()
     if len(text) > RECIPE:
         text = f"{text[:RECIPE]}\n... (complete recipe: recipe.yaml)"
