@@ -115,8 +115,9 @@ def test_a_type_from_a_run_to_an_export(kind, wide, tmp_path):
     with torch.no_grad():
         tuned = answers(attached)
         assert not torch.allclose(tuned[:, attached.virtual :], plain(base), atol=1e-6)
-        read = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
-        assert torch.allclose(plain(read), tuned, atol=1e-5)
+        for folder in ("run", "adapter"):  # as the run left it, and saved again
+            read = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder).eval()
+            assert torch.allclose(plain(read), tuned, atol=1e-5)
         with attached.off():
             assert torch.equal(answers(attached), plain(base))
         try:
