@@ -128,6 +128,7 @@ class Roles:
         self.players: dict[str, Any] = players
         self.device = next(policy.model.parameters()).device
         self.warn: Callable[[str], None] = lambda sentence: None  # shows the user a warning
+        self.dropped: dict[str, str] = {}  # id of a row that a stage drops -> why, until it is written down
 
     @property
     def tuner(self) -> TunedModel:

@@ -14,7 +14,7 @@ from luthier.model.policy import Roles
 from luthier.report.text import render_rows
 from luthier.run.session import Session
 from luthier.storage import files
-from luthier.storage.layout import QUARANTINE, RENDERING, ROWS
+from luthier.storage.layout import DROPPED, QUARANTINE, RENDERING, ROWS
 from luthier.text.encode import Renderer
 from luthier.train import checks
 
@@ -111,15 +111,40 @@ def _run_stages(session: Session, roles: Roles, path: Path) -> None:
     if any(stage.asks_model for stage in session.methods.stages):
         # a stage reads as training will: packed or not, as the network can be read
         checks.check_forward(roles.policy, sample_batch(roles, rows[:2]), session.warn)
+    dropped: list[dict] = []
     for stage in session.methods.stages:
         session.callback.stage(f"stage {stage.name}")
-        rows = list(stage(rows, roles))
+        out = list(stage(rows, roles))
+        dropped += _dropped_rows(stage.name, rows, out, roles.dropped)
+        rows = out
     if not rows:
         names = [stage.name for stage in session.methods.stages]
         raise RecipeError(f"no rows are left after the stages {names}")
     if session.main:
         files.write_rows(path, rows)
+        if dropped:
+            files.write_rows(session.folder / DROPPED, dropped)
     session.processes.wait_for_all()
+
+
+def _dropped_rows(stage: str, before: list[dict], after: list[dict], reasons: dict[str, str]) -> list[dict]:
+    """Of each row that a stage left out, its id, the stage and why. Rows that were made of one have its id in
+    front of theirs.
+    """
+    names = {str(row["id"]) for row in after}
+    sources = set()
+    for name in names:
+        for place, letter in enumerate(name):
+            if letter in "/~":
+                sources.add(name[:place])
+    lines = []
+    for row in before:
+        name = str(row["id"])
+        if name not in names and name not in sources:
+            why = reasons.pop(row["id"], f"stage {stage} leaves it out")
+            lines.append({"id": name, "stage": stage, "reason": why})
+    reasons.clear()
+    return lines
 
 
 def _encode(session: Session, roles: Roles, rows: list[dict], label: str, max_bad_rows: float) -> EncodedRows:

@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all: written beside and renamed, so a kill leaves the old or the new.
+"""Files that are there whole or not at all: written beside and renamed, so a kill leaves the old or the
+new.
 
 A run folder: recipe.yaml (resolved), checkpoint-N/, metrics.jsonl, report.json, report.html, README.md,
-quarantine.jsonl, rows.jsonl (where stages made rows), failed.json (of a run that failed), and what was tuned
-at the root.
+quarantine.jsonl, rows.jsonl (where stages made rows), dropped.jsonl (what they left out), failed.json (of a
+run that failed), and what was tuned at the root.
 """
 
 from __future__ import annotations

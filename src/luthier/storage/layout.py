@@ -24,6 +24,7 @@ CODES = "quantized.safetensors"  # a quantized base's weights
 INLINE = ("data-*.jsonl", "eval_data-*.jsonl")  # rows given from Python
 RENDERING = "rendering.json"  # what else rows were rendered with: the date, template variables, system prompt
 QUARANTINE = "quarantine.jsonl"  # unusable rows, with reasons
+DROPPED = "dropped.jsonl"  # rows that stages left out: which, at which stage, why
 
 
 def constant_files(folder: Path) -> list[Path]:

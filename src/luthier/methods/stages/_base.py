@@ -59,6 +59,20 @@ class Stage:
         if count:
             self.warn(roles, f"{count} of {total} rows are dropped: {why}")
 
+    def drop(self, roles: Any, rows: Sequence[dict], chosen: Iterable[int], why: str) -> list[dict]:
+        """Keep the rows at these places, in their order; the others leave with a line in dropped.jsonl."""
+        places = {*chosen}
+        chosen_rows, names = [], []
+        for place, row in enumerate(rows):
+            if place in places:
+                chosen_rows.append(row)
+            else:
+                names.append(row["id"])
+        for name in names:
+            getattr(roles, "dropped", {}).setdefault(name, why)
+        self.left(roles, len(names), len(rows), why)
+        return chosen_rows
+
     def warn(self, roles: Any, sentence: str) -> None:
         """Say something about the rows; of a live stage, which meets rows at every step, only the
         first time.

@@ -145,9 +145,7 @@ def _cuts(words: Sequence[str]) -> dict[int, int]:
 def _supervised_ids(roles: Any, row: dict) -> list[list[int]]:
     """Supervised token ids of each completion."""
     batch = roles.batch([row])
-    return [
-        part.tolist() for part in torch.split(batch.labels[batch.targets], batch.lengths.long().tolist())
-    ]
+    return [part.tolist() for part in torch.split(batch.labels[batch.targets], batch.lengths.long().tolist())]
 
 
 def _plain(roles: Any, prompt: Any) -> Any:

@@ -1,0 +1,112 @@
+"""kMQ: clusters of instructions share a budget, and each gives rows in proportion to their quality.
+
+Instructions are embedded and clustered by k-means; each cluster has a part of the budget by its size (or all
+alike), and within it rows are drawn without replacement with probability proportional to a score (Yu et al.,
+2024). Departs: the iterative form, which weighs clusters anew after each round of training, is for a plan of
+several runs: `weights` takes what a round found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.stages._base import Stage
+from luthier.methods.stages.select._embedding import embed, number, texts_of
+from luthier.registry import Range, stage
+
+
+@stage(
+    example={"n": 3, "clusters": 2},
+    paper="arXiv:2409.11378",
+    row="kmq-iterative",
+    requires=[LOGPROBS],
+    use_when="instructions fall into many kinds, and a choice by quality alone would leave kinds out.",
+    costs="one forward pass for embeddings, and k-means.",
+    covers="clusters, budgets and draws by quality; clusters weighed by what a round says.",
+    omits="rounds that measure each cluster's gain by themselves.",
+    tests=[
+        "methods/stages/select/test_choice.py::test_budgets_add_up_and_no_cluster_gives_more_than_it_has",
+        "methods/stages/select/test_choice.py::test_kmq_covers_more_clusters_than_chance",
+    ],
+)
+class KMQ(Stage):
+    """`n` rows from `clusters` clusters; column `cluster`."""
+
+    n: Annotated[int, Field(ge=1)] = 1000  # rows that are kept
+    clusters: Annotated[int, Field(ge=1), Range(8, 512, log=True)] = 64  # of k-means
+    by: list[str] = field(
+        default_factory=list
+    )  # columns of numbers whose product is the quality; empty: equal
+    budget: Literal["size", "equal"] = "size"  # a cluster's part of the budget
+    weights: dict[int, float] = field(default_factory=dict)  # cluster -> factor of its part
+    encoder: str | None = None  # a sentence encoder (folder or hub name); null: the policy's last layer
+    batch_size: Annotated[int, Field(ge=1)] = 16  # rows per forward pass
+
+    def __call__(self, rows, roles):
+        rows = list(rows)
+        vectors = embed(roles, texts_of(roles, rows, "prompt"), self.encoder, self.batch_size)
+        rng = roles.clock.rng("kmq", at=0)
+        labels = k_means(vectors, min(self.clusters, len(rows)), rng)
+        sizes = torch.bincount(labels, minlength=int(labels.max()) + 1).double()
+        parts = sizes.clone() if self.budget == "size" else torch.ones_like(sizes)
+        for cluster, weight in self.weights.items():
+            if cluster < len(parts):
+                parts[cluster] *= weight
+        quality = torch.tensor([number(row, self.by, self.name) for row in rows], dtype=torch.float64)
+        chosen: list[int] = []
+        for cluster, budget in enumerate(budgets(parts, sizes, self.n)):
+            places = (labels == cluster).nonzero()[:, 0]
+            if budget:
+                weights = quality[places].clamp(min=1e-12)
+                drawn = torch.multinomial(weights, budget, generator=rng)
+                chosen += places[drawn].tolist()
+        marked = []
+        for row, label in zip(rows, labels.tolist(), strict=True):
+            marked.append({**row, "cluster": label})
+        return self.drop(roles, marked, chosen, "their cluster's budget went to others")
+
+
+def budgets(parts: Tensor, sizes: Tensor, n: int) -> list[int]:
+    """How many rows each cluster gives: in proportion to its part, no more than it has, n in all."""
+    n = min(n, int(sizes.sum()))
+    taken = torch.zeros_like(sizes)
+    while (left := n - int(taken.sum())) > 0:
+        free = taken < sizes
+        shares = torch.where(free & (parts > 0), parts, 0.0)
+        if float(shares.sum()) == 0:  # nothing weighed is left: the rest comes from all others
+            shares = torch.where(free, sizes, 0.0)
+        exact = shares / shares.sum() * left
+        whole = torch.minimum(exact.floor(), sizes - taken)
+        if float(whole.sum()) == 0:  # less than one for each: the largest remainders first
+            for place in exact.argsort(descending=True, stable=True)[:left].tolist():
+                if bool(free[place]) and float(exact[place]) > 0:
+                    taken[place] += 1
+            continue
+        taken += whole
+    return [int(count) for count in taken.tolist()]
+
+
+def k_means(vectors: Tensor, k: int, rng: torch.Generator, iterations: int = 50) -> Tensor:
+    """[N, d] -> [N] labels. Starts at k-means++ centres."""
+    centres = vectors[torch.randint(len(vectors), (1,), generator=rng)]
+    for _ in range(1, k):
+        nearest = torch.cdist(vectors, centres).min(1).values.double() ** 2
+        if float(nearest.sum()) == 0:
+            break
+        centres = torch.cat([centres, vectors[torch.multinomial(nearest, 1, generator=rng)]])
+    labels = torch.cdist(vectors, centres).argmin(1)
+    for _ in range(iterations):
+        sums = torch.zeros_like(centres).index_add(0, labels, vectors)
+        counts = torch.bincount(labels, minlength=len(centres))
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+        new = torch.cdist(vectors, centres).argmin(1)
+        if torch.equal(new, labels):
+            break
+        labels = new
+    return labels
