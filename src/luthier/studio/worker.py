@@ -479,7 +479,7 @@ def preset_costs(model: str) -> dict[str, Any]:
         share = 100 * need["trained"] / size["parameters"]
         costs[preset.name] = {
             "memory": format_size(need["weights"] + need["state"]),
-            "trained": f"trains {format_count(need['trained'])} ({share:.3g}%)",
+            "trained": f"trains {share:.3g}%",
         }
     return {"parameters": format_count(size["parameters"]), "costs": costs}
 

@@ -3,6 +3,7 @@
 
 const REACH = 24; // pixels around a point in which it is hovered
 const PAPER = 660; // pixels: the width of a chart on paper
+const FEW = 20; // points of a curve that are drawn as such
 const DASH = [6, 4];
 const EMPTY = [null, null]; // the range of a scale before there is data
 const mounted = new Set(); // charts of this page, to be drawn again in other colours
@@ -180,7 +181,8 @@ function curveOptions(spec, width, logarithmic) {
 
 function curve(one, alone) {
   const colour = css(one.colour);
-  const few = one.points.length <= 20;
+  const thick = (one.width ?? 2) > 1;
+  const few = (u, i) => thick && u.data[i].reduce((n, y) => n + (y !== null && y !== undefined), 0) <= FEW; // a curve may grow
   if (one.marks) {
     const points = { show: true, size: 10, width: 2, fill: css("paper"), stroke: colour };
     return { label: one.name, stroke: colour, width: 0, paths: () => null, value: lastValue, points };
@@ -192,7 +194,7 @@ function curve(one, alone) {
     dash: one.dash ? DASH : undefined,
     spanGaps: true,
     value: lastValue,
-    points: { show: few && (one.width ?? 2) > 1, size: one.points.length === 1 ? 8 : 5, fill: colour, stroke: colour },
+    points: { show: few, size: one.points.length === 1 ? 8 : 5, fill: colour, stroke: colour },
   };
 }
 

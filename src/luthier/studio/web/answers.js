@@ -19,7 +19,8 @@ export function bestPair(answers) {
     const i = x.findIndex((value, k) => value !== y[k]);
     return i >= 0 && x[i] > y[i];
   };
-  return both.reduce((best, a) => (best === null || better(a, best) ? a : best), null);
+  const first = answers.find((a) => typeof a.before === "string") ?? null; // of a run that has only begun
+  return both.reduce((best, a) => (best === null || better(a, best) ? a : best), null) ?? first;
 }
 
 /** How many of the answers became better and worse, in words. */

@@ -37,7 +37,7 @@ export function presetCards(presets, draft, chosen) {
       const result = await ask("/api/costs", { model });
       if (mine !== turn) return;
       costs = result.costs;
-      fill(about, `Memory of ${model} (${result.parameters} parameters): weights, gradients and optimizer, without the activations, which grow with batch and length.`);
+      fill(about, `Memory of ${model} (${result.parameters} parameters): weights, gradients and optimizer; activations come on top and grow with batch and length.`);
     } catch {
       if (mine !== turn) return;
       costs = {};
