@@ -23,7 +23,7 @@ class Machine:
         self.lock = threading.Lock()
         self.latest: dict[str, Any] = {}
         self.read_at = float("-inf")
-        psutil.cpu_percent()  # the first call only starts the count
+        self.processor = Processor()
 
     def state(self) -> dict[str, Any]:
         """{cpu: percent, cores, memory: {used, total}, gpus: [{name, busy, heat, used, total}]}: sizes in
@@ -31,16 +31,36 @@ class Machine:
         """
         with self.lock:
             if time.monotonic() - self.read_at > FRESH:
-                self.latest = read_machine()
+                self.latest = read_machine(self.processor)
                 self.read_at = time.monotonic()
             return self.latest
 
 
-def read_machine() -> dict[str, Any]:
+class Processor:
+    """How busy all cores were since the last look; psutil counts for each thread apart, and any may look."""
+
+    def __init__(self):
+        self.busy, self.total = processor_seconds()
+
+    def percent(self) -> float:
+        busy, total = processor_seconds()
+        share = (busy - self.busy) / max(1e-9, total - self.total)
+        self.busy, self.total = busy, total
+        return round(100 * min(1.0, max(0.0, share)), 1)
+
+
+def processor_seconds() -> tuple[float, float]:
+    """(busy, all) seconds of all cores since the machine started."""
+    times = psutil.cpu_times()._asdict()
+    total = sum(times.values()) - times.get("guest", 0.0) - times.get("guest_nice", 0.0)
+    return total - times["idle"] - times.get("iowait", 0.0), total
+
+
+def read_machine(processor: Processor) -> dict[str, Any]:
     """As `Machine.state`, now."""
     memory = psutil.virtual_memory()
     return {
-        "cpu": psutil.cpu_percent(),
+        "cpu": processor.percent(),
         "cores": psutil.cpu_count() or 1,
         "memory": {"used": memory.total - memory.available, "total": memory.total},
         "gpus": gpus(),

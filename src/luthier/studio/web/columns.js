@@ -55,7 +55,8 @@ function metricCell(run, cell) {
   if (!cell) return "";
   const judged = cell.better === true ? "good" : cell.better === false ? "bad" : "same";
   const change = cell.change && cell.change !== "same" ? h("small", { class: judged }, cell.change.replace(" points", "")) : null;
-  const onTraining = run.measured_on === "training rows" && h("abbr", { class: "onrows", title: "measured on the training rows: no rows were held out" }, "train");
+  const ownRows = !cell.name.startsWith("retention"); // that is measured on rows of other tasks
+  const onTraining = ownRows && run.measured_on === "training rows" && h("abbr", { class: "onrows", title: "measured on the training rows: no rows were held out" }, "train");
   return h("span", { title: `before ${cell.before || "–"}, after ${cell.after || "–"}${cell.change.includes("points") ? `, ${cell.change}` : ""}` }, onTraining, cell.after || cell.before, change);
 }
 

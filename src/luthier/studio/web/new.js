@@ -200,7 +200,8 @@ function picker([key, kind, title, meaning], draft, put, methods, page) {
   function groups() {
     const option = (m) => {
       const lacks = key === "objective" ? page.feeds[m.name] : null;
-      const note = lacks && lacks[0] !== "yes" ? (lacks[0] === "no" ? `Your rows lack what it needs: it ${lacks[1]}.` : `Through a stage: ${lacks[1]}.`) : "";
+      const missing = lacks ? lacks[1].split("; ").map((part) => part.split(":")[0]).join(" and ") : "";
+      const note = !lacks || lacks[0] === "yes" ? "" : lacks[0] === "no" ? `Your rows lack what it needs: it ${lacks[1]}.` : `Your rows have no ${missing}; a stage can make them.`;
       const says = m.use_when ? `When ${sentence(m.use_when)}` : plain(m.summary, m.name);
       return { name: m.name, says, extra: m.rate ? `learning rate ${m.rate}` : "", more: `${m.summary} ${m.use_when} ${m.titles.join(" ")}`, note };
     };
@@ -230,7 +231,7 @@ function picker([key, kind, title, meaning], draft, put, methods, page) {
     fill(about, m && h("p", {}, plain(m.summary, m.name)),
       m?.use_when && h("p", { class: "note" }, `Use it when ${m.use_when}`),
       m && h("p", { class: "note" }, papers(m)),
-      feeds && feeds[0] !== "yes" && h("p", { class: "warn" }, feeds[0] === "no" ? `Your rows lack what it needs: it ${feeds[1]}.` : `Through a stage: ${feeds[1]}.`));
+      feeds && feeds[0] !== "yes" && h("p", { class: "warn" }, feeds[0] === "no" ? `Your rows lack what it needs: it ${feeds[1]}.` : `Your rows need a stage for it. ${feeds[1]}.`));
     if (!m) { fill(settings); return; }
     const fields = await ask(`/api/settings/${kind}/${m.name}`).catch(() => []);
     if (mine !== turn) return;

@@ -38,7 +38,7 @@ export function overlay(names, rows, signal) {
     if (mark === before) return;
     before = mark;
     const key = keys.includes(what.value) ? what.value : "loss";
-    fill(what, keys.map((k) => h("option", { value: k }, k === "loss" ? "loss, and that of evaluations" : k.replaceAll("_", " "))));
+    fill(what, keys.map((k) => h("option", { value: k }, k.replaceAll("_", " "))));
     what.value = key;
     const heldOut = (name) => key === "loss" ? points(name, "eval_loss") : [];
     const lossLike = key === "loss";

@@ -8,7 +8,7 @@ const owned = (key) => TAKEN.includes(key) || TAKEN.some((k) => key.startsWith(`
 
 /** Is a draft what this preset makes it, in everything that presets decide? */
 export function isFrom(draft, preset) {
-  const own = Object.keys(draft).filter(owned);
+  const own = Object.keys(draft).filter((key) => owned(key) && !isDefault(key, draft[key]));
   const fields = Object.entries(preset.fields).filter(([key, value]) => !isDefault(key, value));
   return own.length === fields.length && fields.every(([key, value]) => draft[key] === value);
 }

@@ -127,7 +127,7 @@ export async function run(name, signal) {
     if (names.length && !smallsBox.firstChild) fill(smallsBox, h("section", {}, h("h2", {}, "Also logged"), smalls));
     for (const key of names) {
       const metric = whole.numbers.find((x) => `eval_${x.name}` === key);
-      const caption = metric ? `${metric.label}, ${rows || "evaluated"}` : key.replaceAll("_", " ");
+      const caption = metric ? `${metric.label}, evaluated` : key.replaceAll("_", " ");
       const box = h("div", { class: "plot" });
       if (!charts.has(key)) smalls.append(h("figure", {}, h("figcaption", {}, caption), box));
       grow(key, caption, box, { height: 150, series: [{ name: caption, colour: "wood", points: series(logged, key) }] });
@@ -208,7 +208,8 @@ function table(whole, finished, unfolded = false) {
 
 /** Which rows metrics were measured on, so that nobody takes training rows for held-out ones. */
 function onWhich(whole) {
-  const n = whole.stats.held_out_rows, counts = whole.row_counts ? ` ${whole.row_counts}.` : "";
+  const n = whole.stats.held_out_rows, others = whole.numbers.some((x) => x.name.startsWith("retention"));
+  const counts = `${others ? " Retention is measured on rows of other tasks." : ""}${whole.row_counts ? ` ${whole.row_counts}.` : ""}`;
   if (whole.measured_on === "training rows") return [h("b", { class: "warn" }, "Measured on training rows: no rows were held out."), counts];
   if (whole.measured_on === "held-out rows") return `Measured on ${n ? `${n.toLocaleString("en")} ` : ""}held-out rows, which were not trained on.${counts}`;
   return "";
