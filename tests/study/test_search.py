@@ -25,6 +25,7 @@ from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
 from luthier.report.search_result import read_result
 from luthier.storage import files
+from luthier.studio.studies import search_result
 from luthier.study import search as searching
 from luthier.study.goals import front_figure, parse_goals, parse_limits
 from luthier.study.search import Measurement, TrialStore, optimize, parse_seeds, search_spec
@@ -225,6 +226,10 @@ def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
         (tmp_path / "s" / Path(t["runs"][0]).relative_to(found["folder"]) / "report.html").is_file()
         for t in found["trials"]
     )
+    for_studio = search_result(tmp_path / "s" / "search.json", tmp_path)
+    assert [trial["number"] for trial in for_studio["trials"]] == [t["number"] for t in found["trials"]]
+    assert for_studio["arms"][0]["name"] == "recipe" and for_studio["arms"][0]["runs"][0].startswith("s")
+    assert for_studio["pairs"][0]["label"] == "loss" and for_studio["maps"]
     assert not list((tmp_path / "s" / "trials").rglob("*.safetensors")), (
         "measured runs leave no weights behind"
     )

@@ -38,7 +38,7 @@ from luthier.report.numbers import (
     row_counts,
 )
 from luthier.storage import files
-from luthier.storage.bounded_yaml import read_yaml
+from luthier.storage.bounded_yaml import load_yaml, read_yaml
 from luthier.storage.failure import read_failure
 from luthier.storage.layout import FAILED, STATUS, run_folders
 from luthier.studio import facts
@@ -601,15 +601,17 @@ def last_metrics(path: Path, limit: int = MAX_LOG) -> dict[str, float]:
 
 
 def title(folder: Path) -> str:
-    """'toy:lm, lora, sft' of a run, the arms of a comparison."""
+    """'toy:lm, lora, sft' of a run or of what a search varies, the arms of a comparison."""
     if (folder / "arms").is_dir():
         return " / ".join(sorted(path.stem for path in (folder / "arms").glob("*.yaml")))
     if (folder / "study.json").is_file():
         return " / ".join(map(str, read_object(folder / "study.json", arms=dict).get("arms", ())))
     recipe, keys = recipe_in(folder), None
-    if recipe:
-        with suppress(RecipeError):
+    with suppress(RecipeError):
+        if recipe:
             keys = read_yaml(recipe)
+        elif search := read_object(folder / "search_spec.json", recipe=str):
+            keys = load_yaml(search["recipe"])
     if not isinstance(keys, Mapping):
         return ""
 
