@@ -19,7 +19,7 @@ from helpers.rows import SUMS
 from luthier.cli import app, recipe_words
 from luthier.model import loaded as use
 from luthier.recipe import catalogue
-from luthier.serve import export, inspect
+from luthier.serve import export, inspect, source
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
@@ -114,7 +114,7 @@ def test_version_and_help():
         (["methods", "autopet"], "there is no method 'autopet'; did you mean 'autopeft'"),
         (["methods", "lora", "--kind", "objective"], "there is no objective 'lora'"),
         (["chat", "./nowhere"], "folder ./nowhere does not exist"),
-        (["export", "./nowhere", "--output-dir", "x", "--as", "gguf"], "there is no export format 'gguf'"),
+        (["export", "./nowhere", "--output-dir", "x", "--as", "gg"], "there is no export format 'gg'"),
         (["inspect", "toy:lm", "toy:lm"], "with --data"),
     ],
 )
@@ -319,7 +319,7 @@ def test_merged_export_is_plain_transformers(finished, tmp_path):
 
 
 def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeypatch):
-    right = export.WRITERS["merged"]
+    right = source.merge
 
     def wrong(loaded, to):
         right(loaded, to)
@@ -327,7 +327,7 @@ def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeyp
         tensors["model.norm.weight"] *= 1.2
         save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setitem(export.WRITERS, "merged", wrong)
+    monkeypatch.setattr(source, "merge", wrong)
     said = luth("export", finished[0], "--output-dir", tmp_path / "m")
     assert said.exit_code == 2 and "does not match the tuned model" in said.stderr
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob("*.part"))

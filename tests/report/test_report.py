@@ -230,7 +230,7 @@ def test_the_card_is_one_the_hub_reads(made):
     _, front, body = (made / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     known = yaml.safe_load(front)
     assert (
-        known["license"] == "unknown"
+        known["license"] == "apache-2.0"  # the base model's
         and "luthier" in known["tags"]
         and "lora" in known["tags"]
         and "sft" in known["tags"]

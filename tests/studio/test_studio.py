@@ -370,8 +370,8 @@ def test_a_run_of_the_shell_is_watched_exported_and_asked(desk, monkeypatch):
     )
     assert "not empty" in client.post("/api/runs/first/export", json={"kind": "lora"}).json()["error"]
     assert (
-        "no export format 'gguf'"
-        in client.post("/api/runs/first/export", json={"kind": "gguf", "to": "x"}).json()["error"]
+        "no export format 'gg'"
+        in client.post("/api/runs/first/export", json={"kind": "gg", "to": "x"}).json()["error"]
     )
     shutil.copytree(desk / "runs/first", desk / "runs/second")
     assert client.post("/api/runs/second/remove").json() == {} and [

@@ -24,6 +24,7 @@ from luthier.registry.declare import (
     decoder,
     estimator,
     evaluator,
+    exporter,
     family,
     merger,
     objective,

@@ -80,5 +80,11 @@ KINDS = {
             "Searchers: which configuration to try next",
             "# luthier search recipe.yaml --sampler {}",
         ),
+        Kind(
+            "exporter",
+            "exporters",
+            "Exporters: a run's result in the form of other tools",
+            "# luthier export runs/a --as {} --output-dir DIR",
+        ),
     )
 }

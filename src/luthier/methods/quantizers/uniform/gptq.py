@@ -63,8 +63,9 @@ class GPTQ(RTN):
         for start in range(0, W.shape[1], self.group_size):
             end = start + self.group_size
             group = W[:, start:end]
-            low.append(rounded(group.amin(1)))
-            scale.append(rounded((group.amax(1) - group.amin(1)) / top).clamp(min=1e-30))
+            step, lowest = self.bounds(group)
+            low.append(rounded(lowest))
+            scale.append(rounded(step).clamp(min=1e-30))
             errors = torch.empty_like(group)
             for k in range(start, end):
                 w = W[:, k]

@@ -41,6 +41,8 @@ class RTN(Quantizer):
     bits_per_weight: Annotated[int, Field(ge=1, le=8)] = 4  # bits per code
     group_size: int = 64  # weights that share a scale and a minimum, 16 bits each; groups run along the rows
 
+    symmetric: bool = False  # groups are centred on 0, which is then one of the numbers
+
     def __post_init__(self):
         if self.group_size < 2:
             raise RecipeError(f"group_size: {self.group_size} must be at least 1 (or -1 for a whole row)")
@@ -51,9 +53,16 @@ class RTN(Quantizer):
 
     def grid(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """[out, in] -> [groups] the step between numbers of each group, and its smallest number."""
-        groups = self.groups(W)
+        return self.bounds(self.groups(W))
+
+    def bounds(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """[groups, group_size] -> [groups] the step between numbers of each group, and its smallest number."""
+        steps = 2**self.bits_per_weight - 1
+        if self.symmetric:
+            step = groups.abs().amax(1) / (steps / 2)
+            return step, step * -(2 ** (self.bits_per_weight - 1))
         low, high = groups.amin(1), groups.amax(1)
-        return (high - low) / (2**self.bits_per_weight - 1), low
+        return (high - low) / steps, low
 
     def groups(self, W):
         """[out, in] -> [groups, group_size], the last filled up with what it ends with."""

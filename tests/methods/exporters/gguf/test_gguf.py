@@ -1,0 +1,105 @@
+"""gguf: what transformers reads back is the network, with its tokenizer and template; every kind of network
+that is written here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import luthier
+from helpers.exporters import merging
+from helpers.rows import recipe_of
+from luthier.errors import RecipeError
+from luthier.methods.exporters.gguf import _llama_cpp, _tokens, _write
+from luthier.serve.export import export_form
+
+pytest.importorskip("gguf")
+IDS = torch.tensor([[7, 40, 99, 12, 55, 200, 31, 8]])
+SMALL = {
+    "vocab_size": 262,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture(autouse=True)
+def without_llama_cpp(monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setattr(_llama_cpp.shutil, "which", lambda tool: None)
+
+
+def model_of(kind: str, **changes):
+    if kind == "gemma2":
+        changes["sliding_window"] = 128
+    config = AutoConfig.for_model(kind, **{**SMALL, **changes})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", sorted(_write.ARCHITECTURES))
+def test_every_kind_of_network_is_read_back(kind, tmp_path):
+    model = model_of(kind)
+    model.save_pretrained(tmp_path / "plain")
+    _write.write(tmp_path / "plain", tmp_path / "model.gguf", "f32", "x", lambda writer, size: None)
+    again = _write.read(tmp_path / "model.gguf")
+    assert torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("gguf")
+    base = merging(tiny, folder / "base")
+    return luthier.tune(recipe_of(base) | {"tuner": "lora"}, folder=folder / "run").folder
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_a_file_answers_like_the_model(run, tmp_path, kind):
+    done = export_form(run, {"name": "gguf", "quantization": kind}, tmp_path / "out")
+    assert done.agreement.mean < 0.01 and done.agreement.same >= 0.9 * done.agreement.tokens
+    assert 0 < done.agreement.weights < {"f16": 1e-3, "q8_0": 0.02}[kind]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "model.gguf"]
+    tokenizer = _tokens.read_tokenizer(tmp_path / "out/model.gguf")
+    assert tokenizer.chat_template == luthier.load(run).tokenizer.chat_template
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("kind, family", [("smollm", "digits"), ("llama-bpe", "letters")])
+def test_splitting_rules_are_known_by_their_steps(kind, family):
+    steps = [dict(step) for step in _tokens.split_rules()[kind]]
+    for step in steps:
+        step |= {"behavior": "Isolated", "invert": False, "add_prefix_space": False}
+    assert _tokens.split_rule({"type": "Sequence", "pretokenizers": steps}) == kind
+    steps[0]["pattern"] = {"Regex": "x"}
+    with pytest.raises(RecipeError, match="LLAMA_CPP"):
+        _tokens.split_rule({"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}]})
+
+
+def test_scores_join_what_merges_join():
+    tokens, merges = ["a", "b", "c", "bc", "ab", "abc"], [["b", "c"], ["a", "b"], ["a", "bc"]]
+    scores = dict(zip(tokens, _tokens._scores(tokens, merges)))
+    assert scores["bc"] > scores["ab"] > scores["abc"] > scores["a"]
+
+
+def test_what_is_not_written_here_is_told(run, tmp_path):
+    with pytest.raises(RecipeError, match="llama-cpp-python"):
+        export_form(run, {"name": "gguf", "quantization": "q4_k_m"}, tmp_path / "out")
+    with pytest.raises(RecipeError, match="leave one of them out"):
+        export_form(run, {"name": "gguf", "quantization": "q8_0"}, tmp_path / "out", "float16")
+    config = model_of("qwen3").config
+    config.model_type = "other"
+    with pytest.raises(RecipeError, match="LLAMA_CPP"):
+        _write.check_config(config)
+    assert not list(tmp_path.iterdir())
