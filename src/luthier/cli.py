@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -566,22 +566,68 @@ def search(
 
 @app.command()
 def export(
-    folder: Annotated[str, typer.Argument(help="Folder of a run.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN [KEY=VALUE]...",
+            help="Folder of a run, and settings of the form, such as quantization=q8_0 for gguf.",
+        ),
+    ],
     output_dir: Annotated[Path, typer.Option(help="Folder to write to.")],
-    kind: Annotated[
-        str, typer.Option("--as", help="lora: an adapter for plain PEFT; merged: a plain transformers model.")
+    form: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            help="lora, merged, gguf, ollama, vllm, int8, fp8, gptq, awq or nf4"
+            " (`luthier methods --kind exporter`).",
+        ),
     ] = "merged",
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Precision of a merged model: float32, bfloat16 or float16 (default: the run's own)."
+            help="Precision of what stays in floats: float32, bfloat16 or float16 (default: the run's own)."
         ),
     ] = None,
 ) -> None:
     """Write a run's result for other tools, and check that it answers like the tuned model."""
-    from luthier.serve.export import export
+    from luthier.serve.export import export_form
 
-    typer.echo(export(folder, kind, output_dir, dtype))
+    folder, settings = form_words(words, form)
+    done = export_form(folder, settings, output_dir, dtype)
+    typer.echo(done)
+    for usage in done.usage:
+        typer.echo(f"\n{usage.tool}:\n{usage.code}")
+
+
+@app.command()
+def push(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN OWNER/NAME [KEY=VALUE]...",
+            help="Folder of a run or of an export, the repository on the hub, and settings of the form.",
+        ),
+    ],
+    form: Annotated[
+        str | None,
+        typer.Option("--as", help="Form of a run's result (default: lora, or merged)."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a new repository.")] = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Name on the hub of the base model, where the run was tuned on a local folder."),
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+) -> None:
+    """Upload a run's result to the Hugging Face hub, with its model card; private unless --public says
+    otherwise.
+    """
+    from luthier.serve.push import push
+
+    if len(words) < 2:
+        raise RecipeError("push needs a folder and a repository: luthier push RUN OWNER/NAME")
+    folder, settings = form_words([words[0], *words[2:]], form)
+    typer.echo(push(folder, words[1], settings, public=public, base_model=base_model, message=message))
 
 
 @app.command("import")
@@ -738,6 +784,26 @@ def recipe_words(words: list[str] | None, **options: str | None) -> tuple[Path |
     if path.is_dir():
         path = path / "recipe.yaml"
     return path, changes
+
+
+def form_words(words: list[str], form: str | None) -> tuple[str, Any]:
+    """A run's folder, and a form of export with the settings that were named as KEY=VALUE; None for no
+    form.
+    """
+    from luthier.storage.bounded_yaml import load_yaml
+
+    folder, *changes = words
+    settings: dict[str, Any] = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise RecipeError(f"'{change}' is no setting; write settings as KEY=VALUE")
+        settings[key] = load_yaml(value, key)
+    if not settings:
+        return folder, form
+    if form is None:
+        raise RecipeError(f"{', '.join(settings)}: settings belong to a form; name it with --as")
+    return folder, {"name": form, **settings}
 
 
 @contextmanager

@@ -205,6 +205,11 @@ def test_methods_of_every_kind_take_part_in_runs(facts):
     assert facts["peft"], "PEFT knows the tuner by its name"
 
 
+def test_a_run_is_exported_in_the_package_s_form(facts):
+    names, sentence = facts["runs"]["export"]
+    assert names == ["NOTE.md", "README.md"] and "its outputs match the tuned model's" in sentence
+
+
 def test_a_report_shows_the_metric_by_its_declaration(facts):
     runs = facts["runs"]
     label, value = runs["row"]

@@ -149,3 +149,34 @@ def test_weights_that_are_missing_are_refused(tiny, tmp_path):
         recipe_of(tiny) | {"data": rows, "architecture": "classifier"},
         folder=tmp_path / "head",
     )
+
+
+def test_a_rounded_form_must_be_the_model_but_for_its_rounding(chatty, tmp_path):
+    """A weight that is another one is refused, and so are settings that are others, whatever the rounding."""
+    from luthier.methods.exporters._base import Limits
+    from luthier.serve.agreement import Probe
+
+    loaded = luthier.load(chatty, dtype="float32")
+    probe = Probe.of(loaded)
+    form = luthier.load(chatty, dtype="float32")
+    agreement = probe.check_rounded(form, Path(chatty), "x", Limits(weights=1e-6))
+    assert agreement.weights == 0 and agreement.same == agreement.tokens > 0
+    with torch.no_grad():
+        form.model.model.layers[1].mlp.up_proj.weight[0] += 0.1
+    with pytest.raises(Refused, match="up_proj"):
+        probe.check_rounded(form, Path(chatty), "x", Limits(weights=1e-2))
+    form.model.model.layers[0].self_attn.scaling *= 1.5
+    with pytest.raises(Refused, match="settings and tokenizer"):
+        probe.check_rounded(form, Path(chatty), "x", Limits(weights=1e-2))
+
+
+def test_the_card_has_the_bases_licence_and_how_the_form_is_used(chatty, tmp_path):
+    base = Path(shutil.copytree(chatty, tmp_path / "base"))
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: odd\nlicense_link: LICENSE\n---\n# x\n")
+    (base / "LICENSE").write_text("Ask first.")
+    run = tuned(str(base), tmp_path / "run", tuner="lora")
+    export(run, "lora", tmp_path / "adapter")
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert "license: other\nlicense_name: odd" in card and "library_name: peft" in card
+    assert 'from_pretrained("FOLDER")' in card and str(tmp_path) not in card
+    assert (tmp_path / "adapter/LICENSE").read_text() == "Ask first."

@@ -77,7 +77,9 @@ def facts(recipe: Any, report: Any, folder: Path) -> dict[str, Any]:
     if Path(model).is_absolute():
         model = Path(model).name
         title = title.replace(str(recipe.model), model, 1)
-    sentences = [headline(report), sentence(read_skills(folder))] if report.stats else []
+    sentences = []
+    if report.stats:
+        sentences = [headline(report), sentence(read_skills(folder))]
     return {
         "title": title,
         "model": model,

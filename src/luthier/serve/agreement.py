@@ -5,7 +5,7 @@ prompts, are read by both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,15 @@ class Probe:
         """
         limit = math.inf if limits.logprobs is None else limits.logprobs
         agreement = self.check(form, name, limit)
-        network, worst = form.model, ("", 0.0)
-        state = network.state_dict()
-        weights = _tensors(plain)
-        for key in weights.keys() & state.keys():
-            loss = _loss(weights[key], state[key])
+        state, worst = form.model.state_dict(), ("", 0.0)
+        for key, weight in _tensors(plain):
+            if key not in state:
+                continue
+            loss = _loss(weight, state[key])
             if not loss <= worst[1]:
                 worst = key, loss
+            if weight.shape == state[key].shape:
+                state[key].copy_(weight)
         if not worst[1] <= (limits.weights or 0.0):
             raise Refused(
                 f"the model exported as {name} does not match the tuned model: {worst[0]} differs by"
@@ -144,7 +146,6 @@ class Probe:
                 " written"
             )
         agreement.weights = worst[1]
-        network.load_state_dict(weights, strict=False)
         self.check(form, f"{name} (settings and tokenizer)")
         return agreement
 
@@ -153,20 +154,18 @@ def _loss(weight: torch.Tensor, rounded: torch.Tensor) -> float:
     """The norm of the difference, divided by the weight's."""
     if weight.shape != rounded.shape:
         return math.inf
-    difference = torch.dist(weight.float(), rounded.float())
-    return float(difference / weight.float().norm().clamp(min=1e-12))
+    share = float(torch.dist(weight.float(), rounded.float()) / weight.float().norm().clamp(min=1e-12))
+    return share if math.isfinite(share) else math.inf
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a plain folder, mapped into memory."""
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a plain folder, one at a time."""
     from safetensors import safe_open
 
-    tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                tensors[key] = file.get_tensor(key)
-    return tensors
+                yield key, file.get_tensor(key)
 
 
 @torch.no_grad()

@@ -22,6 +22,12 @@ from luthier.serve.source import Source
 from luthier.storage import files
 from luthier.storage.layout import REPORT
 
+# forms that people ask for, and what leads to them
+BY_OTHERS = {
+    "onnx": "optimum's exporter (optimum-onnx) asks for transformers below 5, and luthier for 5 or later:"
+    " export --as merged, and run `optimum-cli export onnx --model DIR OUT` in an environment of its own",
+}
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -91,6 +97,9 @@ def exporter_of(form: Any) -> Exporter:
     """Raises RecipeError where there is no such form, or it has no such settings."""
     name = form.get("name") if isinstance(form, dict) else form
     if isinstance(name, str) and name not in names("exporter"):
+        hint = BY_OTHERS.get(name)
+        if hint is not None:
+            raise RecipeError(f"there is no export format '{name}': {hint}")
         raise RecipeError(f"there is no export format '{name}'{did_you_mean(name, names('exporter'))}")
     return build("exporter", form)
 
@@ -103,7 +112,7 @@ def compare(exporter: Exporter, source: Source, folder: Path) -> Agreement:
     form = exporter.read(source, folder)
     if limits.weights is None:
         return probe.check(form, exporter.name, limits.logprobs)
-    agreement = probe.check_rounded(form, source.plain, exporter.name, limits)
+    agreement = probe.check_rounded(form, exporter.reference(source), exporter.name, limits)
     if probe.moved is not None and agreement.mean > LARGE * probe.moved:
         source.notes.append(
             f"rounding to {exporter.name} changes log-probabilities by {agreement.mean:.1e} on average, and"

@@ -1,5 +1,5 @@
-"""What is exported: a run's tuned model, and as a plain transformers folder in fp32 from which other forms are
-made.
+"""What is exported: a run's tuned model; and the same as a plain transformers folder in fp32, from which
+other forms are made.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ GUIDES = {
     "Comparing": "compare.md",
     "Searching": "search.md",
     "Several processes": "processes.md",
+    "After tuning": "after_tuning.md",
     "Studio": "studio.md",
     "Python": "python.md",
     "Programs of prompts": "programs.md",

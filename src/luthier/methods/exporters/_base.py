@@ -42,6 +42,11 @@ class Usage:
     language: str = "sh"
 
 
+def in_transformers(place: str, auto_class: str = "AutoModelForCausalLM") -> str:
+    """How a folder is loaded in Python."""
+    return f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{place}")'
+
+
 @family
 class Exporter:
     """Family: one file defines how a run's result is written for others, and how it is read back."""
@@ -76,6 +81,12 @@ class Exporter:
 
     def finish(self, source: Source, folder: Path) -> None:
         """What is left to write when the form has been compared with the tuned model."""
+
+    def reference(self, source: Source) -> Path:
+        """A plain folder in fp32 that computes what the tuned model does, and whose weights the form has, but
+        for their rounding.
+        """
+        return source.plain
 
     def limits(self, source: Source) -> Limits:
         """What it may differ by from the tuned model."""

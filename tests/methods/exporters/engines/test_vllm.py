@@ -29,8 +29,8 @@ def test_what_vllm_refuses(change, words):
 
 
 def test_the_smallest_rank_that_vllm_has():
-    ranks = [smallest_rank(PLAIN | {"r": r, "rank_pattern": p}) for r, p in ((1, {}), (9, {}), (8, {"x": 65}))]
-    assert ranks == [1, 16, 128]
+    cases = ((1, {}), (9, {}), (8, {"x": 65}))
+    assert [smallest_rank(PLAIN | {"r": r, "rank_pattern": p}) for r, p in cases] == [1, 16, 128]
 
 
 def test_what_vllm_does_not_read_is_merged(tiny, tmp_path):

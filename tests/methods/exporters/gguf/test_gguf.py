@@ -4,6 +4,8 @@ that is written here.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -103,3 +105,32 @@ def test_what_is_not_written_here_is_told(run, tmp_path):
     with pytest.raises(RecipeError, match="LLAMA_CPP"):
         _write.check_config(config)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tool_of_llama_cpp_that_fails_is_told(tmp_path, monkeypatch):
+    assert not _llama_cpp.convert(tmp_path, tmp_path / "x.gguf", "f16")
+    (tmp_path / _llama_cpp.CONVERTER).write_text("import sys; sys.exit('no such network')")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    with pytest.raises(RecipeError, match="no such network"):
+        _llama_cpp.convert(tmp_path, tmp_path / "x.gguf", "f16")
+
+
+@torch.no_grad()
+def test_llama_cpp_reads_what_is_written(tiny, tmp_path):
+    """The same tokens, and the same logits but for its 16-bit cache."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    base = merging(tiny, tmp_path / "base")
+    loaded = luthier.load(base, dtype="float32")
+
+    def add(writer, size):
+        _tokens.add_tokenizer(writer, loaded.tokenizer, size, [])
+
+    _write.write(Path(base), tmp_path / "model.gguf", "f32", "x", add)
+    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), logits_all=True, n_ctx=64, verbose=False)
+    text = "<|user|>the then 42?<|end|> x"
+    ids = loaded.tokenizer(text)["input_ids"]
+    assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ids
+    theirs.eval(ids)
+    logits = torch.tensor(theirs.scores[: len(ids)])
+    theirs.close()
+    assert torch.allclose(logits, loaded.model(torch.tensor([ids])).logits[0].float(), atol=0.05)

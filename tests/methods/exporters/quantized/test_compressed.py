@@ -26,8 +26,13 @@ def run(tiny, tmp_path_factory) -> str:
 
 @pytest.mark.parametrize(
     "form, bytes_of_weight",
-    [("int8", 1), ("fp8", 1), ({"name": "gptq", "groups": 16, "init_rows": 4}, 0.5)],
-    ids=["int8", "fp8", "gptq"],
+    [
+        ("int8", 1),
+        ("fp8", 1),
+        ({"name": "gptq", "groups": 16, "init_rows": 4}, 0.5),
+        ({"name": "awq", "groups": 16, "init_rows": 4}, 0.5),
+    ],
+    ids=["int8", "fp8", "gptq", "awq"],
 )
 def test_codes_are_read_back(run, form, bytes_of_weight, tmp_path):
     pytest.importorskip("compressed_tensors")
@@ -54,8 +59,8 @@ def test_a_form_that_needs_a_package_says_so(run, tmp_path, monkeypatch):
         export_form(run, "fp8", tmp_path / "out")
 
 
-def test_groups_divide_every_row(run):
-    plain = luthier.load(run)
+def test_groups_divide_every_row(tiny):
+    plain = luthier.load(tiny)
     with pytest.raises(RecipeError, match="set group_size|int8"):
         common_group(plain, ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"])
     assert common_group(plain, ["model.layers.0.mlp.down_proj"]) == 32

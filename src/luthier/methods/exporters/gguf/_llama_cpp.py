@@ -56,8 +56,8 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     else:
         raise RecipeError(
             f"quantization {kind} is made by llama.cpp's own quantizer, which is not here: install"
-            " llama-cpp-python, or set LLAMA_CPP to the folder of a built llama.cpp; luthier itself writes f32,"
-            " f16, bf16 and q8_0"
+            " llama-cpp-python, or set LLAMA_CPP to the folder of a built llama.cpp; luthier itself writes"
+            " f32, f16, bf16 and q8_0"
         )
 
 

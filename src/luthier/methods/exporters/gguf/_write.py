@@ -7,7 +7,9 @@ package's own table's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +165,9 @@ def read(path: Path) -> Any:
     size = reader.get_field(f"{architecture}.attention.key_length")
     if size is not None:
         config.head_dim = size.contents()
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
-    )
+    how = {"gguf_file": path.name, "config": config, "dtype": torch.float32}
+    with redirect_stderr(StringIO()):  # transformers has a progress bar here that nothing turns off
+        return AutoModelForCausalLM.from_pretrained(path.parent, **how)
 
 
 def tensors(folder: Path) -> Tensors:

@@ -49,8 +49,8 @@ class GGUF(Exporter):
         super().check(source)
         if self.quantization and source.dtype:
             raise RecipeError(
-                f"--dtype {source.dtype} and quantization={self.quantization} both say how weights are stored;"
-                " leave one of them out"
+                f"--dtype {source.dtype} and quantization={self.quantization} both say how weights are"
+                " stored; leave one of them out"
             )
         if source.loaded.roles.policy.architecture.auto_class().__name__ != "AutoModelForCausalLM":
             raise RecipeError("export format 'gguf' is for causal language models; use --as merged")

@@ -43,8 +43,8 @@ class Ollama(GGUF):
                 pieces = pieces_of(tokenizer)
             if pieces is None:
                 source.notes.append(
-                    "the chat template has no Go form here, so the Modelfile has none: Ollama takes its own for"
-                    " the template in the file where it knows it; compare its answers"
+                    "the chat template has no Go form here, so the Modelfile has none: Ollama takes its own"
+                    " for the template in the file where it knows it; compare its answers"
                 )
             else:
                 lines.append(f'TEMPLATE """{pieces.go()}"""')

@@ -1,5 +1,5 @@
-"""Checkpoints in the form of the package compressed-tensors, which vLLM, SGLang and transformers read: what its
-exporters share.
+"""Checkpoints in the form of the package compressed-tensors, which vLLM, SGLang and transformers read: what
+its exporters share.
 
 The package packs the codes and describes them in config.json; where a weight's scales lie is decided here and
 by luthier's quantizers. The head and everything that is no linear module stay in floats.
@@ -8,16 +8,15 @@ by luthier's quantizers. The head and everything that is no linear module stay i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.exporters._base import Exporter, Limits, Usage
+from luthier.methods.exporters._base import Exporter, Limits, Usage, in_transformers
 from luthier.methods.quantizers._base import Quantizer
-from luthier.model.linear import linear_modules
+from luthier.model.linear import linear_modules, oriented
 from luthier.model.loaded import Loaded, load
 from luthier.model.quantized_load import chosen
 from luthier.registry import family
@@ -39,7 +38,9 @@ class CompressedTensors(Exporter):
 
     skip_modules: list[str] | None = None  # ends of names of modules that stay in floats, besides the head
 
-    def scaled(self, source: Any, plain: Loaded, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Scaled]]:
+    def scaled(
+        self, source: Any, plain: Loaded, names: list[str], dtype: torch.dtype
+    ) -> Iterator[tuple[str, Scaled]]:
         """Each of these modules' weight, on the points that its codes can hold or near them, and its scales
         in dtype. plain: the tuned model, merged, in fp32.
         """
@@ -49,9 +50,6 @@ class CompressedTensors(Exporter):
         """How many weights of a row share a scale; None for all of them."""
         return None
 
-    def prepare(self, plain: Loaded) -> None:
-        """Change the network before its weights are rounded, without changing what it computes."""
-
     @torch.no_grad()
     def write(self, source, folder):
         from compressed_tensors.compressors import BaseCompressor
@@ -60,8 +58,7 @@ class CompressedTensors(Exporter):
         dtype = source.precision
         if dtype == torch.float32:
             dtype = torch.bfloat16  # which holds what fp32 holds; kernels for codes compute in 16 bits
-        plain = load(source.plain, dtype="float32")
-        self.prepare(plain)
+        plain = load(self.reference(source), dtype="float32")
         names = chosen(plain.model, Quantizer(skip_modules=self.skip_modules))
         ignored = sorted(linear_modules(plain.model).keys() - set(names))
         description = self.describe(ignored, self.group_size(plain, names))
@@ -83,14 +80,19 @@ class CompressedTensors(Exporter):
             state.pop(key, None)
         save_torch_state_dict({**state, **packed}, folder, metadata={"format": "pt"})
         config = files.read_object(source.plain / "config.json")
-        config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": description.model_dump(mode="json")}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["quantization_config"] = description.model_dump(mode="json")
         files.write_json(folder / "config.json", config)
         source.save_tokenizer(folder)
 
     def describe(self, ignored: list[str], group_size: int | None) -> Any:
         """What stands in config.json for those who read the codes."""
         from compressed_tensors.compressors.format import infer_module_format
-        from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+        from compressed_tensors.quantization import (
+            QuantizationConfig,
+            QuantizationStatus,
+            preset_name_to_scheme,
+        )
 
         scheme = preset_name_to_scheme(self.scheme, ["Linear"])
         if group_size is not None:
@@ -99,15 +101,15 @@ class CompressedTensors(Exporter):
         return QuantizationConfig(
             config_groups={"group_0": scheme},
             format=form.value,
-            quantization_status="compressed",
+            quantization_status=QuantizationStatus.COMPRESSED,
             ignore=ignored,
         )
 
     def read(self, source, folder):
         from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
-        expanded = CompressedTensorsConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=expanded)
+        how = {"dtype": torch.float32, "quantization_config": CompressedTensorsConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(folder, **how)
         return source.around(model, AutoTokenizer.from_pretrained(folder))
 
     def finish(self, source, folder):
@@ -117,11 +119,8 @@ class CompressedTensors(Exporter):
         return Limits(weights=self.rounding)
 
     def usage(self, source, folder, place):
-        code = f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{place}")'
-        return [
-            Usage("vLLM", f"vllm serve {place}"),
-            Usage("transformers, with compressed-tensors installed", code, "python"),
-        ]
+        tool = "transformers, with compressed-tensors installed"
+        return [Usage("vLLM", f"vllm serve {place}"), Usage(tool, in_transformers(place), "python")]
 
 
 def rows_scaled(weight: Tensor, largest: float, dtype: torch.dtype) -> Scaled:
@@ -134,12 +133,13 @@ def common_group(plain: Loaded, names: list[str], sizes: tuple[int, ...] = (128,
     """The largest of these sizes that divides the inputs of every module. Raises RecipeError where none
     does.
     """
-    inputs = {plain.model.get_submodule(name).in_features for name in names}
+    modules = linear_modules(plain.model)
+    inputs = {oriented(modules[name]).shape[1] for name in names}
     for size in sizes:
         if not any(count % size for count in inputs):
             return size
     raise RecipeError(
         f"no group of {', '.join(map(str, sizes))} weights divides the inputs of all layers"
-        f" ({', '.join(map(str, sorted(inputs)))}); set group_size, or use --as int8, which has a scale for each"
-        " row"
+        f" ({', '.join(map(str, sorted(inputs)))}); set groups, or use --as int8, which has a scale for"
+        " each row"
     )

@@ -1,7 +1,7 @@
 """fp8: linear weights in 8-bit floats (E4M3) with a scale for each output; inputs are rounded as they come.
 
-The form that vLLM and others call FP8 dynamic in compressed-tensors. Numbers told when it is exported are those
-of the rounded weights, with inputs as they are.
+The form that vLLM and others call FP8 dynamic in compressed-tensors. Numbers told when it is exported are
+those of the rounded weights, with inputs as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from luthier.methods.exporters.quantized._compressed import CompressedTensors, rows_scaled
-from luthier.model.linear import oriented
+from luthier.model.linear import linear_modules, oriented
 from luthier.registry import exporter
 
 
@@ -28,5 +28,6 @@ class FP8(CompressedTensors):
 
     def scaled(self, source, plain, names, dtype):
         largest = torch.finfo(torch.float8_e4m3fn).max
+        modules = linear_modules(plain.model)
         for name in names:
-            yield name, rows_scaled(oriented(plain.model.get_submodule(name)), largest, dtype)
+            yield name, rows_scaled(oriented(modules[name]), largest, dtype)

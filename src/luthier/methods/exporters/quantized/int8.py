@@ -1,7 +1,7 @@
 """int8: linear weights in 8 bits with a scale for each output; inputs are rounded to 8 bits as they come.
 
-The form that vLLM and others call W8A8 in compressed-tensors. Numbers told when it is exported are those of the
-rounded weights, with inputs as they are.
+The form that vLLM and others call W8A8 in compressed-tensors. Numbers told when it is exported are those of
+the rounded weights, with inputs as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from luthier.methods.exporters.quantized._compressed import CompressedTensors, rows_scaled
-from luthier.model.linear import oriented
+from luthier.model.linear import linear_modules, oriented
 from luthier.registry import exporter
 
 
@@ -25,5 +25,6 @@ class INT8(CompressedTensors):
     rounding: ClassVar[float] = 0.05
 
     def scaled(self, source, plain, names, dtype):
+        modules = linear_modules(plain.model)
         for name in names:
-            yield name, rows_scaled(oriented(plain.model.get_submodule(name)), 127.5, dtype)
+            yield name, rows_scaled(oriented(modules[name]), 127.5, dtype)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from luthier.methods.exporters._base import Exporter, Limits, Usage
+from luthier.methods.exporters._base import Exporter, Limits, Usage, in_transformers
 from luthier.registry import exporter
 
 
@@ -54,8 +54,5 @@ class NF4(Exporter):
         return Limits(weights=0.2)
 
     def usage(self, source, folder, place):
-        code = f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{place}")'
-        return [
-            Usage("transformers, with bitsandbytes installed", code, "python"),
-            Usage("vLLM", f"vllm serve {place}"),
-        ]
+        tool = "transformers, with bitsandbytes installed"
+        return [Usage(tool, in_transformers(place), "python"), Usage("vLLM", f"vllm serve {place}")]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from luthier.errors import RecipeError
 from luthier.methods.exporters._base import Exporter, Usage
 from luthier.model import quantized as codes
-from luthier.model.loaded import load
+from luthier.model.loaded import Loaded, load
 from luthier.registry import build, exporter, spec
 from luthier.storage import files
 
@@ -28,7 +28,10 @@ class LoRA(Exporter):
 
     def check(self, source):
         super().check(source)
-        loaded = source.loaded
+        self.check_tuner(source.loaded)
+
+    def check_tuner(self, loaded: Loaded) -> None:
+        """Raises RecipeError for a run that has no adapter which plain PEFT loads."""
         if not hasattr(loaded.roles.tuner, "export_lora"):
             tuner = build("tuner", loaded.recipe.tuner)
             advice = "load its run folder with luthier instead"

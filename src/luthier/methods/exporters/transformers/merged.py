@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from luthier.errors import Refused
-from luthier.methods.exporters._base import Exporter, Limits, Usage
+from luthier.methods.exporters._base import Exporter, Limits, Usage, in_transformers
 from luthier.model.loaded import Loaded, load
 from luthier.registry import exporter
 
@@ -20,8 +20,8 @@ LARGE = 0.5  # a share of what tuning changed: where rounding changes more, the 
 
 
 @exporter(
-    use_when="another tool reads transformers folders, or the tuner is no LoRA: transformers, vLLM, TGI, SGLang"
-    " and most converters do.",
+    use_when="another tool reads transformers folders, or the tuner is no LoRA: transformers, vLLM, TGI,"
+    " SGLang and most converters do.",
     costs="as many bytes as the base model; the merge is done in fp32.",
 )
 class Merged(Exporter):
@@ -59,8 +59,7 @@ class Merged(Exporter):
 
     def usage(self, source, folder, place):
         auto_class = source.loaded.roles.policy.architecture.auto_class().__name__
-        load = f'model = {auto_class}.from_pretrained("{place}")'
-        usage = [Usage("transformers", f"from transformers import {auto_class}\n\n{load}", "python")]
+        usage = [Usage("transformers", in_transformers(place, auto_class), "python")]
         if auto_class == "AutoModelForCausalLM":
             usage.append(Usage("vLLM", f"vllm serve {place}"))
         return usage
@@ -71,7 +70,9 @@ def requantized(source: Any, folder: Path, quantizer: Any) -> str:
     before and after.
     """
     if quantizer.reads:
-        return f"quantizer {quantizer.name} needs calibration rows, so the cost of requantizing was not measured"
+        return (
+            f"quantizer {quantizer.name} needs calibration rows, so the cost of requantizing was not measured"
+        )
     loaded, rows = source.loaded, source.probe.rows
     settings = {"quantization": loaded.recipe.quantization, "architecture": loaded.recipe.architecture}
     merged = divergence(loaded, load(folder, dtype="float32"), rows)

@@ -56,7 +56,7 @@ class RTN(Quantizer):
         return self.bounds(self.groups(W))
 
     def bounds(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """[groups, group_size] -> [groups] the step between numbers of each group, and its smallest number."""
+        """[groups, group_size] -> [groups] steps, and smallest numbers."""
         steps = 2**self.bits_per_weight - 1
         if self.symmetric:
             step = groups.abs().amax(1) / (steps / 2)
