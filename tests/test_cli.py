@@ -115,6 +115,11 @@ def test_version_and_help():
         (["methods", "lora", "--kind", "objective"], "there is no objective 'lora'"),
         (["chat", "./nowhere"], "folder ./nowhere does not exist"),
         (["export", "./nowhere", "--output-dir", "x", "--as", "gg"], "there is no export format 'gg'"),
+        (["export", "./nowhere", "--output-dir", "x", "--as", "onnx"], "optimum-cli export onnx"),
+        (["export", "./nowhere", "word", "--output-dir", "x"], "'word' is no setting"),
+        (["export", "./nowhere", "r=2", "--output-dir", "x"], "has no setting 'r'"),
+        (["push", "./nowhere"], "luthier push RUN OWNER/NAME"),
+        (["push", "./nowhere", "a/b", "merge=true"], "name it with --as"),
         (["inspect", "toy:lm", "toy:lm"], "with --data"),
     ],
 )
@@ -287,6 +292,13 @@ def test_inspect_compares_on_the_same_rows(finished, tiny):
     assert found["tuned"]["metrics"]["loss"] == pytest.approx(report["after"]["loss"], rel=0.05)
     # few rows, of which some are held out nevertheless
     assert "|held-out rows " in luth("inspect", tiny, folder).stdout
+
+
+def test_an_export_prints_how_it_is_used(finished, tmp_path):
+    said = luth("export", finished[0], "merge=true", "--as", "vllm", "--output-dir", tmp_path / "out")
+    assert said.exit_code == 0, said.output
+    assert "merged: as the setting merge says" in said.stdout
+    assert said.stdout.endswith(f"vLLM:\nvllm serve {tmp_path / 'out'}\n")
 
 
 @pytest.mark.parametrize("kind", ["lora", "merged"])

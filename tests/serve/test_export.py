@@ -172,7 +172,7 @@ def test_a_rounded_form_must_be_the_model_but_for_its_rounding(chatty, tmp_path)
 
 def test_the_card_has_the_bases_licence_and_how_the_form_is_used(chatty, tmp_path):
     base = Path(shutil.copytree(chatty, tmp_path / "base"))
-    (base / "README.md").write_text("---\nlicense: other\nlicense_name: odd\nlicense_link: LICENSE\n---\n# x\n")
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: odd\n---\n# x\n")
     (base / "LICENSE").write_text("Ask first.")
     run = tuned(str(base), tmp_path / "run", tuner="lora")
     export(run, "lora", tmp_path / "adapter")

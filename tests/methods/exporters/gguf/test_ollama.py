@@ -52,6 +52,19 @@ def test_a_modelfile_asks_as_the_template_does(template, system):
     assert pieces.write(TURNS) == go(pieces.go(), TURNS) == expected
 
 
+def test_the_first_token_is_left_to_who_adds_it():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    tokenizer.bos_token = "<|mask|>"
+    assert pieces_of(tokenizer) is None  # it begins every text, and no message
+    process = TemplateProcessing(single="<|mask|> $A", special_tokens=[("<|mask|>", 5)])
+    tokenizer.backend_tokenizer.post_processor = process
+    pieces = pieces_of(tokenizer)
+    assert pieces is not None and pieces.around["system"][0] == "<|im_start|>system\n"
+
+
 def test_a_template_that_counts_messages_is_left_to_ollama():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = NUMBERED

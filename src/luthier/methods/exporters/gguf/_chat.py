@@ -11,6 +11,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from luthier.methods.exporters.gguf._tokens import adds_beginning
+
 MARKS = {"system": "@1SYSTEM1@", "user": "@2USER2@", "assistant": "@3ASSISTANT3@"}
 
 
@@ -64,10 +66,13 @@ def pieces_of(tokenizer: Any) -> Pieces | None:
         return None
     messages = {role: {"role": role, "content": mark} for role, mark in MARKS.items()}
     system, user, assistant = messages["system"], messages["user"], messages["assistant"]
+    beginning = ""
+    if adds_beginning(tokenizer):  # so does whoever reads the file, to what the template writes
+        beginning = tokenizer.bos_token
 
     def render(*turns: dict[str, str], answered: bool = True) -> str:
         options = {"tokenize": False, "add_generation_prompt": not answered}
-        return tokenizer.apply_chat_template(list(turns), **options)
+        return tokenizer.apply_chat_template(list(turns), **options).removeprefix(beginning)
 
     try:
         alone, opened = render(user), render(user, answered=False)
@@ -77,10 +82,8 @@ def pieces_of(tokenizer: Any) -> Pieces | None:
         if pieces is None:
             return None
         for turns in ([user], [system, user], [system, user, assistant, user], [user, assistant, user]):
-            expected = render(*turns, answered=False)
-            if pieces.write(turns) != expected.removeprefix(tokenizer.bos_token or "\0"):
-                if pieces.write(turns) != expected:
-                    return None
+            if pieces.write(turns) != render(*turns, answered=False):
+                return None
     except (TemplateError, ValueError, TypeError, KeyError, IndexError):
         return None
     return pieces
@@ -109,12 +112,10 @@ def _pieces(alone: str, opened: str, both: str, led: str, again: str) -> Pieces 
         return None
     after_system = leads[: len(leads) - len(before_next)]
     default = before_user[: len(before_user) - len(before_next)]
-    if default in ("", head[: len(default)]):  # nothing, or the beginning of every text
-        default = ""
-    elif default.startswith(head) and default.endswith(after_system):
+    if default:  # a system prompt of the template's own
+        if not (default.startswith(head) and default.endswith(after_system)):
+            return None
         default = default[len(head) : len(default) - len(after_system)]
-    else:
-        return None
     around = {
         "system": (head, after_system),
         "user": (before_next, after_user),

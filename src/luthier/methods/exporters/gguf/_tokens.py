@@ -86,11 +86,17 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int, stops: list[int]) -> N
             getattr(writer, f"add_{name}_token_id")(token)
     if stops and stops[-1] != tokenizer.eos_token_id:
         writer.add_eot_token_id(stops[-1])
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(adds_beginning(tokenizer))
+    eos = tokenizer.eos_token_id
+    writer.add_add_eos_token(eos is not None and tokenizer("a")["input_ids"][-1] == eos)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def adds_beginning(tokenizer: Any) -> bool:
+    """Does the tokenizer put its first token before a text?"""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][0] == bos
 
 
 def _tokens(tokenizer: Any, model: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
