@@ -59,10 +59,6 @@ METHOD_KINDS = (  # those that the page offers
     "evaluator",
     "plan",
 )
-EXPORTS = {
-    "lora": "An adapter that plain PEFT loads; small, and needs the base model.",
-    "merged": "A plain transformers model, the adapter merged into its weights.",
-}
 UPLOAD = "/api/upload"
 SMALL = 4 << 20  # bytes of any other request
 TOO_LARGE = f"a request may have at most {SMALL >> 20} MB; use the upload for files"
@@ -462,8 +458,12 @@ def add_run_routes(app: FastAPI, store: RunStore, worker: Callable[[Path], Any])
 
     @app.get("/api/exports")
     def export_forms() -> Any:
-        """The forms that a run can be exported in."""
-        return [{"name": name, "says": says} for name, says in EXPORTS.items()]
+        """The forms that a run can be exported in, transformers' own first."""
+        forms = []
+        for card in sorted(cards("exporter"), key=lambda card: ".transformers." not in card.module):
+            says = card.summary.removeprefix(f"{card.name}: ")
+            forms.append({"name": card.name, "says": says[:1].upper() + says[1:]})
+        return forms
 
     @app.post("/api/runs/{name}/export")
     def export(name: str, kind: Word, to: Word = "") -> Any:
