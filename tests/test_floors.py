@@ -33,8 +33,8 @@ FLOORS = (  # the lowest first
         "data",
         "text",
     ),
-    *("kernels", "model", "train", "programs", "report", METHODS, "run", "study", "serve", "toy", "studio"),
-    *("tools", "cli", "__main__", "__init__"),
+    *("kernels", "model", "train", "programs", "report", METHODS, "interop", "run", "study", "serve", "toy"),
+    *("studio", "tools", "cli", "__main__", "__init__"),
 )
 
 

@@ -1,12 +1,9 @@
-"""luthier from Python: the README's calls, and tuners in other people's loops."""
+"""luthier from Python: the README's calls."""
 
 from __future__ import annotations
 
-import torch
-
 import luthier
 from helpers.rows import SUMS
-from luthier.registry import build
 from luthier.toy.tasks import names
 
 
@@ -25,43 +22,6 @@ def test_the_calls_of_the_readme(tiny, tmp_path):
     tuned = luthier.load(report.folder)
     assert isinstance(tuned.generate("1+1=", max_new_tokens=4), str)
     assert set(dir(luthier)) >= {"tune", "load", "inspect", "Recipe", "Report", "RecipeError"}
-
-
-def test_a_tuner_in_the_trainer_of_transformers(tiny, tmp_path):
-    """Attached in place, trained by transformers.Trainer, saved, and loaded by plain PEFT."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
-    attached = build("tuner", {"name": "lora", "r": 4}).attach(model)
-    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    rows = [
-        {"input_ids": (ids := tokenizer(r["prompt"] + r["completion"]).input_ids), "labels": ids}
-        for r in SUMS
-        if len(r["completion"]) == 1
-    ]
-    arguments = TrainingArguments(
-        str(tmp_path),
-        max_steps=3,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    Trainer(model=model, args=arguments, train_dataset=rows).train()
-    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-    assert any(bool(p.any()) for n, p in attached.parameters().items() if n.endswith(".B"))
-    attached.save(tmp_path / "adapter")
-    ids = torch.tensor([rows[0]["input_ids"]])
-    with torch.no_grad():
-        want = model.eval()(ids).logits
-        got = (
-            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
-            .eval()(ids)
-            .logits
-        )
-    assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_fewer_rows_than_a_probe_holds_are_still_of_every_skill(tmp_path):

@@ -19,6 +19,10 @@ _WHERE = {  # what the package offers, imported when first asked for
     "RecipeError": "luthier.errors",
     "load": "luthier.model.loaded",
     "register_peft": "luthier.compat.peft",
+    "attach": "luthier.interop.attach",
+    "callbacks": "luthier.interop.attach",
+    "follow": "luthier.interop.attach",
+    "trainer_loss": "luthier.interop.loss",
     "inspect": "luthier.serve.inspect",
     "compare": "luthier.study.compare",
     "evaluate": "luthier.serve.benchmarks",
@@ -29,18 +33,24 @@ __all__ = [
     "RecipeError",
     "Report",
     "__version__",
+    "attach",
+    "callbacks",
     "compare",
     "evaluate",
+    "follow",
     "inspect",
     "load",
     "register_peft",
     "search",
+    "trainer_loss",
     "tune",
 ]
 
 if TYPE_CHECKING:
     from luthier.compat.peft import register_peft
     from luthier.errors import RecipeError
+    from luthier.interop.attach import attach, callbacks, follow
+    from luthier.interop.loss import trainer_loss
     from luthier.model.loaded import load
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import Report, tune

@@ -34,6 +34,10 @@ LORA = Capability("lora", says="a tuner whose update is LoRA's B A, without DoRA
 FACTOR_B = Capability("factor-b", says="a tuner with a factor B of a low-rank update")
 
 
+# hooks of a component by which it takes part in the steps of a run
+STEP_HOOKS = ("on_phase", "after_phase", "before_step", "extra_grads", "after_step")
+
+
 @dataclass
 class ParamGroup:
     """Tensors that belong together: a weight alone, or the A and B of one layer."""
@@ -252,6 +256,26 @@ class TunedModel(Component):
         """After the update, gradients still there."""
         for component in self.components:
             component.after_step(clock)
+
+    # --- loops that are not luthier's (interop/)
+
+    def module(self) -> nn.Module:
+        """What another loop trains, saves and resumes: the network itself, or a wrapper around it."""
+        return self.model
+
+    def why_not_elsewhere(self) -> str | None:
+        """Why only luthier's own loop can train this; None where any loop can that calls the hooks."""
+        return None
+
+    def has_steps(self) -> bool:
+        """Does something happen between steps, or must checkpoints hold more than `save` writes?"""
+        for component in self.components:
+            if component.memory():
+                return True
+            for hook in STEP_HOOKS:
+                if getattr(type(component), hook) is not getattr(Component, hook):
+                    return True
+        return False
 
     # --- which row is read, over all components
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners._peft.foreign import NOTES, PREFIX, VECTORS, any_config, place, type_of
-from luthier.methods.tuners._peft.io import plain_state, write_prompt
+from luthier.methods.tuners._peft.io import plain_state, prompt_config, write_prompt
 from luthier.methods.tuners._peft.layer import ADAPTER, INITIAL, DeltaLayer, DeltaParams, sideways
-from luthier.methods.tuners._peft.prompts import attach_prompt
+from luthier.methods.tuners._peft.prompts import attach_prompt, prompt_module
 from luthier.methods.tuners._peft.registration import (
     config_for,
     config_of,
@@ -44,6 +44,8 @@ __all__ = [
     "merges",
     "plain_settings",
     "plain_state",
+    "prompt_config",
+    "prompt_module",
     "register",
     "register_one",
     "sideways",

@@ -78,18 +78,23 @@ def _shorten(path: Path, config: PeftConfig) -> None:
     path.write_text(json.dumps(shortened, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_prompt(folder: Path, vectors: Tensor, model: Network, seq2seq: bool = False) -> None:
-    """[n, width] vectors as an adapter of PEFT's type PROMPT_TUNING."""
+def prompt_config(vectors: Tensor, model: Network, seq2seq: bool = False) -> PromptTuningConfig:
+    """What PEFT's type PROMPT_TUNING is to know of [n, width] vectors."""
     text = model.config.get_text_config()
-    config = PromptTuningConfig(
+    return PromptTuningConfig(
         task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
         num_virtual_tokens=len(vectors),
         token_dim=vectors.shape[1],
         num_transformer_submodules=1,
         num_attention_heads=text.num_attention_heads,
         num_layers=text.num_hidden_layers,
-        inference_mode=True,
     )
+
+
+def write_prompt(folder: Path, vectors: Tensor, model: Network, seq2seq: bool = False) -> None:
+    """[n, width] vectors as an adapter of PEFT's type PROMPT_TUNING."""
+    config = prompt_config(vectors, model, seq2seq)
+    config.inference_mode = True
     write_adapter(folder, {"prompt_embeddings": vectors}, config, model)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
@@ -23,6 +23,8 @@ from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners._peft.foreign import PREFIX, type_of
 from luthier.methods.tuners._peft.io import write_adapter
+from luthier.methods.tuners._peft.layer import ADAPTER
+from luthier.methods.tuners._peft.module import hand_over
 from luthier.methods.tuners._peft.registration import config_for
 from luthier.methods.tuners._peft.targets import first_line
 from luthier.methods.tuners._peft.tuned import PeftTunedModel
@@ -33,6 +35,19 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 FILE = "adapter_model.safetensors"
+
+
+def prompt_module(tuned: TunedModel, config: Any, encoder: Any = None) -> Any:
+    """A PeftModel that puts a tuned model's own vectors, or what its encoder computes, before the text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        peft: Any = get_peft_model(tuned.model, config)
+    if encoder is None:
+        vectors = next(iter(tuned.parameters().values()))
+        peft.prompt_encoder[ADAPTER].embedding.weight = vectors
+    else:
+        peft.prompt_encoder[ADAPTER] = encoder
+    return hand_over(tuned, peft)
 
 
 def attach_prompt(settings: Any, config: Any, model: Network) -> TunedModel:
@@ -75,6 +90,9 @@ class EncodedPrompt(TunedModel):
             yield
         finally:
             self.virtual = virtual
+
+    def module(self):
+        return prompt_module(self, self.config, self.encoder)
 
     def save(self, folder):
         config = _for_reading(self.config)

@@ -25,6 +25,7 @@ from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.methods.tuners._peft.io import low_rank_factors, plain_state, write_adapter
 from luthier.methods.tuners._peft.layer import ADAPTER, INITIAL, SIDEWAYS, DeltaLayer, sideways
+from luthier.methods.tuners._peft.module import hand_over
 from luthier.methods.tuners._peft.targets import (
     ModuleNames,
     as_list,
@@ -305,6 +306,11 @@ class PeftTunedModel(TunedModel):
                 if isinstance(module, BaseTunerLayer) and layer.merged:
                     layer.unmerge()
                     layer.merged_adapters.clear()  # OSF leaves it to others to restore weights
+
+    # --- loops that are not luthier's
+
+    def module(self) -> nn.Module:
+        return hand_over(self, self.peft)
 
     # --- files
 

@@ -42,6 +42,11 @@ class SoftPrompt(TunedModel):
         finally:
             self.virtual = virtual
 
+    def module(self):
+        from luthier.methods.tuners._peft import prompt_config, prompt_module
+
+        return prompt_module(self, prompt_config(self.prompt, self.model))
+
     def save(self, folder):
         from luthier.methods.tuners._peft import write_prompt
 

@@ -84,6 +84,9 @@ class ControlPrompts(SoftPrompt):
         if self.network is not None:
             self.others += self.network.components
 
+    def why_not_elsewhere(self):
+        return "its vectors follow the column quality_bin of each row"
+
     def each(self) -> Tensor:
         """[buckets, n, width]"""
         return self.prompt.view(-1, self.settings.num_virtual_tokens, self.prompt.shape[1])

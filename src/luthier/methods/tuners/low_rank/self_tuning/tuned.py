@@ -40,6 +40,9 @@ class SelfTuningModel(PeftTunedModel):
             ParamGroup("hyper", {"moved": self.hyper, "log_sigma": self.log_sigma}, None),
         ]
 
+    def why_not_elsewhere(self):
+        return "its hyperparameters are moved by estimator self_tuning"
+
     # --- noise, a row at a time
 
     @contextmanager

@@ -61,6 +61,9 @@ class CodeTunedModel(TunedModel):
             }
         self.start = {k: t.detach().clone() for k, t in self._read().items()}
 
+    def why_not_elsewhere(self):
+        return "other loops save no codes"
+
     def _hear(self, name: str):
         def hear(grad: Tensor) -> None:
             self.weight_grads[name] = (

@@ -152,6 +152,9 @@ class LotteryTicketModel(PeftTunedModel):
             return {"values": self.settings.sparse_l1 / self.parameters_of_all * sign}
         return {}
 
+    def why_not_elsewhere(self):
+        return "it trains whole weights first and chosen entries afterwards, each on a schedule of its own"
+
     # --- what moves
 
     def all_param_groups(self):
