@@ -57,8 +57,7 @@ def test_places_that_spiel_exchanges_begin_anew_in_the_optimizer():
     def watch(clock):
         nonlocal resets
         begin(clock)
-        for name, mask in tuned.resets.items():
-            resets += int(mask.sum())
+        resets += sum(int(mask.sum()) for mask in tuned.resets.values())
 
     tuned.begin_step = watch
     for _ in plain_loop(model, 6):
