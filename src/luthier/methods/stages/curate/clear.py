@@ -59,6 +59,8 @@ class Clear(Stage):
 
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)
+        if not rows:
+            return []
         sampled = self.write(roles.policy, rows, roles, self.samples, self.temperature)
         answers = [text_of(roles, row["completions"][0]) for row in rows]
         confidences = self.confidences(roles, rows, answers, sampled)

@@ -59,6 +59,8 @@ class RTuning(Stage):
 
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)
+        if not rows:
+            return []
         certain = self.entropies(rows, roles) if self.unsupervised else self.right(rows, roles)
         out = []
         for row, sure in zip(rows, certain, strict=True):
