@@ -26,7 +26,6 @@ from luthier.compat.transformers import add_entry
 from luthier.kernels import flash
 from luthier.kernels._switch import differentiated_otherwise
 from luthier.kernels.attention_plan import Group, Plan
-from luthier.kernels.decode_attention import attend_one_token
 from luthier.kernels.elementwise import dropout as random_dropout
 from luthier.kernels.elementwise import dropout_mask
 
@@ -294,7 +293,7 @@ def attention(
     scale = options.get("scaling")
     decoding = getattr(attention_mask, "decoding", None)
     if decoding is not None:
-        out = attend_one_token(query, key, value, decoding, scale, prefix)
+        out = decoding.attend(query, key, value, scale, prefix)
         return out.transpose(1, 2), None
     how = getattr(attention_mask, "plan", None)
     if how is None:

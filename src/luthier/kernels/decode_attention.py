@@ -4,7 +4,8 @@ their samples.
 The fused kernel of CPUs takes five times as long for a single query as two batched matrix products in fp32,
 over keys and values that the cache keeps in fp32. And what n samples of a prompt have in common is stored
 once: their queries meet the prompt's keys together, as one matrix, and each meets the keys of its own tokens
-alone. Both parts end in one softmax.
+alone. Both parts end in one softmax. Sequences that join and leave a batch at any token share nothing
+(`RowDecoding`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,17 @@ class Decoding:
         prompts, own = (sequence // self.n).unique(return_inverse=True)
         return Decoding(own * self.n + sequence % self.n, self.n, self.prompt_mask[prompts]), prompts
 
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """As `attend_one_token`."""
+        return attend_one_token(query, key, value, self, scale, prefix)
+
     def by_prompt(self, x: Tensor) -> Tensor:
         """[B, H, g, d] by sequence -> [P, H, n g, d] by prompt; samples that ended are zero."""
         b, h, g, d = x.shape
@@ -46,6 +58,39 @@ class Decoding:
         p, h, ng, d = x.shape
         samples = x.view(p, h, self.n, ng // self.n, d).transpose(1, 2)
         return samples.reshape(p * self.n, h, -1, d)[self.sequence]
+
+
+@dataclass(frozen=True)
+class RowDecoding:
+    """Sequences of unlike length that are being decoded, each in a row of its own."""
+
+    bias: Tensor  # [B, 1, 1, W] 0 where a row has a token, else minus infinity
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """[B, H, 1, D] of one query each [B, H, 1, D]. key, value: [B, H / g, W, D] in fp32, finite
+        everywhere. prefix: keys and values [H / g, m, D] that every query meets besides.
+        """
+        b, h, _, d = query.shape
+        factor = d**-0.5
+        if scale is not None:
+            factor = scale
+        q = query.reshape(b, key.shape[1], -1, d).float() * factor
+        scores = [(q @ key.transpose(2, 3)).add_(self.bias)]
+        if prefix is not None:
+            scores.append(q @ prefix[0].float().transpose(1, 2))
+        p = torch.cat(scores, -1).softmax(-1)
+        own, *of_prefix = p.split([x.shape[-1] for x in scores], -1)
+        out = own @ value
+        if prefix is not None:
+            out = out + of_prefix[0] @ prefix[1].float()
+        return out.view(b, h, 1, -1).to(query.dtype)
 
 
 def attend_one_token(

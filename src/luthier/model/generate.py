@@ -154,9 +154,8 @@ class Picker:
         self.buffers: Tensor | None = None  # [2, B, V] in fp32, for whatever is computed of logits
         if temperature:
             uniforms = []
-            for (seed, sample), first in zip(names, firsts or [0] * len(names), strict=True):
-                rng = Clock(seed).rng("sample", sample)
-                uniforms.append(torch.rand(first + length, generator=rng)[first:])
+            for (seed, number), first in zip(names, firsts or [0] * len(names), strict=True):
+                uniforms.append(uniforms_of(seed, number, first + length)[first:])
             self.uniforms = torch.stack(uniforms)
 
     def __call__(self, logits: Tensor, which: list[int], step: int) -> Tensor:
@@ -167,21 +166,37 @@ class Picker:
         # the sums.
         if self.buffers is None or self.buffers.shape[1] < len(logits):
             self.buffers = torch.empty(2, *logits.shape, device=logits.device)
-        one, other = self.buffers[0, : len(logits)], self.buffers[1, : len(logits)]
-        p, ids = torch.softmax(one.copy_(logits).div_(self.temperature), -1, out=other), None
-        few = 0 < self.top_k < p.shape[-1]
-        if self.top_p < 1 or few:
-            p, ids = p.topk(self.top_k) if few else p.sort(-1, descending=True)
-            p = p / p.sum(-1, keepdim=True)
-            # the nucleus: least likely tokens whose better ones already reach top_p go
-            p[p.cumsum(-1) - p >= self.top_p] = 0
-        total = torch.cumsum(p, -1, out=one) if ids is None else p.cumsum(-1)
-        most = total[:, -1]
-        u = self.uniforms[which, step].to(p.device) * most
-        # rounding must not lead past the last token
-        u = torch.minimum(u, torch.nextafter(most, most.new_zeros(())))
-        place = torch.searchsorted(total, u[:, None], right=True)
-        return (place if ids is None else ids.gather(1, place)).squeeze(1)
+        return sample(
+            logits, self.uniforms[which, step], self.temperature, self.top_p, self.top_k, self.buffers
+        )
+
+
+def sample(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int, buffers: Tensor
+) -> Tensor:
+    """[B, V] logits -> [B] token ids, by the inverse CDF at uniforms [B]. buffers: [2, B or more, V] in fp32,
+    overwritten.
+    """
+    one, other = buffers[0, : len(logits)], buffers[1, : len(logits)]
+    p, ids = torch.softmax(one.copy_(logits).div_(temperature), -1, out=other), None
+    few = 0 < top_k < p.shape[-1]
+    if top_p < 1 or few:
+        p, ids = p.topk(top_k) if few else p.sort(-1, descending=True)
+        p = p / p.sum(-1, keepdim=True)
+        # the nucleus: least likely tokens whose better ones already reach top_p go
+        p[p.cumsum(-1) - p >= top_p] = 0
+    total = torch.cumsum(p, -1, out=one) if ids is None else p.cumsum(-1)
+    most = total[:, -1]
+    u = uniforms.to(p.device) * most
+    # rounding must not lead past the last token
+    u = torch.minimum(u, torch.nextafter(most, most.new_zeros(())))
+    place = torch.searchsorted(total, u[:, None], right=True)
+    return (place if ids is None else ids.gather(1, place)).squeeze(1)
+
+
+def uniforms_of(seed: int, sample: int, length: int) -> Tensor:
+    """[length] what decides each token of a sample, whatever else is in the batch."""
+    return torch.rand(length, generator=Clock(seed).rng("sample", sample))
 
 
 # ---------------------------------------------------------------------------------------------- writers
@@ -212,28 +227,38 @@ class Writer:
         raise NotImplementedError
 
 
+def left_padded(
+    model: Network, attached: Any, prompts: Sequence[Sequence[int]]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(what the network is handed of prompts padded on the left, their mask [R, W]); the tuner's soft vectors
+    stand in front of each prompt, after its padding.
+    """
+    embeddings = model.get_input_embeddings()
+    width = max(map(len, prompts))
+    padded, marks = [], []
+    for prompt in prompts:
+        padding = [0] * (width - len(prompt))
+        padded.append(padding + list(prompt))
+        marks.append(padding + [1] * len(prompt))
+    ids = torch.tensor(padded, device=embeddings.weight.device)
+    mask = torch.tensor(marks, device=ids.device)
+    if not attached.virtual:
+        return {"input_ids": ids}, mask
+    embed = embeddings(ids)
+    soft = attached.soft().to(embed.dtype)
+    embeds = []
+    for e, prompt in zip(embed, prompts, strict=True):
+        start = width - len(prompt)
+        embeds.append(torch.cat([e[:start], soft, e[start:]]))
+    mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
+    return {"inputs_embeds": torch.stack(embeds)}, mask
+
+
 class Cached(Writer):
     """A decoder with a KV cache; prompts padded on the left."""
 
     def begin(self, prompts, n):
-        width = max(map(len, prompts))
-        padded, marks = [], []
-        for prompt in prompts:
-            padding = [0] * (width - len(prompt))
-            padded.append(padding + prompt)
-            marks.append(padding + [1] * len(prompt))
-        ids = torch.tensor(padded, device=self.device)
-        mask = torch.tensor(marks, device=self.device)
-        inputs: dict[str, Tensor] = {"input_ids": ids}
-        if self.attached.virtual:  # soft vectors in front of each prompt, after its padding
-            embed = self.model.get_input_embeddings()(ids)
-            soft = self.attached.soft().to(embed.dtype)
-            embeds = []
-            for e, prompt in zip(embed, prompts, strict=True):
-                start = width - len(prompt)
-                embeds.append(torch.cat([e[:start], soft, e[start:]]))
-            inputs = {"inputs_embeds": torch.stack(embeds)}
-            mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
+        inputs, mask = left_padded(self.model, self.attached, prompts)
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
         where = self.where()
@@ -278,15 +303,24 @@ class Cached(Writer):
 
     @cached_property
     def bare(self) -> bool:
-        """Does the network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike?"""
-        config = self.model.config.get_text_config()
-        if config._attn_implementation not in ("sdpa", NAME) or not self.takes_positions:
-            return False
-        # what makes more of a mask [B, W]
-        if getattr(config, "alibi", False) or getattr(config, "sliding_window", None):
-            return False
-        kinds = {*(getattr(config, "layer_types", None) or ())}
-        return kinds <= {"full_attention"}
+        """Is a whole mask handed on as it is?"""
+        return takes_whole_masks(self.model)
+
+
+def takes_whole_masks(model: Network) -> bool:
+    """Does a network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike, and take
+    positions?
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", NAME):
+        return False
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    # what makes more of a mask [B, W]
+    if getattr(config, "alibi", False) or getattr(config, "sliding_window", None):
+        return False
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    return kinds <= {"full_attention"}
 
 
 class Sharing(Cached):

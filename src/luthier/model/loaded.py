@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
+Base = tuple[Any, Any]  # a network without a tuner, and its tokenizer
+
+
 @dataclass
 class Loaded:
     """A model that is ready to generate, and how it was tuned."""
@@ -167,11 +170,13 @@ class NoTuner:
         return Untuned(model)
 
 
-def load(name: str | Path, **settings: Any) -> Loaded:
+def load(name: str | Path, *, base: Base | None = None, **settings: Any) -> Loaded:
     """Load a model, ready to generate.
 
     Args:
         name: a run's folder, an exported adapter, a model's folder, a hub name, or toy:NAME.
+        base: of a run or a plain model, the network without a tuner and its tokenizer, where they are there
+            already. The tuner is attached to this network.
         settings: keys of a recipe that should differ from how it was tuned, e.g. dtype="float32" or
             max_length=512.
 
@@ -179,25 +184,25 @@ def load(name: str | Path, **settings: Any) -> Loaded:
         RecipeError: there is no such model, or it cannot be read.
     """
     with compat.loading(), quiet(), caller.restored():
-        loaded = _load(name, settings)
+        loaded = _load(name, settings, base)
         compat.hold(loaded.model)
     return loaded
 
 
-def _load(name: str | Path, settings: Mapping[str, Any]) -> Loaded:
+def _load(name: str | Path, settings: Mapping[str, Any], base: Base | None = None) -> Loaded:
     """As `load`."""
     folder = Path(name).expanduser()
     if (folder / "recipe.yaml").is_file():
-        return load_run(folder, settings)
+        return load_run(folder, settings, base)
     if (folder / REPORT).is_file():  # a plan: its last run
         return _load(files.read_object(folder / REPORT, folder=str)["folder"], settings)
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder, settings)
-    recipe, roles = load_plain(str(name), settings)
+    recipe, roles = load_plain(str(name), settings, base=base)
     return Loaded(str(name), roles, recipe, turns=roles.renderer.note is None)
 
 
-def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
+def load_run(folder: Path, settings: Mapping[str, Any], base: Base | None = None) -> Loaded:
     """What a run tuned, from its folder."""
     recipe = Recipe.load(folder / "recipe.yaml", settings)
     if recipe.plan is not None:
@@ -206,7 +211,7 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     state = read_state(folder)
     if "model" not in settings:
         base_mark.check(recipe.model, state.get("base"), folder)
-    roles = assemble(recipe, build_methods(recipe), saved_network(folder), folder)
+    roles = assemble(recipe, build_methods(recipe), saved_network(folder), folder, loaded=base)
     roles.tuner.load(tensors_of(folder, roles.tuner))
     roles.policy.eval()
     notes, turns, ends = [], roles.renderer.note is None, ""
@@ -223,12 +228,14 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     return Loaded(str(folder), roles, recipe, turns, notes, ends, saved_rendering(folder).get("system", ""))
 
 
-def load_plain(model: str, settings: Mapping[str, Any], folder: Path | None = None) -> tuple[Recipe, Roles]:
+def load_plain(
+    model: str, settings: Mapping[str, Any], folder: Path | None = None, base: Base | None = None
+) -> tuple[Recipe, Roles]:
     """A model as it is. folder: where the codes of a quantized base may lie."""
     recipe = Recipe.load({**settings, "model": model})
     quantizer = recipe.methods()["quantization"]
     methods = Methods(detect(model), NoTuner(), None, None, (), {}, [], [], [], quantizer)
-    roles = assemble(recipe, methods, folder=folder)
+    roles = assemble(recipe, methods, folder=folder, loaded=base)
     roles.policy.eval()
     return recipe, roles
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from luthier.clock import Clock
     from luthier.methods.tuners._base import TunedModel
     from luthier.model.batch import Batch
+    from luthier.model.generate import Writer
     from luthier.model.network import Network
     from luthier.model.outputs import Outputs
     from luthier.text.encode import Encoded, EncodedAll, Renderer
@@ -122,8 +123,12 @@ class Architecture:
         """The batch as it is asked at this step: networks that fill gaps hide tokens here."""
         return batch
 
+    def writer(self, model: Network, attached: TunedModel) -> tuple[Writer, int | None]:
+        """(what writes with this network, how many tokens it has positions for, None: any number)."""
+        raise NotImplementedError(f"architecture '{type(self).__name__}' cannot generate text")
+
     def generate(
         self, model: Network, attached: TunedModel, prompts: list[list[int]], **how: Any
     ) -> list[list[list[int]]]:
-        """Completions of each prompt (see architectures/_generate.py)."""
+        """Completions of each prompt (see model/generate.py)."""
         raise NotImplementedError(f"architecture '{type(self).__name__}' cannot generate text")

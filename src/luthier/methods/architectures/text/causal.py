@@ -34,7 +34,7 @@ from luthier.methods.architectures._base import (
 )
 from luthier.model.anatomy import last_mlp
 from luthier.model.batch import Batch
-from luthier.model.generate import decoder_writer, generate
+from luthier.model.generate import Writer, decoder_writer, generate
 from luthier.model.language_model import (
     LanguageModel,
     as_mask,
@@ -298,9 +298,12 @@ class Causal(LanguageModel):
 
     # ------------------------------------------------------------------------------------------ writing
 
+    def writer(self, model: Network, attached) -> tuple[Writer, int | None]:
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return decoder_writer(model, attached, self.prefix), most and most - attached.virtual
+
     def generate(
         self, model: Network, attached, prompts: list[list[int]], **how: Any
     ) -> list[list[list[int]]]:
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limit = most and most - attached.virtual
-        return generate(decoder_writer(model, attached, self.prefix), prompts, limit=limit, **how)
+        writer, limit = self.writer(model, attached)
+        return generate(writer, prompts, limit=limit, **how)

@@ -19,7 +19,7 @@ from luthier.methods.architectures._base import (
     TOPK,
 )
 from luthier.model.batch import Batch, pad
-from luthier.model.generate import EncoderDecoder, generate
+from luthier.model.generate import EncoderDecoder, Writer, generate
 from luthier.model.language_model import LanguageModel, path, picked, soft_first
 from luthier.model.outputs import Outputs
 from luthier.registry import architecture
@@ -89,11 +89,15 @@ class Seq2Seq(LanguageModel):
         logits = model(**inputs, decoder_input_ids=begun[None], use_cache=False).logits[0]
         return picked(logits[(places[:, None] == own).nonzero()[:, 0]], batch.labels[own])
 
+    def writer(self, model: Network, attached) -> tuple[Writer, int | None]:
+        writer = EncoderDecoder(model, attached, lambda ids: encode(model, attached, ids), first_token(model))
+        return writer, getattr(model.config, "max_position_embeddings", None)
+
     def generate(
         self, model: Network, attached, prompts: list[list[int]], **how: Any
     ) -> list[list[list[int]]]:
-        writer = EncoderDecoder(model, attached, lambda ids: encode(model, attached, ids), first_token(model))
-        return generate(writer, prompts, limit=getattr(model.config, "max_position_embeddings", None), **how)
+        writer, limit = self.writer(model, attached)
+        return generate(writer, prompts, limit=limit, **how)
 
 
 def encode(

@@ -386,6 +386,11 @@ class QuickLinear(Linear):
             )
         super().merge(safe_merge, adapter_names)
 
+    def updates(self) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """A [r, in], B [out, r] and scale of what each active adapter adds."""
+        live = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+        return [(*self._factors(adapter), self.scaling[adapter]) for adapter in live]
+
     def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         A = cast("Matrix", self.lora_A[adapter])
         B = cast("Matrix", self.lora_B[adapter])
