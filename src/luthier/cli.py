@@ -630,6 +630,52 @@ def push(
     typer.echo(push(folder, words[1], settings, public=public, base_model=base_model, message=message))
 
 
+@app.command()
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders of runs, exported adapters, model folders, Hub names or toy:NAME; NAME=RUN sets the"
+            " name that requests use.",
+        ),
+    ],
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port (default: 8000, or a free one).")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: as they were tuned).")
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Answers that are written at once.")] = 64,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Prompts that wait for a place; more are refused (429).")
+    ] = 128,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of an answer whose request does not say how many.")
+    ] = 1024,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that answers may go on for after SIGTERM or Ctrl-C.")
+    ] = 30.0,
+) -> None:
+    """Serve runs by OpenAI's API: chat completions, completions, streaming; many requests in one batch, LoRA
+    runs with the same base side by side.
+    """
+    from luthier.serve.server.run import serve
+
+    serve(
+        models,
+        host=host,
+        port=port,
+        dtype=dtype,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        max_tokens=max_tokens,
+        grace=grace,
+        tell=typer.echo,
+    )
+
+
 @app.command("import")
 def import_configuration(
     file: Annotated[

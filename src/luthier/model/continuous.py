@@ -11,21 +11,23 @@ itself (`SeparateSequences`): the same answers, and no faster for many.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from luthier.errors import out_of_memory
-from luthier.kernels.attention import takes_plans
+from luthier.kernels.attention import NAME, takes_plans
 from luthier.kernels.decode_attention import RowDecoding
 from luthier.kernels.tolerance import logprob_tolerance
-from luthier.model.generate import CANNOT, Cached, Rereading, Writer, left_padded, takes_whole_masks
+from luthier.model.generate import CANNOT, Cached, Rereading, Writer, left_padded
 
 if TYPE_CHECKING:
     from luthier.methods.architectures._base import Architecture
@@ -123,13 +125,14 @@ class SideBySide(SequenceBatch):
         # luthier's attention for single queries wants keys and values in fp32
         self.own_attention = self.device.type == "cpu" and takes_plans(model)
         self.prefixes = PrefixCache(prefix_bytes)
+        self.reach = reach_of(model)
         self.clear()
 
     def clear(self):
         self.adapters = []
         self.tokens: list[list[int]] = []  # of each row, whose keys and values it holds
         self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)  # filled columns of each row
-        self.layers: list[RowLayer] = []
+        self.layers: list[Any] = []  # a `row_layer` each
         self.cache: Any = None
 
     # --- reading
@@ -185,7 +188,7 @@ class SideBySide(SequenceBatch):
         if len(readings) == 1 and (readings[0].done or len(readings[0].tokens) > CHUNK):
             return self.read_on(readings[0])
         inputs, mask = left_padded(self.model, self.attached, [reading.tokens for reading in readings])
-        output = self.forward(readings, inputs, mask, None)
+        output = self.forward(readings, inputs, mask, dynamic_cache([]))
         states = kv_states(output.past_key_values)
         for i, reading in enumerate(readings):
             start = mask.shape[1] - self.attached.virtual - len(reading.tokens)
@@ -196,9 +199,8 @@ class SideBySide(SequenceBatch):
     def read_on(self, reading: Reading) -> Tensor:
         """The next tokens of a prompt, after those that were read: [1, V]."""
         chunk = list(reading.tokens[reading.done : reading.done + CHUNK])
-        cache = None
+        cache = dynamic_cache(reading.layers)
         if reading.done:
-            cache = dynamic_cache(self.model, reading.layers)
             inputs = {"input_ids": torch.tensor([chunk], device=self.device)}
         else:
             inputs, _ = left_padded(self.model, self.attached, [chunk])
@@ -209,7 +211,9 @@ class SideBySide(SequenceBatch):
         reading.layers = [(k[0], v[0]) for k, v in kv_states(output.past_key_values)]
         return output.logits[:, -1]
 
-    def forward(self, readings: Sequence[Reading], inputs: dict[str, Tensor], mask: Tensor, cache: Any) -> Any:
+    def forward(
+        self, readings: Sequence[Reading], inputs: dict[str, Tensor], mask: Tensor, cache: Any
+    ) -> Any:
         """The network's output for prompts, padded on the left, after what is in the cache."""
         size = next(iter(inputs.values())).shape[1]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -size:]
@@ -234,8 +238,8 @@ class SideBySide(SequenceBatch):
     def join(self, reading):
         row, columns = len(self), self.attached.virtual + len(reading.tokens)
         if not self.layers:
-            self.layers = [RowLayer(k, v, self.own_attention) for k, v in reading.layers]
-            self.cache = dynamic_cache(self.model, [])
+            self.layers = [row_layer()(k, v, self.own_attention) for k, v in reading.layers]
+            self.cache = dynamic_cache([])
             self.cache.layers = self.layers
             self.token_bytes = sum(layer.token_bytes for layer in self.layers)
         for layer, (keys, values) in zip(self.layers, reading.layers, strict=True):
@@ -273,18 +277,13 @@ class SideBySide(SequenceBatch):
 
     def next(self, tokens):
         width = int(self.lengths.max()) + 1
-        columns = torch.arange(width, device=self.device)
-        mask = (columns <= self.lengths[:, None])[:, None, None]
-        if self.own_attention:
-            bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-            mask.decoding = RowDecoding(bias)  # type: ignore[attr-defined]  # kernels/attention.py finds it
         for layer in self.layers:
             layer.aim(self.lengths, width)
         ids = torch.tensor(tokens, device=self.device)
         with self.adapted(self.adapters):
             output = self.model(
                 input_ids=ids[:, None],
-                attention_mask=mask,
+                attention_mask=self.masks(width),
                 position_ids=self.lengths[:, None],
                 past_key_values=self.cache,
                 use_cache=True,
@@ -295,65 +294,109 @@ class SideBySide(SequenceBatch):
         return output.logits[:, -1]
 
 
-class RowLayer:
-    """Keys and values of one layer, in rows [B or more, K, W or more, d] that are finite everywhere; to
-    transformers a layer of its cache.
+    def masks(self, width: int) -> Any:
+        """What a new token of each row sees: [B, 1, 1, width], or one of them for each kind of layer."""
+        columns = torch.arange(width, device=self.device)
+        last = self.lengths[:, None]
+        masks = {}
+        for kind, (window, chunk) in self.reach.items():
+            mask = columns <= last
+            if window is not None:
+                mask &= columns > last - window
+            if chunk is not None:
+                mask &= columns >= last - last % chunk
+            mask = mask[:, None, None]
+            if self.own_attention:
+                bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+                mask.decoding = RowDecoding(bias)  # type: ignore[attr-defined]  # kernels/attention.py finds it
+            masks[kind] = mask
+        return masks.get(None, masks)
+
+
+@lru_cache(maxsize=1)
+def row_layer() -> type:
+    """A layer of transformers' cache."""
+    from transformers.cache_utils import DynamicLayer
+
+    class RowLayer(DynamicLayer):
+        """Keys and values of one layer, in rows [B or more, K, W or more, d] that are finite everywhere."""
+
+        def __init__(self, keys: Tensor, values: Tensor, own_attention: bool):
+            """keys, values: [K, W, d] of one sequence, for their shape."""
+            super().__init__()
+            self.is_initialized = True
+            dtype = torch.float32 if own_attention else keys.dtype
+            self.keys = keys.new_zeros(0, len(keys), 0, keys.shape[-1], dtype=dtype)
+            self.values = values.new_zeros(0, len(values), 0, values.shape[-1], dtype=dtype)
+
+        @property
+        def token_bytes(self) -> int:
+            """Bytes of a column of a row."""
+            sizes = [x.shape[1] * x.shape[3] * x.element_size() for x in (self.keys, self.values)]
+            return sum(sizes)
+
+        def reserve(self, rows: int, columns: int) -> None:
+            """Room for so many rows and columns, and some more."""
+            have_rows, heads, have_columns, _ = self.keys.shape
+            if rows <= have_rows and columns <= have_columns:
+                return
+            rows = have_rows if rows <= have_rows else rows + rows // 2
+            columns = have_columns if columns <= have_columns else -(-columns // COLUMNS) * COLUMNS
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = old.new_zeros(rows, heads, columns, old.shape[-1])
+                new[:have_rows, :, :have_columns] = old
+                setattr(self, name, new)
+
+        def aim(self, lengths: Tensor, width: int) -> None:
+            """Where the next tokens go, one a row; `width` columns are read then."""
+            self.lengths, self.width = lengths, width
+            self.reserve(len(lengths), width)
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            """Keys and values [B, K, 1, d] of new tokens -> those of all, [B, K, W, d]."""
+            b = len(key_states)
+            rows = torch.arange(b, device=key_states.device)
+            self.keys[rows, :, self.lengths] = key_states[:, :, 0].to(self.keys.dtype)
+            self.values[rows, :, self.lengths] = value_states[:, :, 0].to(self.values.dtype)
+            return self.keys[:b, :, : self.width], self.values[:b, :, : self.width]
+
+        def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+            """Columns before the new tokens."""
+            return self.width - 1
+
+        def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+            """(columns that are read, the first of them)"""
+            return self.width, 0
+
+    return RowLayer
+
+
+def reach_of(model: Network) -> dict[str | None, tuple[int | None, int | None]]:
+    """Kind of layer -> (window, chunk) within which it sees; None is the kind of all layers where they have
+    no kinds. Raises NotImplementedError where a mask does not say what a layer sees, or is not taken.
     """
-
-    is_compileable = is_sliding = False
-    is_initialized = True
-
-    def __init__(self, keys: Tensor, values: Tensor, own_attention: bool):
-        """keys, values: [K, W, d] of one sequence, for their shape."""
-        dtype = torch.float32 if own_attention else keys.dtype
-        self.keys = keys.new_zeros(0, len(keys), 0, keys.shape[-1], dtype=dtype)
-        self.values = values.new_zeros(0, len(values), 0, values.shape[-1], dtype=dtype)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a column of a row."""
-        sizes = [x.shape[1] * x.shape[3] * x.element_size() for x in (self.keys, self.values)]
-        return sum(sizes)
-
-    def reserve(self, rows: int, columns: int) -> None:
-        """Room for so many rows and columns, and some more."""
-        have_rows, heads, have_columns, _ = self.keys.shape
-        if rows <= have_rows and columns <= have_columns:
-            return
-        rows = have_rows if rows <= have_rows else rows + rows // 2
-        columns = have_columns if columns <= have_columns else -(-columns // COLUMNS) * COLUMNS
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(rows, heads, columns, old.shape[-1])
-            new[:have_rows, :, :have_columns] = old
-            setattr(self, name, new)
-
-    def aim(self, lengths: Tensor, width: int) -> None:
-        """Where the next tokens go, one a row; `width` columns are read then."""
-        self.lengths, self.width = lengths, width
-        self.reserve(len(lengths), width)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, K, 1, d] of new tokens -> those of all, [B, K, W, d]."""
-        b = len(key_states)
-        rows = torch.arange(b, device=key_states.device)
-        self.keys[rows, :, self.lengths] = key_states[:, :, 0].to(self.keys.dtype)
-        self.values[rows, :, self.lengths] = value_states[:, :, 0].to(self.values.dtype)
-        return self.keys[:b, :, : self.width], self.values[:b, :, : self.width]
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        """Columns before the new tokens."""
-        return self.width - 1
-
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """(columns that are read, the first of them)"""
-        return self.width, 0
-
-    def get_max_cache_shape(self) -> int:
-        """No end."""
-        return -1
+    config = model.config.get_text_config()
+    window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    reach = {
+        "full_attention": (None, None),
+        "sliding_attention": (window, None),
+        "chunked_attention": (None, chunk),
+    }
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    if config._attn_implementation not in ("sdpa", NAME) or getattr(config, "alibi", False):
+        raise NotImplementedError("its attention takes no whole masks")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise NotImplementedError("it takes no positions")
+    if not kinds <= reach.keys():
+        raise NotImplementedError("it has layers with another state than keys and values")
+    if kinds == {"full_attention"}:
+        return {None: (None, None)}
+    if not kinds:
+        return {None: (window, None)}
+    return {kind: reach[kind] for kind in sorted(kinds)}
 
 
 def kv_states(cache: Any) -> list[LayerState]:
@@ -368,7 +411,7 @@ def kv_states(cache: Any) -> list[LayerState]:
     return states
 
 
-def dynamic_cache(model: Network, states: Sequence[LayerState]) -> Any:
+def dynamic_cache(states: Sequence[LayerState]) -> Any:
     """A cache of transformers that holds one sequence's keys and values."""
     from transformers import DynamicCache
 
@@ -503,21 +546,19 @@ def sequence_batch(
     """
     writer, _ = architecture.writer(model, attached)
     separate = SeparateSequences(architecture, model, attached)
-    if not isinstance(writer, Cached) or writer.prefix or not takes_whole_masks(model):
+    if not isinstance(writer, Cached) or writer.prefix:
         return separate
-    batch = SideBySide(model, attached, adapters, prefix_bytes)
-    reason = ""
     try:
+        batch = SideBySide(model, attached, adapters, prefix_bytes)
         gap = _trial(batch)
-        if gap > logprob_tolerance(model):
-            reason = f"log-probabilities differ by {gap:.1e} on average"
+        if gap <= logprob_tolerance(model):
+            return batch
+        reason = f"log-probabilities differ by {gap:.1e} on average"
     except CANNOT as error:
         if out_of_memory(error):
             raise
         first_line, _, _ = str(error).partition("\n")
         reason = f"{type(error).__name__}: {first_line[:100]}"
-    if not reason:
-        return batch
     name = type(model).__name__
     warnings.warn(
         f"{name} cannot write several sequences in one pass ({reason}); each is written alone", stacklevel=2

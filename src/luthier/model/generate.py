@@ -194,9 +194,9 @@ def sample(
     return (place if ids is None else ids.gather(1, place)).squeeze(1)
 
 
-def uniforms_of(seed: int, sample: int, length: int) -> Tensor:
+def uniforms_of(seed: int, number: int, length: int) -> Tensor:
     """[length] what decides each token of a sample, whatever else is in the batch."""
-    return torch.rand(length, generator=Clock(seed).rng("sample", sample))
+    return torch.rand(length, generator=Clock(seed).rng("sample", number))
 
 
 # ---------------------------------------------------------------------------------------------- writers
@@ -303,24 +303,15 @@ class Cached(Writer):
 
     @cached_property
     def bare(self) -> bool:
-        """Is a whole mask handed on as it is?"""
-        return takes_whole_masks(self.model)
-
-
-def takes_whole_masks(model: Network) -> bool:
-    """Does a network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike, and take
-    positions?
-    """
-    config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", NAME):
-        return False
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return False
-    # what makes more of a mask [B, W]
-    if getattr(config, "alibi", False) or getattr(config, "sliding_window", None):
-        return False
-    kinds = {*(getattr(config, "layer_types", None) or ())}
-    return kinds <= {"full_attention"}
+        """Does the network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike?"""
+        config = self.model.config.get_text_config()
+        if config._attn_implementation not in ("sdpa", NAME) or not self.takes_positions:
+            return False
+        # what makes more of a mask [B, W]
+        if getattr(config, "alibi", False) or getattr(config, "sliding_window", None):
+            return False
+        kinds = {*(getattr(config, "layer_types", None) or ())}
+        return kinds <= {"full_attention"}
 
 
 class Sharing(Cached):

@@ -28,6 +28,7 @@ class RowAdapters:
         self.factors: list[dict[str, Factors]] = [factors_of(each) for each in tuned]
         # adapter -> which rows are its own; None: all of them
         self.rows: dict[int, Tensor | None] = {}
+        self.device = model.get_input_embeddings().weight.device
         names: dict[str, None] = {}  # in order
         for factors in self.factors:
             names.update(dict.fromkeys(factors))
@@ -55,11 +56,13 @@ class RowAdapters:
     @contextmanager
     def on(self, adapters: Sequence[int | None]) -> Iterator[None]:
         """While the network reads rows [R, ...]: the adapter of each; None is the base alone."""
-        for adapter in set(adapters) - {None}:
+        for adapter in dict.fromkeys(adapters):
+            if adapter is None:
+                continue
             places = [row for row, own in enumerate(adapters) if own == adapter]
             rows = None
             if len(places) < len(adapters):
-                rows = torch.tensor(places)
+                rows = torch.tensor(places, device=self.device)
             self.rows[adapter] = rows
         try:
             yield

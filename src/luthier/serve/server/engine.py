@@ -59,7 +59,7 @@ class Job:
     served: Any  # ServedModel
     tokens: list[int]
     settings: Sampling
-    put: Callable[[Piece], None]  # called in the engine's thread
+    put: Callable[[Job, Piece], None]  # hears each piece
     n: int = 1
     seed: int = 0  # from which each sample draws
     special: bool = False  # special tokens are a part of the text
@@ -293,7 +293,7 @@ class Engine:
 
     def begin(self, group: Group, job: Job, reading: Reading, logits: Tensor) -> None:
         """The first token of each sample of a prompt that was read, and rows for those that go on."""
-        settings, renderer = job.settings, job.served.loaded.roles.renderer
+        settings, renderer = job.settings, job.served.texts
         samples = []
         for number in range(job.n):
             uniforms = None
@@ -387,4 +387,4 @@ class Engine:
 def put_all(pieces: Sequence[tuple[Job, Piece]]) -> None:
     """Each piece to its job."""
     for job, piece in pieces:
-        job.put(piece)
+        job.put(job, piece)

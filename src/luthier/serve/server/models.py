@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, is_continued, text_of_parts
@@ -24,8 +24,12 @@ from luthier.recipe.validate import build_methods
 from luthier.serve.server.engine import Group
 from luthier.storage.layout import saved_network
 from luthier.text.cache import EncodingCache
+from luthier.text.tool_calls import CallFormat, call_format
 from luthier.train import memory
 from luthier.train.batched_forward import share_weights
+
+if TYPE_CHECKING:
+    from luthier.text.encode import Renderer
 
 NAME = re.compile(r"([\w.:-]+)=(.+)")  # NAME=RUN
 MEMORY_SHARE = 0.4  # of what is free, for keys and values of all running batches
@@ -48,6 +52,25 @@ class ServedModel:
     def stop_ids(self) -> frozenset[int]:
         """Tokens at which an answer ends."""
         return frozenset(self.loaded.roles.renderer.stop_ids)
+
+    @cached_property
+    def texts(self) -> Renderer:
+        """What turns tokens into text, with a tokenizer of its own: tokenizers cannot read in one thread
+        while their settings change in another.
+        """
+        texts = copy.copy(self.loaded.roles.renderer)
+        texts.tokenizer = copy.deepcopy(texts.tokenizer)
+        return texts
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Tokens that the network knows."""
+        return self.group.model.get_input_embeddings().weight.shape[0]
+
+    @cached_property
+    def call_format(self) -> CallFormat | None:
+        """How its chat template writes tool calls."""
+        return call_format(self.loaded.roles.renderer.chat)
 
     def room(self, prompt: int) -> int | None:
         """Tokens that an answer to a prompt of this length has room for; None: no end."""
@@ -90,6 +113,10 @@ class ServedModel:
     def text_prompt(self, text: str) -> list[int]:
         """The token ids of a text that is continued as it is. Raises BadRow."""
         return self.loaded.roles.renderer.prompt({"id": "request", "prompt": text})
+
+    def prepare(self) -> None:
+        """Find out what requests will need, while there is only one thread."""
+        _ = self.stop_ids, self.loaded.roles.renderer.reply_opening, self.texts, self.call_format
 
     def seed(self, seed: int, position: int = 0) -> int:
         """What `Loaded.generate` draws from with this seed, for the prompt at this position of a list."""
@@ -146,6 +173,8 @@ def load_served(words: Sequence[str], dtype: str | None = None) -> Served:
         if shared.models:
             groups.append(shared.finish(models))
     share_memory(groups)
+    for model in models.values():
+        model.prepare()
     return Served(models, groups, notes)
 
 

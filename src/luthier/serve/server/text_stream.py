@@ -46,11 +46,11 @@ class TextStream:
         """Decode what is new, and hand out what no stop sequence can begin in."""
         if self.stopped:
             return ""
-        known = self.renderer.text(self.ids[self.start : self.written], special=self.special)
+        before = self.renderer.text(self.ids[self.start : self.written], special=self.special)
         text = self.renderer.text(self.ids[self.start :], special=self.special)
         whole = not text.endswith(BROKEN) or len(self.ids) - self.written >= LONGEST_CHARACTER
         if final or whole:
-            self.pending += text[len(known) :]
+            self.pending += text[len(before) :]
             self.start, self.written = self.written, len(self.ids)
         place = first_of(self.pending, self.stop)
         if place is not None:
