@@ -657,10 +657,21 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds that answers may go on for after SIGTERM or Ctrl-C.")
     ] = 30.0,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="luthier; or vllm or llama.cpp: export the runs, print the engine's command, and run it."
+        ),
+    ] = "luthier",
 ) -> None:
     """Serve runs by OpenAI's API: chat completions, completions, streaming; many requests in one batch, LoRA
     runs with the same base side by side.
     """
+    if engine != "luthier":
+        from luthier.serve.server.hand_over import hand_over
+
+        hand_over(engine, models, host, port, typer.echo)
+        return
     from luthier.serve.server.run import serve
 
     serve(

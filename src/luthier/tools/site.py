@@ -20,6 +20,7 @@ GUIDES = {
     "Several processes": "processes.md",
     "After tuning": "after_tuning.md",
     "Studio": "studio.md",
+    "Serving": "serve.md",
     "Python": "python.md",
     "Programs of prompts": "programs.md",
     "Troubleshooting": "troubleshooting.md",

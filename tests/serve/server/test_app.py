@@ -15,48 +15,46 @@ pytest.importorskip("uvicorn")
 
 import httpx
 import uvicorn
-from fastapi.testclient import TestClient
 
+from helpers.models import make_tokenizer
 from luthier.errors import RecipeError
 from luthier.serve.server import app as module
 from luthier.serve.server.app import Limits, application
 from luthier.serve.server.engine import Engine
 from luthier.serve.server.run import TOKEN, greeting, listening, server_token
+from luthier.serve.server.sampling import Sampler
+from luthier.text.encode import Renderer
+from luthier.text.tool_calls import call_format
 
 KEY = "a-token-for-tests"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "3+1="}], "temperature": 0}
 
 
-def application_of(served, max_running: int = 64, **limits):
-    engine = Engine(served.groups, max_running)
-    return application(served, engine, KEY, Limits(**limits)), engine
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    """Requests that go through the application, without a network."""
-    app, _ = application_of(served, max_tokens=16)
-    headers = {"Authorization": f"Bearer {KEY}"}
-    with TestClient(app, base_url="http://127.0.0.1:8000", headers=headers) as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
 def live(served):
     """(address, engine) of a server that listens."""
-    app, engine = application_of(served, max_tokens=16)
+    engine = Engine(served.groups)
+    app = application(served, engine, KEY, Limits(max_tokens=16))
     server_socket = listening("127.0.0.1", None)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [server_socket]})
-    address = f"http://127.0.0.1:{server_socket.getsockname()[1]}"
     thread.start()
     try:
-        yield address, engine
+        yield f"http://127.0.0.1:{server_socket.getsockname()[1]}", engine
     finally:
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(live):
+    """Requests to it that bring the token."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    limits = httpx.Limits(max_connections=64)
+    with httpx.Client(base_url=live[0], headers=headers, timeout=60, limits=limits) as client:
+        yield client
 
 
 def events(response) -> list:
@@ -137,39 +135,33 @@ def test_a_conversation_that_goes_on_is_not_read_again(client):
 def test_calls_come_back_as_calls(served, client, monkeypatch):
     model = served.models["low"]
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-    question = {**HELLO, "model": "low", "tools": tools}
-    refused = client.post(CHAT, json=question)
+    question = {**HELLO, "model": "low", "tools": tools, "max_tokens": 200}
+    refused = client.post(CHAT, json=question)  # the template knows no tools
     assert refused.status_code == 400 and "tools" in refused.json()["error"]["message"]
-    from luthier.text.encode import Renderer
-
-    plain = Renderer(model.texts.tokenizer.__deepcopy__({}), chat_template="plain")
+    plain = Renderer(make_tokenizer(), chat_template="plain")
     monkeypatch.setattr(model.loaded.roles, "renderer", plain)
-    monkeypatch.setitem(model.__dict__, "call_format", None)
-    del model.__dict__["call_format"]
-    call = ' Well. <tool_call>{"name": "add", "arguments": {"a": 3}}</tool_call>'
-    ids = model.text_prompt(call)
-    written = []
-    monkeypatch.setattr(module, "Job", lambda *args: written.append(args) or job_class(*args))
-    job_class = __import__("luthier.serve.server.engine", fromlist=["Job"]).Job
-    choose = Engine.__init__.__globals__["Sampler"].choose
+    monkeypatch.setitem(vars(model), "call_format", call_format(plain.chat))
+    ids = model.text_prompt(' Well. <tool_call>{"name": "add", "arguments": {"a": 3}}</tool_call>')
+    choose = Sampler.choose
 
     def scripted(self, logits, draws):
-        tokens, logprobs = choose(self, logits, draws)
-        at = draws[0].step - 1
-        return [ids[at] if at < len(ids) else plain.end], logprobs
+        place = draws[0].step
+        _, logprobs = choose(self, logits, draws)
+        return [[*ids, plain.end][place]], logprobs
 
-    monkeypatch.setattr(Engine.__init__.__globals__["Sampler"], "choose", scripted)
-    body = client.post(CHAT, json={**question, "max_tokens": 200}).json()
-    (choice,) = body["choices"]
+    monkeypatch.setattr(Sampler, "choose", scripted)
+    (choice,) = client.post(CHAT, json=question).json()["choices"]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == " Well."
-    (made,) = choice["message"]["tool_calls"]
-    assert made["type"] == "function" and made["function"] == {"name": "add", "arguments": '{"a": 3}'}
-    *parts, _ = events(client.post(CHAT, json={**question, "max_tokens": 200, "stream": True}))
+    (call,) = choice["message"]["tool_calls"]
+    assert call["type"] == "function" and call["function"] == {"name": "add", "arguments": '{"a": 3}'}
+    *parts, _ = events(client.post(CHAT, json={**question, "stream": True}))
     deltas = [part["choices"][0]["delta"] for part in parts]
     assert "".join(delta.get("content", "") for delta in deltas).strip() == "Well."
     (called,) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
-    assert called[0]["function"] == made["function"] and called[0]["index"] == 0
+    assert called[0]["function"] == call["function"] and called[0]["index"] == 0
     assert parts[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    none = client.post(CHAT, json={**question, "tool_choice": "none"}).json()["choices"][0]
+    assert none["message"].get("tool_calls") is None and "<tool_call>" in none["message"]["content"]
 
 
 REFUSED = [
@@ -198,8 +190,8 @@ def test_what_cannot_be_honoured_is_refused_in_openais_form(client, change, stat
     assert error["type"] == "invalid_request_error" and error["message"]
 
 
-def test_who_is_answered(client, monkeypatch):
-    stranger = TestClient(client.app, base_url="http://127.0.0.1:8000")
+def test_who_is_answered(live, client, monkeypatch):
+    stranger = httpx.Client(base_url=live[0])
     assert stranger.get("/health").json()["status"] == "ok"
     for headers in ({}, {"Authorization": "Bearer nothing"}, {"Authorization": f"Basic {KEY}"}):
         response = stranger.get("/v1/models", headers=headers)
@@ -219,25 +211,22 @@ def test_who_is_answered(client, monkeypatch):
     assert chunked.status_code == 413 and chunked.json()["error"]["message"]
 
 
-def test_a_full_server_says_when_to_try_again(served):
-    app, engine = application_of(served, max_running=1)
-    engine.max_waiting = 0
-    headers = {"Authorization": f"Bearer {KEY}"}
-    with TestClient(app, base_url="http://127.0.0.1:8000", headers=headers) as client:
-        prompts = {"model": "low", "prompt": ["a", "b"], "max_tokens": 2}
-        app.state  # noqa: B018
-        response = client.post(TEXT, json=prompts)
-        assert response.status_code in (400, 429)
-        response = client.post(TEXT, json={**prompts, "prompt": "a"})
-        assert response.status_code == 200
-        engine.drain()
-        response = client.post(TEXT, json={**prompts, "prompt": "a"})
-        assert response.status_code == 503 and response.json()["error"]["code"] == "shutting_down"
-        assert client.get("/health").status_code == 503
+def test_a_full_server_says_when_to_try_again(live, client, monkeypatch):
+    _, engine = live
+    monkeypatch.setattr(engine, "max_running", 1)
+    monkeypatch.setattr(engine, "max_waiting", 0)
+    question = {"model": "low", "prompt": "a", "max_tokens": 2}
+    response = client.post(TEXT, json={**question, "prompt": ["a", "b"]})  # more than has room
+    assert response.status_code == 429 and int(response.headers["Retry-After"]) >= 1
+    assert response.json()["error"]["type"] == "rate_limit_error"
+    assert client.post(TEXT, json=question).status_code == 200
+    monkeypatch.setattr(engine, "failure", "it fell")
+    response = client.post(TEXT, json=question)
+    assert response.status_code == 503 and response.json()["error"]["code"] == "shutting_down"
+    assert client.get("/health").status_code == 503
 
 
 def test_64_streams_at_once(live, client):
-    address, engine = live
     questions = []
     for i in range(64):
         model = ("low", "lower", "scaled")[i % 3]
@@ -247,16 +236,15 @@ def test_64_streams_at_once(live, client):
     for question in questions[:24]:
         body = client.post(CHAT, json=question).json()
         alone[json.dumps(question)] = body["choices"][0]["message"]["content"]
-    with httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
 
-        def stream(question: dict) -> str:
-            response = http.post(address + CHAT, json={**question, "stream": True})
-            parts = events(response)[:-1]
-            return "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+    def stream(question: dict) -> str:
+        parts = events(client.post(CHAT, json={**question, "stream": True}))[:-1]
+        return "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
 
-        with ThreadPoolExecutor(64) as pool:
-            answers = list(pool.map(stream, questions))
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(stream, questions))
     assert answers == [alone[json.dumps(question)] for question in questions]
+    _, engine = live
     assert engine.health()["running"] == 0
 
 
