@@ -151,7 +151,7 @@ class Engine:
         """Write these. Raises Busy or Stopping, and then writes none of them."""
         with self.changed:
             if self.draining or self.failure:
-                raise Stopping("the server is shutting down")
+                raise Stopping("the server has failed" if self.failure else "the server is shutting down")
             waiting = self.count_waiting()
             room = self.max_waiting + max(0, self.max_running - self.count_running())
             if waiting + len(jobs) > room:
@@ -373,6 +373,7 @@ class Engine:
             jobs += [*group.waiting, *group.active()]
             group.waiting.clear()
             group.reading, group.rows = [], []
+            group.batch.clear()
         for job in jobs:
             self.pieces.append((job, Piece(0, error=error)))
         self.hand_out()

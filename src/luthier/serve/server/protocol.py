@@ -197,8 +197,6 @@ class Choice:
                 self.finish_reason = "tool_calls"
         if self.special is not None:
             text = self.special.sub("", text)
-        if self.calls:
-            text = text.rstrip()
         self.text += text
         return text
 
@@ -326,7 +324,7 @@ class ChatAnswer(Answer):
     def whole_choice(self, choice):
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.calls:
-            message["content"] = choice.text or None
+            message["content"] = choice.text.rstrip() or None
             message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in choice.calls]
         return {
             "index": choice.index,
