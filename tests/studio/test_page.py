@@ -263,7 +263,7 @@ def test_a_run_by_keyboard_alone(served, page):
     page.see("document.activeElement.tagName === 'SELECT'")
     tab_to(page, "Export")
     page.key("Enter", 13)
-    page.see("document.querySelector('li.good')?.textContent.includes('outputs match the tuned model')")
+    page.see("document.querySelector('p.good')?.textContent.includes('outputs match the tuned model')")
     assert (served.home / "exports/hand-lora/adapter_model.safetensors").is_file()
     tab_to(page, "Close")
     page.key("Enter", 13)

@@ -368,6 +368,9 @@ def test_a_run_of_the_shell_is_watched_exported_and_asked(desk, monkeypatch):
         "outputs match the tuned model" in made["message"]
         and (desk / made["to"] / "adapter_model.safetensors").is_file()
     )
+    assert made["usage"] and all(one["tool"] and one["code"] for one in made["usage"])
+    wrong = {"kind": "gguf", "to": "x", "settings": {"quantization": "q9"}}
+    assert "quantization" in client.post("/api/runs/first/export", json=wrong).json()["error"]
     assert "not empty" in client.post("/api/runs/first/export", json={"kind": "lora"}).json()["error"]
     assert (
         "no export format 'gg'"

@@ -466,15 +466,20 @@ def add_run_routes(app: FastAPI, store: RunStore, worker: Callable[[Path], Any])
         return forms
 
     @app.post("/api/runs/{name}/export")
-    def export(name: str, kind: Word, to: Word = "") -> Any:
+    def export(
+        name: str,
+        kind: Word,
+        to: Word = "",
+        settings: Annotated[dict[Text, Text] | None, Body(embed=True)] = None,
+    ) -> Any:
         folder = store.folder(name).relative_to(store.home)
         target = to or f"exports/{name}-{kind}"
         exporter = worker(store.home)  # a process of its own: its models go with it
         try:
-            sentence = exporter.ask("export", folder=str(folder), kind=kind, to=target)
+            done = exporter.ask("export", folder=str(folder), kind=kind, to=target, settings=settings or {})
         finally:
             exporter.end()
-        return {"to": target, "message": sentence}
+        return {"to": target, **done}
 
     @app.get("/runs/{name}/report.html")
     def report(name: str) -> Response:

@@ -539,10 +539,18 @@ def say(
     return {"answer": answer.strip(), "turns": network.turns, "notes": network.notes, "stopped": stopped}
 
 
-def export(folder: str, kind: str, to: str) -> str:
-    from luthier.serve import export as exporting
+def export(folder: str, kind: str, to: str, settings: Mapping[str, str]) -> dict[str, Any]:
+    """Export a run; what was written in a sentence, and how each tool uses it. settings: of the form, each a
+    line of YAML.
+    """
+    from luthier.serve.export import export_form
 
-    return exporting.export(folder, kind, to)
+    form: dict[str, Any] = {"name": kind}
+    for name, value in settings.items():
+        form[name] = load_yaml(value, name)
+    done = export_form(folder, form, to)
+    usage = [{"tool": one.tool, "code": one.code} for one in done.usage]
+    return {"message": str(done), "usage": usage}
 
 
 # ------------------------------------------------------------------------------------- questions and answers
