@@ -180,3 +180,18 @@ def test_the_card_has_the_bases_licence_and_how_the_form_is_used(chatty, tmp_pat
     assert "license: other\nlicense_name: odd" in card and "library_name: peft" in card
     assert 'from_pretrained("FOLDER")' in card and str(tmp_path) not in card
     assert (tmp_path / "adapter/LICENSE").read_text() == "Ask first."
+
+
+def test_earlier_versions_of_transformers_find_the_frequencies(chatty, tmp_path):
+    """A base that was saved by transformers 4 has them elsewhere; without them, 4 takes its default."""
+    base = Path(shutil.copytree(chatty, tmp_path / "base"))
+    config = config_of(base)
+    del config["rope_parameters"]
+    config |= {"rope_theta": 5e5, "rope_scaling": None}
+    (base / "config.json").write_text(json.dumps(config))
+    run = tuned(str(base), tmp_path / "run", tuner="lora")
+    export(run, "merged", tmp_path / "merged")
+    written = config_of(tmp_path / "merged")
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert network.config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}

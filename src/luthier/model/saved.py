@@ -14,6 +14,9 @@ from luthier.storage import files
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # settings that a run changes in memory, or that say how a file was loaded
 RUNTIME = {CONFIG: ("use_cache",), "tokenizer_config.json": ("local_files_only", "is_local")}
+# where transformers before 5 looks for what is in `rope_parameters` now: without them, tools that stand on
+# it would take their own default for the base's frequencies, and say nothing
+EARLIER = ("rope_theta", "rope_scaling")
 
 
 def plain_configs(model: str, folder: Path, stop: Sequence[int]) -> None:
@@ -36,7 +39,9 @@ def plain_configs(model: str, folder: Path, stop: Sequence[int]) -> None:
 
 
 def _restore(path: Path, base: Path, keys: Sequence[str]) -> None:
-    """Give these keys of a config the base's values, or none where it has none."""
+    """Give these keys of a config the base's values, or none where it has none; and let earlier versions of
+    transformers read what they could read of the base.
+    """
     config, former = _read(path), _read(base)
     restored = {}
     for key, value in config.items():
@@ -44,6 +49,9 @@ def _restore(path: Path, base: Path, keys: Sequence[str]) -> None:
             restored[key] = value
         elif key in former:
             restored[key] = former[key]
+    for key in EARLIER:
+        if key in former and "rope_parameters" in config:
+            restored.setdefault(key, former[key])
     if restored != config:
         files.write_json(path, restored)
 

@@ -154,7 +154,8 @@ def _loss(weight: torch.Tensor, rounded: torch.Tensor) -> float:
     """The norm of the difference, divided by the weight's."""
     if weight.shape != rounded.shape:
         return math.inf
-    share = float(torch.dist(weight.float(), rounded.float()) / weight.float().norm().clamp(min=1e-12))
+    difference = torch.dist(weight.float(), rounded.float().to(weight.device))
+    share = float(difference / weight.float().norm().clamp(min=1e-12))
     return share if math.isfinite(share) else math.inf
 
 
