@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import luthier
-from helpers.exporters import merging
+from helpers.exporters import merging, sentencepiece
 from helpers.rows import recipe_of
 from luthier.errors import RecipeError
 from luthier.methods.exporters.gguf import _llama_cpp, _tokens, _write
@@ -134,3 +134,17 @@ def test_llama_cpp_reads_what_is_written(tiny, tmp_path):
     logits = torch.tensor(theirs.scores[: len(ids)])
     theirs.close()
     assert torch.allclose(logits, loaded.model(torch.tensor([ids])).logits[0].float(), atol=0.05)
+
+
+def test_a_tokenizer_of_characters_is_read_back(tmp_path):
+    """Its merges become scores."""
+    tokenizer = sentencepiece()
+    model_of("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "plain")
+
+    def add(writer, size):
+        _tokens.add_tokenizer(writer, tokenizer, size, [])
+
+    _write.write(tmp_path / "plain", tmp_path / "model.gguf", "f32", "x", add)
+    again = _tokens.read_tokenizer(tmp_path / "model.gguf")
+    for text in ("then the hen.", "the\nthe \u00e9t", " a  the", "xx<s>the"):
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"], text

@@ -141,15 +141,24 @@ def _adds_space(described: dict[str, Any]) -> bool:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """The tokenizer in a GGUF file as transformers reads it, with the file's own splitting rule."""
-    from tokenizers import pre_tokenizers
+    """The tokenizer in a GGUF file as transformers reads it, but with llama.cpp's rules where these differ:
+    it splits digits for `smollm`, and puts a space before every text of sentencepiece, also one that has one.
+    """
+    from tokenizers import normalizers, pre_tokenizers
     from transformers import AutoTokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import get_gguf_tokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     _, described, _ = get_gguf_tokenizer(str(path))
-    if described.get("pre_tokenizer_type") == "smollm":  # which transformers splits as gpt-2
-        steps = [pre_tokenizers.Digits(individual_digits=True)]
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend = tokenizer.backend_tokenizer
+    if described.get("pre_tokenizer_type") == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    elif described["tokenizer_type"] == "llama":
+        spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
+        if described.get("add_prefix_space", True):
+            spaces.insert(0, normalizers.Prepend(SPACE))
+        backend.normalizer = normalizers.Sequence(spaces)
+        backend.pre_tokenizer = None
     return tokenizer
