@@ -45,6 +45,14 @@ def weights_for(
     return list(weights)
 
 
+def weighted_sum(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The sum of changes, each times its weight."""
+    total = torch.zeros_like(changes[0])
+    for weight, change in zip(weights, changes, strict=True):
+        total += weight * change
+    return total
+
+
 def largest(change: Tensor, count: int) -> Tensor:
     """The change, with all but its `count` largest entries by magnitude at 0."""
     flat = change.abs().flatten()

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from luthier.methods.mergers._base import BASE, Merger
-from luthier.methods.mergers.weights._deltas import agreeing, weights_for, with_changes
+from luthier.methods.mergers.weights._deltas import agreeing, weighted_sum, weights_for, with_changes
 from luthier.registry import Range, merger
 
 
@@ -51,7 +51,7 @@ class Breadcrumbs(Merger):
             middle = [self.without_tails(change) for change in changes]
             if self.ties:
                 return self.alpha * agreeing(middle, weights)
-            return self.alpha * sum(w * change for w, change in zip(weights, middle, strict=True))
+            return self.alpha * weighted_sum(middle, weights)
 
         return with_changes(self, several, base, combine)
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from luthier.clock import Clock
 from luthier.methods.mergers._base import BASE, Merger
-from luthier.methods.mergers.weights._deltas import agreeing, weights_for, with_changes
+from luthier.methods.mergers.weights._deltas import agreeing, weighted_sum, weights_for, with_changes
 from luthier.registry import Range, merger
 
 
@@ -45,6 +45,6 @@ class Dare(Merger):
                 thinned.append(change * stays.to(change.device) / self.density)
             if self.ties:
                 return self.scale * agreeing(thinned, weights)
-            return self.scale * sum(w * change for w, change in zip(weights, thinned, strict=True))
+            return self.scale * weighted_sum(thinned, weights)
 
         return with_changes(self, several, base, combine)

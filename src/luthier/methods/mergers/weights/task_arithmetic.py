@@ -7,7 +7,7 @@ what a run learned. For LoRA adapters, whose factors are multiplied, export the 
 from __future__ import annotations
 
 from luthier.methods.mergers._base import BASE, Merger
-from luthier.methods.mergers.weights._deltas import weights_for, with_changes
+from luthier.methods.mergers.weights._deltas import weighted_sum, weights_for, with_changes
 from luthier.registry import merger
 
 
@@ -28,6 +28,6 @@ class TaskArithmetic(Merger):
         weights = weights_for(self, self.weights, several, 1.0)
 
         def combine(name, changes):
-            return self.scale * sum(w * change for w, change in zip(weights, changes, strict=True))
+            return self.scale * weighted_sum(changes, weights)
 
         return with_changes(self, several, base, combine)
