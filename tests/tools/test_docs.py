@@ -8,6 +8,7 @@ import ast
 import importlib
 import re
 import shlex
+import textwrap
 
 import pytest
 import yaml
@@ -146,7 +147,7 @@ def test_commands_in_pages_have_the_options_that_they_use():
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
 def test_python_in_pages_compiles_and_imports_what_there_is(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-        for node in ast.parse(block).body:
+        for node in ast.parse(textwrap.dedent(block)).body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("luthier"):
                 module = importlib.import_module(node.module or "")
                 for alias in node.names:
