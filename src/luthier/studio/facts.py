@@ -15,9 +15,10 @@ from typing import Any
 from luthier.errors import Damaged, RecipeError
 from luthier.report.numbers import metric_rows
 from luthier.storage import files
-from luthier.storage.bounded_yaml import read_yaml
+from luthier.storage.bounded_yaml import load_yaml, read_yaml
 from luthier.storage.layout import BEFORE, REPORT, STATE
 
+SEARCH = "search_spec.json"  # of a search: which one lies in a folder
 LABELS = "labels.json"  # the tags and the note that someone gave a run
 REPORT_TYPES = {"folder": str, "before": dict, "after": dict, "stats": dict, "notes": list}
 MAX_TAGS = 20
@@ -67,10 +68,15 @@ def _read(read: Callable[[Path], Any], path: Path, version: Any) -> Any:
     return read(path)
 
 
-def _methods_in(path: Path) -> dict[str, str]:
-    """What a recipe's file says of model, methods and rows, as text; empty where it cannot be read."""
+def methods_in(path: Path) -> dict[str, str]:
+    """What a recipe's file, or that of a search, says of model, methods and rows, as text; empty where it
+    cannot be read.
+    """
     try:
-        keys = read_yaml(path)
+        if path.name == SEARCH:
+            keys = load_yaml(read_object(path, recipe=str).get("recipe", ""))
+        else:
+            keys = read_yaml(path)
     except RecipeError:
         return {}
     if not isinstance(keys, Mapping):
@@ -118,7 +124,7 @@ def methods_of(folder: Path, recipe: Path | None) -> dict[str, str]:
     methods: dict[str, str] = {}
     for path in (recipe, written):
         if path is not None and path.is_file():
-            methods |= as_it_stands(_methods_in, path)
+            methods |= as_it_stands(methods_in, path)
     return methods
 
 
@@ -137,6 +143,11 @@ def measured_on(folder: Path, stats: Mapping[str, Any]) -> str:
     if "measured_on" in stats:
         return str(stats["measured_on"])
     return str(as_it_stands(read_object, folder / STATE).get("measured_on", ""))
+
+
+def cells_in(path: Path) -> dict[str, dict[str, Any]]:
+    """As `metric_cells`, of a report's file."""
+    return metric_cells(_report_in(path)[0])
 
 
 def metric_cells(measured: Measured) -> dict[str, dict[str, Any]]:

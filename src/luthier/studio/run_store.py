@@ -38,11 +38,11 @@ from luthier.report.numbers import (
     row_counts,
 )
 from luthier.storage import files
-from luthier.storage.bounded_yaml import load_yaml, read_yaml
+from luthier.storage.bounded_yaml import read_yaml
 from luthier.storage.failure import read_failure
-from luthier.storage.layout import FAILED, STATUS, run_folders
+from luthier.storage.layout import FAILED, REPORT, STATUS, run_folders
 from luthier.studio import facts
-from luthier.studio.facts import Measured, method_name, read_object
+from luthier.studio.facts import SEARCH, Measured, read_object
 from luthier.studio.studies import comparison_result, search_result
 
 # any of them makes a folder a run's
@@ -51,7 +51,7 @@ MARKS = (
     "submitted.yaml",
     "asked.yaml",
     "study.json",
-    "search_spec.json",
+    SEARCH,
     "quest.json",
     "report.json",
 )
@@ -149,7 +149,7 @@ class RunStore:
             "kind": kind,
             "state": condition,
             "why": reason,
-            "step": number(status.get("step")) or last_step(at / "metrics.jsonl"),
+            "step": number(status.get("step")) or facts.as_it_stands(last_step, at / "metrics.jsonl"),
             "steps": number(status.get("steps")) or number(read_object(at / "run.json").get("steps")),
             "counted": COUNTED[kind],
             "act": at.name if at != folder else "",
@@ -166,11 +166,14 @@ class RunStore:
         if kind != "run":
             return {"methods": {}, "metrics": {}, "stats": {}, "measured_on": ""}
         measured, _, _ = facts.report_of(folder)
-        if not measured.stats:
+        if measured.stats:
+            cells = or_else({}, facts.as_it_stands, facts.cells_in, folder / REPORT)
+        else:
             measured = Measured(facts.before_of(at), last_metrics(at / "metrics.jsonl", RECENT), {})
+            cells = or_else({}, facts.metric_cells, measured)
         return {
             "methods": facts.methods_of(folder, recipe_in(folder)),
-            "metrics": or_else({}, facts.metric_cells, measured),
+            "metrics": cells,
             "stats": facts.numbers_in({k: v for k, v in measured.stats.items() if k in facts.SHOWN_STATS}),
             "measured_on": facts.measured_on(at, measured.stats),
         }
@@ -440,7 +443,7 @@ def kind_of(folder: Path) -> str:
     """What lies in a folder: a run, a comparison or a search."""
     if (folder / "study.json").is_file() or (folder / "arms").is_dir():
         return "comparison"
-    if (folder / "search_spec.json").is_file() or (folder / "quest.json").is_file():
+    if (folder / SEARCH).is_file() or (folder / "quest.json").is_file():
         return "search"
     return "run"
 
@@ -605,16 +608,8 @@ def title(folder: Path) -> str:
     if (folder / "arms").is_dir():
         return " / ".join(sorted(path.stem for path in (folder / "arms").glob("*.yaml")))
     if (folder / "study.json").is_file():
-        return " / ".join(map(str, read_object(folder / "study.json", arms=dict).get("arms", ())))
-    recipe, keys = recipe_in(folder), None
-    with suppress(RecipeError):
-        if recipe:
-            keys = read_yaml(recipe)
-        elif search := read_object(folder / "search_spec.json", recipe=str):
-            keys = load_yaml(search["recipe"])
-    if not isinstance(keys, Mapping):
-        return ""
-
-    names = [method_name(keys.get("model") or "toy:lm")]
-    names += [method_name(keys.get("tuner") or "lora"), method_name(keys.get("objective") or "sft")]
+        study = facts.as_it_stands(read_object, folder / "study.json")
+        return " / ".join(map(str, study.get("arms") or ()))
+    methods = facts.as_it_stands(facts.methods_in, recipe_in(folder) or folder / SEARCH)
+    names = [methods.get(key) for key in ("model", "tuner", "objective")]
     return ", ".join(filter(None, names))

@@ -283,11 +283,17 @@ function training(draft, put, general, page) {
   let fields = [];
   function show() {
     const by = Object.fromEntries(fields.map((f) => [f.name, f]));
-    const rest = fields.filter((f) => !MAIN.includes(f.name) && !ELSEWHERE.includes(f.name));
+    const main = teaches() ? [...MAIN, "roles"] : MAIN;
+    const rest = fields.filter((f) => !main.includes(f.name) && !ELSEWHERE.includes(f.name));
     const set = rest.filter((f) => f.name in draft).length, unfolded = box.querySelector("details")?.open || set > 0;
-    fill(box, title(), h("div", { class: "fields" }, MAIN.map((name) => entry(name, by[name], draft, put))),
+    fill(box, title(), h("div", { class: "fields" }, main.map((name) => entry(name, by[name], draft, put))),
       h("details", { open: unfolded }, h("summary", {}, `Every other setting (${rest.length}${set ? `, ${set} set` : ""})`), h("p", { class: "note" }, "Lists and mappings as a line of YAML, such as [{name: rollout, n: 8}]."), h("div", { class: "fields" }, rest.map((f) => entry(f.name, f, draft, put)))));
     rate();
+  }
+  /** Does the objective learn from a teacher, which somebody has to name? */
+  function teaches() {
+    const words = (draft.objective ?? "").match(/\w+/g) ?? [];
+    return words.some((name) => name.startsWith("distill") || page.feeds[name]?.[1].includes("teacher"));
   }
   /** The learning rate that this tuner and objective declare, in the field that leaves it out. */
   function rate() {
