@@ -23,30 +23,27 @@ class Machine:
         self.lock = threading.Lock()
         self.latest: dict[str, Any] = {}
         self.read_at = float("-inf")
-        self.processor = Processor()
+        self.busy, self.total = processor_seconds()  # psutil's own count is of one thread, and any may ask
 
     def state(self) -> dict[str, Any]:
         """{cpu: percent, cores, memory: {used, total}, gpus: [{name, busy, heat, used, total}]}: sizes in
         bytes, heat in degrees Celsius.
         """
         with self.lock:
-            if time.monotonic() - self.read_at > FRESH:
-                self.latest = read_machine(self.processor)
-                self.read_at = time.monotonic()
+            if time.monotonic() - self.read_at <= FRESH:
+                return self.latest
+            self.read_at = time.monotonic()
+            busy, total = processor_seconds()
+            share = (busy - self.busy) / max(1e-9, total - self.total)
+            self.busy, self.total = busy, total
+            memory = psutil.virtual_memory()
+            self.latest = {
+                "cpu": round(100 * min(1.0, max(0.0, share)), 1),
+                "cores": psutil.cpu_count() or 1,
+                "memory": {"used": memory.total - memory.available, "total": memory.total},
+                "gpus": gpus(),
+            }
             return self.latest
-
-
-class Processor:
-    """How busy all cores were since the last look; psutil counts for each thread apart, and any may look."""
-
-    def __init__(self):
-        self.busy, self.total = processor_seconds()
-
-    def percent(self) -> float:
-        busy, total = processor_seconds()
-        share = (busy - self.busy) / max(1e-9, total - self.total)
-        self.busy, self.total = busy, total
-        return round(100 * min(1.0, max(0.0, share)), 1)
 
 
 def processor_seconds() -> tuple[float, float]:
@@ -54,17 +51,6 @@ def processor_seconds() -> tuple[float, float]:
     times = psutil.cpu_times()._asdict()
     total = sum(times.values()) - times.get("guest", 0.0) - times.get("guest_nice", 0.0)
     return total - times["idle"] - times.get("iowait", 0.0), total
-
-
-def read_machine(processor: Processor) -> dict[str, Any]:
-    """As `Machine.state`, now."""
-    memory = psutil.virtual_memory()
-    return {
-        "cpu": processor.percent(),
-        "cores": psutil.cpu_count() or 1,
-        "memory": {"used": memory.total - memory.available, "total": memory.total},
-        "gpus": gpus(),
-    }
 
 
 def gpus() -> list[dict[str, Any]]:
