@@ -27,6 +27,8 @@ from luthier.train import checks as guards
 LAYOUTS = {
     "one row": replace(CAUSAL, width=10**6),
     "short rows": replace(CAUSAL, width=16),
+    "common prefixes": replace(CAUSAL, width=10**6, share_prefixes=True),
+    "common prefixes, mask": replace(CAUSAL, blocks=False, width=16, share_prefixes=True),
     "own prompts": replace(CAUSAL, share_prompts=False, width=24),
     "padded": replace(CAUSAL, packing=False),
     "own head": replace(CAUSAL, packing=False, own_head=True),
@@ -53,7 +55,7 @@ def test_every_layout_answers_like_the_plain_forward(name):
     model = zoo.make(name)
     layouts = {k: a for k, a in LAYOUTS.items() if name not in zoo.PADDED or not a.packing}
     with torch.no_grad():
-        for batch in (zoo.rows(), zoo.deep()):
+        for batch in (zoo.rows(), zoo.deep(), zoo.common()):
             for attached in (Untuned(model), zoo.Soft(model)):
                 want = CAUSAL.plain(model, attached, batch)
                 assert want.std() > 0.1
@@ -78,14 +80,11 @@ def test_eager_attention_too(name):
 @pytest.mark.parametrize("name", zoo.CAUSAL)
 def test_gradients_too(name):
     model = zoo.make(name)
-    batch, attached = zoo.rows(), zoo.Soft(model)
+    batch, attached = zoo.common(), zoo.Soft(model)
     want = gradient(model, CAUSAL.plain(model, attached, batch), attached, batch)
     assert want[-1].abs().sum() > 0
-    for arch in [
-        a
-        for k, a in LAYOUTS.items()
-        if k in ("one row", "own prompts", "padded") and (not a.packing or name not in zoo.PADDED)
-    ]:
+    layouts = [LAYOUTS[k] for k in ("one row", "common prefixes", "own prompts", "padded")]
+    for arch in [a for a in layouts if not a.packing or name not in zoo.PADDED]:
         for got, expected in zip(gradient(model, arch, attached, batch), want, strict=True):
             assert (got - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
 

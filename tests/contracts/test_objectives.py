@@ -102,17 +102,29 @@ def test_order_of_rows_does_not_matter(name):
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-LAYOUTS = (Causal(), Causal(share_prompts=False), Causal(packing=False, share_prompts=False))
+LAYOUTS = (
+    Causal(share_prefixes=False),
+    Causal(share_prefixes=True),
+    Causal(share_prompts=False),
+    Causal(packing=False, share_prompts=False),
+)
+
+
+def common_beginnings(rows: list[dict]) -> list[dict]:
+    """The same rows, three of them with the same instruction, two with the same prompt."""
+    prompts = [[5, 6, 7, *row["prompt"]] for row in rows]
+    prompts[3], prompts[1] = prompts[0], rows[1]["prompt"]
+    return [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_packing_and_shared_prompts_change_nothing(name):
+def test_packing_shared_prompts_and_common_beginnings_change_nothing(name):
     objective, found = build("objective", name), []
     for layout in LAYOUTS:
         roles = cast()
         for player in roles.policies():
             player.architecture = layout
-        value = average(objective, roles, batch_of(contract_rows(objective)))
+        value = average(objective, roles, batch_of(common_beginnings(contract_rows(objective))))
         value.backward()
         found.append((float(value.detach()), gradients(roles.policy.model)))
     for value, grads in found[1:]:

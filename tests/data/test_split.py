@@ -8,7 +8,7 @@ import pytest
 
 import luthier
 from luthier.data.load import load_data
-from luthier.data.split import former_split, split
+from luthier.data.split import former_split, sample, split
 
 
 def rows_of(n: int, prompts: int | None = None) -> list[dict]:
@@ -88,3 +88,13 @@ def test_counts_of_rows_add_up(tmp_path):
         f"{counts['read']} rows read: {counts['training']} for training"
         in (tmp_path / "report.html").read_text()
     )
+
+
+def test_a_sample_is_the_same_rows_in_their_order_whatever_comes_later():
+    rows = [{"id": str(i), "prompt": f"q {i}"} for i in range(50)]
+    some = sample(rows, 10)
+    numbers = [int(row["id"]) for row in some]
+    assert len(some) == 10 and numbers == sorted(numbers) and numbers != list(range(10))
+    assert sample(some, 10) is some
+    more = sample([*rows, {"id": "50", "prompt": "q 50"}], 11)
+    assert len([row for row in some if row in more]) >= 9

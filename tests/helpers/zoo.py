@@ -160,6 +160,37 @@ def rows() -> Batch:
     return collate(made, lambda row: row["encoded"])
 
 
+def common() -> Batch:
+    """Rows that begin alike, at several depths: two documents behind one instruction, a question asked twice,
+    a prompt that goes on where another ends, completions with the same first words; all of the answers and
+    some of what is common are supervised.
+    """
+    instruction, documents, question = tokens(6, 90), [tokens(4, 91), tokens(3, 92)], tokens(2, 93)
+    prompts = [
+        instruction + documents[0] + question,
+        instruction + documents[1] + tokens(2, 94),
+        tokens(5, 95),
+        instruction + documents[0] + question,
+        instruction + documents[0],
+        instruction,
+    ]
+    start = tokens(3, 96)
+    answers = [
+        [start + tokens(2, 97), start + tokens(4, 98), tokens(3, 99)],
+        [tokens(4, 97)],
+        [tokens(2, 88)],
+        [start + tokens(2, 97), tokens(1, 87)],
+        [question + start + tokens(3, 86)],
+        [documents[1] + start],
+    ]
+    drawn = []
+    for i, (prompt, completions) in enumerate(zip(prompts, answers, strict=True)):
+        marks = [[k != 1 or i == 0 for k in range(len(c))] for c in completions]
+        encoded = SimpleNamespace(prompt=prompt, completions=completions, supervised=marks)
+        drawn.append({"id": str(i), "prompt": "p", "encoded": encoded})
+    return collate(drawn, lambda row: row["encoded"])
+
+
 def deep() -> Batch:
     """Trees of depth 2: every second segment branches; inner segments are asked about as well."""
     sizes, parent = [4, 3, 2, 5, 1, 3, 2, 4], [-1, 0, 1, 1, 0, -1, 5, 6]

@@ -160,3 +160,18 @@ def test_writing_ends_where_positions_end():
     with pytest.raises(RecipeError, match="which leaves none"):
         CAUSAL.generate(model, Untuned(model), [zoo.tokens(64, 1)], seeds=[0], max_new_tokens=2)
     assert CAUSAL.generate(model, Untuned(model), [], seeds=[]) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe", "mistral"])
+def test_what_prompts_begin_with_is_read_once_and_writes_the_same(name, monkeypatch):
+    model = zoo.make(name)
+    beginning = zoo.tokens(9, 1)
+    prompts = [beginning + zoo.tokens(n, 2 + n) for n in (1, 4, 2)]
+    how = {"seeds": [0] * 3, "n": 2, "max_new_tokens": 6, "temperature": 0.0, "stop": [2]}
+    apart = CAUSAL.generate(model, Untuned(model), prompts, **how)
+    monkeypatch.setattr("luthier.model.generate.COMMON", 8)
+    read: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda m, x, y: read.append(x[0].numel()))
+    assert CAUSAL.generate(model, Untuned(model), prompts, **how) == apart
+    # a sliding window forgets the beginning: such a network reads each prompt
+    assert read[:2] == [9, 3 * 4] if name != "mistral" else read[0] == 3 * 13

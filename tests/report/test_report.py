@@ -31,6 +31,7 @@ from luthier.report.numbers import (
 from luthier.report.page import page, shown_generations, write_report
 from luthier.report.text import MARKS
 from luthier.run.run import Report
+from luthier.storage import files
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 
@@ -269,6 +270,16 @@ def test_what_is_better_depends_on_the_metric():
     assert metric_row("accuracy", 0.1, 0.9).change == "+80.0 points"
     assert metric_row("somebody_elses", 1.0, 2.0).better is None
     assert metric_row("loss", 2.0, None).change == "" and metric_row("loss", 2.0, None).after == ""
+
+
+def test_a_mean_over_rows_has_the_interval_of_its_change(tmp_path):
+    values = {"loss": {str(i): 2.0 + i % 3 for i in range(30)}, "accuracy": {"0": 0.0, "1": 1.0}}
+    files.write_json(tmp_path / "per_example-before.json", values)
+    after = {"loss": {str(i): 1.0 + i % 3 + i % 2 for i in range(30)}, "accuracy": {"other": 0.0}}
+    files.write_json(tmp_path / "per_example-after.json", after)
+    report = a_report(tmp_path, before={"loss": 3.0, "accuracy": 0.5}, after={"loss": 2.5, "accuracy": 0.5})
+    loss, accuracy = sorted(metric_rows(report), key=lambda row: row.name != "loss")
+    assert loss.interval == "−0.69 to −0.31" and accuracy.interval == ""  # others than those before
 
 
 def test_nothing_is_said_that_was_not_measured(tmp_path):

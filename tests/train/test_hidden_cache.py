@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import luthier
 from helpers import zoo
 from helpers.rows import PAIRS, SUMS
+from luthier.model.batch import collate
 from luthier.model.policy import Policy
 from luthier.registry import build
 from luthier.train import hidden_cache
@@ -54,6 +56,45 @@ def test_the_same_numbers_and_gradients(name, make, tmp_path):
     assert calls  # another reading is computed
     kept.close()
     assert not (tmp_path / "f.bin").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "gemma3"])
+def test_what_rows_begin_with_is_read_once_for_the_run(name, tmp_path):
+    """Lower layers look back at its keys and values: the same states, neither read nor stored again."""
+    policy = on_top(name)
+    model, attached = policy.model, policy.attached
+    beginning = zoo.tokens(9, 70)
+    rows = []
+    for k in range(3):
+        completions = [zoo.tokens(3, 80 + k), zoo.tokens(2, 90 + k)]
+        rows.append((beginning + zoo.tokens(k, 60 + k), completions))
+    rows.append((zoo.tokens(5, 71), [zoo.tokens(2, 72)]))  # another one
+    batch = collate_rows(rows)
+    apart = hidden_cache.open_cache(policy, batch, tmp_path / "a.bin", 1000)
+    shared = hidden_cache.open_cache(policy, batch, tmp_path / "b.bin", 1000, beginning)
+    want = apart.states(CAUSAL, model, attached, batch, fill=True)
+    read: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda m, x, y: read.append(x[0].numel()))
+    assert shared.used == apart.used - (0 if name == "gemma3" else 3 * len(beginning))
+    torch.testing.assert_close(shared.states(CAUSAL, model, attached, batch, fill=True), want)
+    more = collate_rows([(beginning + [5], [[6, 7]])])
+    torch.testing.assert_close(
+        shared.states(CAUSAL, model, attached, more, fill=True),
+        apart.states(CAUSAL, model, attached, more, fill=True),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    assert read == [12 if name == "gemma3" else 3, 12]  # a sliding window forgets the beginning
+    assert not any(hasattr(module, "trunk") for module in model.modules())
+
+
+def collate_rows(rows):
+    encoded = []
+    for i, (prompt, completions) in enumerate(rows):
+        marks = [[True] * len(c) for c in completions]
+        row = SimpleNamespace(prompt=prompt, completions=completions, supervised=marks)
+        encoded.append({"id": str(i), "e": row})
+    return collate(encoded, lambda row: row["e"])
 
 
 def test_no_room_no_harm(tmp_path):

@@ -71,9 +71,9 @@ def needs(base, folder, monkeypatch) -> tuple[memory.Need, memory.Need]:
     """What a run of this recipe is said to take, without and with recomputation."""
     seen, real = [], memory.predict
 
-    def predict(roles, chain, estimator, some, tokens, recompute):
-        seen.extend(real(roles, chain, estimator, some, tokens, again) for again in (False, True))
-        return real(roles, chain, estimator, some, tokens, recompute)
+    def predict(roles, chain, estimator, some, tokens, recompute, shared):
+        seen.extend(real(roles, chain, estimator, some, tokens, again, shared) for again in (False, True))
+        return real(roles, chain, estimator, some, tokens, recompute, shared)
 
     monkeypatch.setattr(memory, "predict", predict)
     luthier.tune(base, folder=folder)

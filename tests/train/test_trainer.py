@@ -56,18 +56,17 @@ def test_packed_is_unpacked_is_shared(base, tmp_path, layout):
 
 
 def test_every_row_once_an_epoch():
-    rows = [{"id": i} for i in range(10)]
     clock = Clock(seed=3)
     seen = []
     for clock.step in range(7):  # two epochs of ten rows, three at a time: the last step takes what is left
-        seen += [r["id"] for r in draw(rows, clock, 3, stop_at=20)]
+        seen += draw(10, clock, 3, stop_at=20)
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
 
 
 def test_every_row_once_an_epoch_where_a_draw_is_learned_several_times():
-    rows, clock, seen = [{"id": i} for i in range(10)], Clock(seed=3), []
+    clock, seen = Clock(seed=3), []
     for clock.step in range(8):  # four draws, two steps each
-        drawn = [r["id"] for r in draw(rows, clock, 3, stop_at=10, num_iterations=2)]
+        drawn = draw(10, clock, 3, stop_at=10, num_iterations=2)
         seen += drawn if clock.step % 2 == 0 else []
         assert clock.step % 2 == 0 or seen[-len(drawn) :] == drawn
     assert sorted(seen) == list(range(10))

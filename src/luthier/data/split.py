@@ -47,6 +47,17 @@ def split(rows: list[dict], fraction: float, seed: int = 0) -> tuple[list[dict],
     return divide(rows, keys, test_keys)
 
 
+def sample(rows: list[dict], count: int) -> list[dict]:
+    """`count` of the rows, in their order, by a hash of their content key: whatever the seed, runs are
+    measured on the same ones.
+    """
+    if len(rows) <= count:
+        return rows
+    position = [hash_fraction(f"sample\n{content_key(row)}") for row in rows]
+    chosen = sorted(range(len(rows)), key=position.__getitem__)[:count]
+    return [rows[i] for i in sorted(chosen)]
+
+
 def held_out_count(rows: int, fraction: float) -> int:
     """How many of so many rows a fraction is: at least one, and never all."""
     if not fraction:

@@ -308,6 +308,8 @@ def attention(
         if options.get(name) is not None:
             raise NotImplementedError(f"block-wise attention does not support {name}")
     how.used = True
+    if how.record is not None:
+        how.record(module, key, value)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     dropout = float(options.get("dropout") or 0.0)

@@ -2,13 +2,14 @@
 computes.
 
 A tree of pieces is cut into blocks; a block knows the positions of its queries and of the keys that they may
-see (its own pieces and those they continue). Blocks of like size are put into one group, to be computed
-together. Positions are flat: of [R, W] read as one row.
+see (its own pieces and those they continue). Branches that continue the same long trunk meet its keys in one
+block. Blocks of like size are put into one group, to be computed together. Positions are flat: of [R, W] read
+as one row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ from luthier.kernels.layout import Layout
 
 QUERIES = 256  # of a block at most: causal attention of long sequences skips what lies above the diagonal
 WHOLE = 96  # tokens up to which a tree of pieces is one block, whatever part of its square is masked
+WASTE = 1.3  # scores of a block of several branches, against those that are not masked
 EVEN = 32  # a CPU works on so many numbers at once; scores in rows of other lengths took it a third longer
 SCORES = 2**22  # of a group at most, per head: what lives at once stays near the cache
 # (block, index of its first key, first position, length, seen before?) of an unbroken stretch of keys
@@ -54,6 +56,8 @@ class Plan:
     padded: bool  # are there positions that are no token?
     dtype: torch.dtype
     used: bool = field(default=False)  # has the network used it?
+    # told of every module that uses it, with its keys and values
+    record: Callable[[Any, Tensor, Tensor], None] | None = None
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -217,12 +221,82 @@ def _blocks(pieces: _Pieces) -> Iterator[Block]:
         needed = 0  # scores that are not masked, about
         for p in tree:
             needed += sizes[p] * sum(sizes[x] for x in above[p])
-        if len(whole) <= QUERIES and (len(whole) <= WHOLE or len(whole) ** 2 <= 1.3 * needed):
+        if len(whole) <= QUERIES and (len(whole) <= WHOLE or len(whole) ** 2 <= WASTE * needed):
             if len(whole):
                 yield Block(whole, whole, 0, causal and len(above[tree[-1]]) == len(tree))
             continue
-        for run in _runs(tree, above):
-            yield from _blocks_of_run(run, above[run[0]][:-1], positions, sizes, causal, pieces)
+        for bundle in _bundles(list(_runs(tree, above)), above, sizes):
+            parents = above[bundle[0][0]][:-1]
+            if len(bundle) == 1:
+                yield from _blocks_of_run(bundle[0], parents, positions, sizes, causal, pieces)
+            else:
+                yield _block_of_runs(bundle, parents, positions, pieces)
+
+
+def _bundles(runs: list[list[int]], above: list[list[int]], sizes: list[int]) -> Iterator[list[list[int]]]:
+    """Runs that become blocks together: each by itself, or whole branches that continue the same pieces,
+    where these are so long that it wastes little to compute what the branches must not see of each other.
+    """
+    last = {run[-1]: i for i, run in enumerate(runs)}  # run by its last piece
+    children: dict[int, list[int]] = {}
+    branch: list[list[int]] = [[i] for i in range(len(runs))]  # a run and all that continue it
+    size, needed = [0] * len(runs), [0] * len(runs)  # tokens of a branch, and scores that are not masked
+    for i in reversed(range(len(runs))):
+        for p in runs[i]:
+            size[i] += sizes[p]
+            needed[i] += sizes[p] * sum(sizes[x] for x in above[p])
+        line = above[runs[i][0]]
+        parent = last[line[-2]] if len(line) > 1 else -1
+        children.setdefault(parent, []).insert(0, i)
+        for child in children.get(i, ()):
+            size[i] += size[child]
+            needed[i] += needed[child]
+            branch[i] += branch[child]
+    waiting = [children[-1]]  # branches with the same parent
+    while waiting:
+        bundle: list[int] = []
+        tokens = scores = 0
+        siblings = waiting.pop()
+        before = sum(sizes[p] for p in above[runs[siblings[0]][0]][:-1])
+        for i in siblings:
+            if not _wastes_little(size[i], before, needed[i]):
+                yield [runs[i]]
+                if i in children:
+                    waiting.append(children[i])
+                continue
+            if bundle and not _wastes_little(tokens + size[i], before, scores + needed[i]):
+                yield [runs[k] for k in bundle]
+                bundle, tokens, scores = [], 0, 0
+            bundle += branch[i]
+            tokens += size[i]
+            scores += needed[i]
+        if tokens:
+            yield [runs[k] for k in bundle]
+
+
+def _wastes_little(tokens: int, before: int, needed: int) -> bool:
+    """May so many tokens, which continue `before` others, be a block of which so many scores are needed?"""
+    return tokens <= QUERIES and tokens * (before + tokens) <= WASTE * needed
+
+
+def _block_of_runs(
+    runs: list[list[int]], parents: list[int], positions: Sequence[Tensor], pieces: _Pieces
+) -> Block:
+    """Branches in one block. parents: what all of them continue."""
+    own = torch.cat([positions[p] for p in sorted(p for run in runs for p in run)])
+    keys = torch.cat([*(positions[p] for p in parents), own])
+    first = int(pieces.position[own].min())
+    keys, before = _within_reach(keys, len(keys) - len(own), first, pieces)
+    return Block(own, keys, before, False)
+
+
+def _within_reach(keys: Tensor, before: int, first: int, pieces: _Pieces) -> tuple[Tensor, int]:
+    """Of keys those that queries from position `first` of their sequence on may see, and how many all see."""
+    if pieces.window:
+        keys, before = keys[pieces.position[keys] > first - pieces.window], 0
+    if pieces.chunk:
+        keys, before = keys[pieces.position[keys] >= first // pieces.chunk * pieces.chunk], 0
+    return keys, before
 
 
 def _blocks_of_run(
@@ -248,12 +322,7 @@ def _blocks_of_run(
                 keys_end = max(keys_end, begun + sizes[p])
             begun += sizes[p]
         queries, keys = own[start:stop], torch.cat([above, own[:keys_end]])
-        first = int(pieces.position[queries[0]])
-        before = len(above) + start
-        if pieces.window:
-            keys, before = keys[pieces.position[keys] > first - pieces.window], 0
-        if pieces.chunk:
-            keys, before = keys[pieces.position[keys] >= first // pieces.chunk * pieces.chunk], 0
+        keys, before = _within_reach(keys, len(above) + start, int(pieces.position[queries[0]]), pieces)
         yield Block(queries, keys, before, causal)
 
 

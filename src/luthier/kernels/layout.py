@@ -1,7 +1,8 @@
 """How token segments lie in the rows of a tensor, and which of them may see which.
 
 Every placed segment is a *piece*; a piece sees itself causally and the pieces it continues, and nothing
-else, so no sequence ever sees another. model/layout.py makes layouts of batches.
+else, so no sequence ever sees another. A piece may stand for tokens of several sequences that begin alike.
+model/layout.py makes layouts of batches.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ class Layout:
     piece: Tensor  # [R, W] which placed segment, -1 for padding
     soft: Tensor  # [R, W] index of the soft prompt's vector, -1 elsewhere
     at: Tensor  # [L] flat position whose hidden state predicts a token, -1 where nothing precedes it
+    place: Tensor  # [L] flat position of a token; of several where it is read several times
     sees: Tensor  # [P, P] bool: piece a continues, directly or not, piece b
     both: Tensor  # [P] bool: is this piece read from both sides? All others see what stands before
+    saved: int = 0  # tokens of several rows that stand at one position, counted beyond the first
     host: Layout | None = field(default=None, compare=False, repr=False)  # the same, on the CPU
 
     def mask(self, window: int | None = None, chunk: int | None = None) -> Tensor:
@@ -59,15 +62,17 @@ def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
         columns["piece"].append(_shifted(layout.piece, pieces_before))
         columns["soft"].append(layout.soft)
         columns["at"].append(_shifted(layout.at, positions_before))
+        columns["place"].append(_shifted(layout.place, positions_before))
         columns["both"].append(layout.both)
         tokens_before += count
         positions_before += layout.source.shape[1]
         pieces_before += len(layout.sees)
     tensors = {name: torch.cat(parts, -1) for name, parts in columns.items()}
     sees = torch.block_diag(*(layout.sees for layout in layouts)).bool()
+    saved = sum(layout.saved for layout in layouts)
     hosts = [layout.host for layout in layouts if layout.host is not None]
     host = joined(hosts, tokens) if len(hosts) == len(layouts) else None
-    return Layout(**tensors, sees=sees, host=host)
+    return Layout(**tensors, sees=sees, saved=saved, host=host)
 
 
 def _shifted(index: Tensor, by: int) -> Tensor:

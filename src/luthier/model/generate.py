@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 SEQUENCES = 64  # written at once
+COMMON = 64  # tokens that prompts must begin with in common, for that to be read once
 LEAVE = 0.25  # share of idle rows at which they leave: each time, what is kept of all others is copied
 # what a network raises that cannot be made to write in some way
 CANNOT = (
@@ -258,17 +260,46 @@ class Cached(Writer):
     """A decoder with a KV cache; prompts padded on the left."""
 
     def begin(self, prompts, n):
-        inputs, mask = left_padded(self.model, self.attached, prompts)
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
+        common = self.common_beginning(prompts)
+        self.cache = None
+        if common:
+            self.read_beginning(prompts[0][:common], len(prompts))
+        logits = self.read_prompts([prompt[common:] for prompt in prompts], common)
+        self.position = self.position[:, -1:].repeat_interleave(n, 0)
+        self.multiply(n)
+        return logits.repeat_interleave(n, 0)
+
+    def common_beginning(self, prompts: list[list[int]]) -> int:
+        """Tokens of all prompts that are read once: of long ones with the same beginning, where the network
+        looks back at all that it has read.
+        """
+        if len(prompts) < 2 or self.prefix or self.attached.virtual or not self.bare:
+            return 0
+        common = len(commonprefix(prompts))
+        common = min(common, min(map(len, prompts)) - 1)
+        return common if common >= COMMON else 0
+
+    def read_beginning(self, tokens: list[int], count: int) -> None:
+        """Keys and values of what `count` prompts begin with."""
+        ids = torch.tensor([tokens], device=self.device)
+        self.cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        self.cache.batch_repeat_interleave(count)
+
+    def read_prompts(self, prompts: list[list[int]], begun: int) -> Tensor:
+        """Read B prompts, of which `begun` tokens each are in the cache already -> [B, V] logits."""
+        inputs, mask = left_padded(self.model, self.attached, prompts)
+        self.position = (mask.cumsum(-1) - 1).clamp(min=0) + begun
+        self.mask = torch.cat([mask.new_ones(len(mask), begun), mask], 1)
         where = self.where()
         if self.prefix:
             both = mask.cumsum(1) > self.attached.virtual  # of soft vectors none sees the text
             where["attention_mask"] = prefix_mask(self.model, mask.bool(), both & mask.bool())
+        if begun:
+            where["past_key_values"] = self.cache
         output = self.model(**inputs, **where, use_cache=True, logits_to_keep=1)
-        self.cache, self.position = output.past_key_values, self.position[:, -1:].repeat_interleave(n, 0)
-        self.multiply(n)
-        return output.logits[:, -1].repeat_interleave(n, 0)
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
 
     def multiply(self, n: int) -> None:
         """Prompts were read; go on with n samples of each."""
@@ -281,7 +312,7 @@ class Cached(Writer):
             self.cache.batch_repeat_interleave(n)
         self.mask = self.mask.repeat_interleave(n, 0)
 
-    def where(self) -> dict[str, Tensor]:
+    def where(self) -> dict[str, Any]:
         """The attention mask, and positions where the network takes them."""
         where = {"attention_mask": self.mask}
         if self.takes_positions:

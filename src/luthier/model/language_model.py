@@ -57,21 +57,29 @@ class LanguageModel(Architecture):
             return None
         return replace(self, own_head=True)
 
-    def answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
+    def answer(
+        self,
+        model: Network,
+        inputs: dict[str, Any],
+        at: Tensor,
+        labels: Tensor,
+        which: Tensor | None = None,
+    ) -> Outputs:
         """Outputs of T questions: `at` [T] are flat places of the tensor [R, W] that the model reads as
-        `inputs`.
+        `inputs`. which [T]: where questions have places in common (`distinct`), which of `at` [U] is whose.
         """
         caught: list[Tensor] = []
         with behind_blocks(model) if LAYERS.get() else nullcontext() as states:
             if self.own_head:
-                outputs = Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
+                outputs = Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels, which=which)
             else:
                 # the head itself computes nothing
                 with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):
                     model(**inputs, use_cache=False)
-                outputs = Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
+                own = caught[0].flatten(0, 1)[at]
+                outputs = Outputs(own, head_of(model, inputs), labels, which=which)
         if states is not None:
-            outputs.layers = [h.flatten(0, 1)[at] for h in states]
+            outputs.layers = [outputs.by_token(h.flatten(0, 1)[at]) for h in states]
         return outputs
 
     def plain(self, model: Network, attached: Any, batch: Batch) -> Tensor:
@@ -88,6 +96,15 @@ class LanguageModel(Architecture):
         continues, alone.
         """
         raise NotImplementedError
+
+
+def distinct(at: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Places and labels [T] of questions -> places [U] that differ in one of these, and which of them [T] is
+    whose.
+    """
+    words = int(labels.max()) + 1 if len(labels) else 1
+    pairs, which = (at * words + labels).unique(return_inverse=True)
+    return pairs // words, which
 
 
 @contextmanager

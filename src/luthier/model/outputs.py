@@ -21,29 +21,50 @@ LAYERS: ContextVar[bool] = ContextVar("layers", default=False)
 class Outputs:
     """Outputs for the supervised tokens of a batch. Objectives see log-probabilities; never logits, layouts,
     masks or padding.
+
+    Where rows have supervised tokens in common, what predicts them goes through the head once (U of T), and
+    the weights of all rows on such a token add up in its gradient.
     """
 
     def __init__(
         self,
-        hidden: Tensor,
+        states: Tensor,
         head: Head,
         labels: Tensor,
         role_context: Callable[[], AbstractContextManager] = nullcontext,
+        which: Tensor | None = None,
     ):
-        self.hidden = hidden  # [T, d] the state that predicts each supervised token
+        """states [U, d]; labels [T]; which [T]: the state that predicts each token, None where each has its
+        own (U = T). Tokens of one state have one label.
+        """
+        self.states = states
         self.head = head
-        self.labels = labels  # [T]
+        self.labels = labels
         self.role_context = role_context  # the head, too, is applied in it
+        self.which = which
         # [T, d] the same places behind each block, where they were needed (Policy.layers)
         self.layers: list[Tensor] | None = None
 
     @cached_property
+    def hidden(self) -> Tensor:
+        """[T, d] the state that predicts each supervised token."""
+        return self.by_token(self.states)
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """[U, ...] -> [T, ...]"""
+        return values if self.which is None else values.index_select(0, self.which)
+
+    @cached_property
     def logprobs(self) -> Tensor:
         """[T] log-probability of each supervised token."""
-        if self.head.linear:
-            with self.role_context():
-                return chunked(self.hidden, self.head, self.labels)
-        return self.at(self.labels[:, None]).squeeze(1)
+        labels = self.labels
+        if self.which is not None:
+            labels = labels.new_empty(len(self.states)).index_copy_(0, self.which, labels)
+        if not self.head.linear:
+            own = self._chunks(lambda z, i: z.gather(1, i) - normaliser(z), [self], [labels[:, None]])
+            return self.by_token(own).squeeze(1)
+        with self.role_context():
+            return self.by_token(chunked(self.states, self.head, labels))
 
     @property
     def checked_values(self) -> Tensor:
@@ -85,15 +106,31 @@ class Outputs:
         tuple of them.
         """
         every = (self, *beside)
-        size = max(1, min(chunk_size(o.head.size(o.hidden)) for o in every) // len(every))
-        tables = [o.hidden for o in every]
-        tables += per_token
+        if per_token or not all(_same_index(self.which, o.which) for o in beside):
+            return self._chunks(f, every, per_token, by_token=True)
+        results = self._chunks(f, every)
+        if torch.is_tensor(results):
+            return self.by_token(results)
+        return tuple(map(self.by_token, results))
+
+    def _chunks(
+        self,
+        f: Callable,
+        every: Sequence[Outputs],
+        further: Sequence[Tensor] = (),
+        by_token: bool = False,
+    ) -> Any:
+        """`apply` on the states of all these, or on those of each token; further: tensors of as many rows."""
+        tables = [o.hidden if by_token else o.states for o in every]
+        widest = max(o.head.size(h) for o, h in zip(every, tables, strict=True))
+        size = max(1, chunk_size(widest) // len(every))
+        tables += further
 
         def piece(*chunk: Tensor) -> Any:
             logits = []
-            for outputs, hidden in zip(every, chunk, strict=False):
+            for outputs, states in zip(every, chunk, strict=False):
                 with outputs.role_context():  # the head is applied in the role that read the batch
-                    logits.append(outputs.head(hidden))
+                    logits.append(outputs.head(states))
             return f(*logits, *chunk[len(every) :])
 
         results = []
@@ -105,3 +142,9 @@ class Outputs:
         if torch.is_tensor(results[0]):
             return torch.cat(results)
         return tuple(map(torch.cat, zip(*results, strict=True)))
+
+
+def _same_index(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.model.batch import Batch
+from luthier.model.layout import rows_apart
 from luthier.model.linear import base_layer, is_transposed, oriented
 from luthier.model.quantized_linear import Quantized
 
@@ -85,7 +86,7 @@ def _watch_inputs(modules: Modules, see: Callable[[str, Tensor], None]) -> Itera
     for name, module in modules.items():
         handles.append(module.register_forward_hook(partial(hook, name)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), rows_apart():
             yield
     finally:
         for handle in handles:

@@ -39,7 +39,8 @@ NOT_THE_RUN = (
     "stop_on_divergence",
 )
 
-LATER_KEYS = ("chat_template_kwargs", "split_special_tokens")  # that the first editions did not have
+# that the first editions did not have
+LATER_KEYS = ("chat_template_kwargs", "split_special_tokens", "max_eval_samples", "group_by_prefix")
 
 
 def as_list(value: Any) -> Any:
@@ -117,6 +118,9 @@ class Recipe:
     max_steps: Annotated[int, Field(ge=0)] | None = None
     per_device_train_batch_size: Count = 8  # rows per micro-batch
     gradient_accumulation_steps: Count = 1  # micro-batches per optimizer step; changes memory, not the result
+    # steps of rows that begin alike (tools, documents), in an order that the seed decides: more of their
+    # tokens are read once, but the rows of a step are less of a mixture
+    group_by_prefix: bool = False
     # recompute activations in the backward pass; auto: if a step would not fit otherwise
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     # compile the model's layers; for long runs, as the first steps then take minutes
@@ -135,6 +139,8 @@ class Recipe:
     # evaluators to run before and after; default: loss, accuracy, generate, forgetting, if the rows allow
     # them
     evaluate: list[Any] | None = None
+    # held-out rows that metrics are measured on, the same for every seed; all: every one
+    max_eval_samples: Count | Literal["all"] = 300
     # steps between evaluations during training (below 1: a share of the run); default: none
     eval_steps: Amount | None = None
     # end with the weights of the evaluation that was best, not with the last ones

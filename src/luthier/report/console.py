@@ -282,11 +282,13 @@ class Console(Callback):
 
         if not rows:
             return
-        table = self._grid(title, "before", "after", "change", right=("before", "after", "change"))
+        heads = ["before", "after", "change"]
+        if any(row.interval for row in rows):
+            heads.append("interval (95%)")
+        table = self._grid(title, *heads, right=heads)
         for row in rows:
-            table.add_row(
-                Text(visible(row.label)), row.before, row.after, Text(row.change, COLOURS[row.better])
-            )
+            cells = [row.before, row.after, Text(row.change, COLOURS[row.better]), row.interval]
+            table.add_row(Text(visible(row.label)), *cells[: len(heads)])
         self.screen.print(table)
 
     def inspection(self, result: dict) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import Damaged
+from luthier.methods.evaluators._base import paired_change, per_example_file
 from luthier.registry import former_metrics, metrics
 from luthier.registry import metric as metric_of
 from luthier.storage import files
@@ -106,6 +107,7 @@ class MetricRow:
     after: str
     change: str
     better: bool | None  # None: no change worth the word, or neither way is better
+    interval: str = ""  # of the change at 95 %, where the metric is a mean over rows
 
 
 def metric_rows(report: Any) -> list[MetricRow]:
@@ -117,10 +119,32 @@ def metric_rows(report: Any) -> list[MetricRow]:
         family = former.get(family, family)
         return "/" in name, order.index(family) if family in order else len(order), name
 
+    intervals = change_intervals(Path(getattr(report, "folder", None) or "."))
     rows = []
     for name in sorted({*report.before, *report.after}, key=place):
-        rows.append(metric_row(name, report.before.get(name), report.after.get(name)))
+        row = metric_row(name, report.before.get(name), report.after.get(name))
+        if row.change and name in intervals:
+            row = replace(row, interval=intervals[name])
+        rows.append(row)
     return rows
+
+
+def change_intervals(folder: Path) -> dict[str, str]:
+    """'-0.52 to -0.31' for each metric of a run that was saved row by row before and after."""
+    paths = [per_example_file(folder, when) for when in ("before", "after")]
+    if not all(path.is_file() for path in paths):
+        return {}
+    before, after = map(files.read_object, paths)
+    intervals = {}
+    for name in before.keys() & after.keys():
+        try:
+            change = paired_change(before[name], after[name])
+        except (ValueError, TypeError, AttributeError):  # other rows, or a file that somebody else wrote
+            continue
+        if math.isfinite(change.low) and math.isfinite(change.high):
+            low, high = format_difference(name, change.low), format_difference(name, change.high)
+            intervals[name] = f"{low} to {high}"
+    return intervals
 
 
 def metric_row(name: str, before: float | None, after: float | None) -> MetricRow:

@@ -69,7 +69,7 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
         benchmarks=[benchmarks.table(entry) for entry in benchmarks.read_benchmarks(folder)],
         skills=table(skills),
         lost=sentence(skills),
-        held_out_rows=stats.get("held_out_rows"),
+        held_out_rows=stats.get("held_out_rows") and stats.get("evaluated_rows", stats["held_out_rows"]),
         measured_on=measured_on,
         training=training(logged, measured_on),
         generations=shown_generations(folder),

@@ -16,6 +16,9 @@ from luthier.run.session import Session
 from luthier.train import hidden_cache, logprob_cache
 from luthier.train.batched_forward import share_weights
 from luthier.train.trainer import Trainer
+from luthier.train.trunk import common_tokens
+
+COMPARED = 32  # rows whose common beginning is read once for all
 
 
 @dataclass
@@ -41,9 +44,9 @@ def cache_hidden_states(session: Session, trainer: Trainer, row_tokens: int) -> 
     cache: Any = trainer.no_reuse()
     if cache is None or (len(readers) > 1 and not trainer.batches.live):
         path = session.folder / f"hidden_cache-{session.processes.index}.bin"
-        cache = hidden_cache.open_cache(
-            roles.policy, sample_batch(roles, list(trainer.rows[:2])), path, row_tokens
-        )
+        sample = sample_batch(roles, list(trainer.rows[:2]))
+        beginning = common_tokens([roles.renderer.prompt(row) for row in trainer.rows[:COMPARED]])
+        cache = hidden_cache.open_cache(roles.policy, sample, path, row_tokens, beginning)
     if isinstance(cache, str):  # why there is none
         if setting is True:
             session.warn(f"cache_frozen: hidden states are not cached: {cache}")

@@ -142,6 +142,7 @@ def _stats(prepared: Prepared) -> dict[str, Any]:
         "row_counts": row_counts(session),
         "bad_rows": len(session.data.bad) + prepared.stats["unusable"],
         "held_out_rows": len(prepared.held_out),
+        "evaluated_rows": len(prepared.eval_rows),
         "measured_on": HELD_OUT if prepared.held_out else TRAINING_ROWS,
         "turns": _on_turns(prepared),
         "ends": "\n" if lines else "",

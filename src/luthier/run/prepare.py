@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.data.split import sample
 from luthier.errors import out_of_memory
 from luthier.model import base_mark
+from luthier.model.dropout import has_dropout
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Roles
 from luthier.model.quantized_linear import describe
@@ -20,11 +22,12 @@ from luthier.recipe.schedule import schedule
 from luthier.recipe.validate import Methods
 from luthier.report.numbers import HELD_OUT, TRAINING_ROWS, format_megabytes
 from luthier.run import resume
-from luthier.run.batches import check_batches
+from luthier.run.batches import check_batches, exceptions
 from luthier.run.caches import SharedBase, cache_hidden_states, cache_logprobs
 from luthier.run.folder import update_state
 from luthier.run.rows import (
     EncodedRows,
+    common_share,
     describe_rows,
     keep_rendering,
     load_rows,
@@ -34,7 +37,7 @@ from luthier.run.rows import (
 )
 from luthier.run.session import Session
 from luthier.storage.layout import read_state
-from luthier.train import checks, memory
+from luthier.train import arrange, checks, memory
 from luthier.train.optimizer import Chain
 from luthier.train.trainer import BatchSchedule, Trainer
 
@@ -87,7 +90,7 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     memory_need = _check_memory(session, trainer, training)
     cache_hidden_states(session, trainer, training.stats.get("row_tokens", 0))
     cache_logprobs(session, trainer, training, held_out, shared)
-    eval_rows = held_out.rows or rows[:EVALUATED_ROWS]
+    eval_rows = _eval_rows(session, held_out.rows) or rows[:EVALUATED_ROWS]
     if session.main:
         update_state(session.folder, measured_on=HELD_OUT if held_out.rows else TRAINING_ROWS)
     before = resume.evaluate_start(session, trainer, eval_rows, checkpoint)
@@ -95,6 +98,19 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     resume.resume(session, trainer, checkpoint)
     stats = {**training.stats, **parameters, "unusable": training.unusable + held_out.unusable}
     return Prepared(session, trainer, held_out.rows, eval_rows, before, stats, memory_need, length, shared)
+
+
+def _eval_rows(session: Session, held_out: list[dict]) -> list[dict]:
+    """The held-out rows that metrics are measured on."""
+    count = session.recipe.max_eval_samples
+    if count == "all" or len(held_out) <= count:
+        return held_out
+    if session.methods.evaluate:
+        session.warn(
+            f"metrics are measured on {count:,} of {len(held_out):,} held-out rows; max_eval_samples: all"
+            " measures on every one"
+        )
+    return sample(held_out, count)
 
 
 def _size_of(recipe: Recipe) -> str:
@@ -191,6 +207,7 @@ def _warn_if_solved(session: Session, before: dict[str, float]) -> None:
 def _check_model(session: Session, roles: Roles, rows: list[dict]) -> dict[str, int]:
     """The checks of a start; counts of trainable and of all parameters."""
     parameters = checks.check_trainable(roles.tuner)
+    session.callback.stage("comparing fast kernels with the model's own forward pass on a few tokens")
     for policy in roles.policies():  # each by itself: a teacher may be another kind of network
         checks.check_forward(policy, sample_batch(roles, rows[:2]), session.warn)
     return parameters
@@ -260,10 +277,28 @@ def _build_trainer(session: Session, roles: Roles, rows: list[dict], length: Run
             length.last_row,
             methods.online_stages,
             recipe.num_iterations,
+            _clusters(session, roles, rows, length),
+            recipe.group_by_prefix,
         ),
         session.processes,
         warn=session.warn,
     )
+
+
+def _clusters(
+    session: Session, roles: Roles, rows: list[dict], length: RunLength
+) -> tuple[int, ...] | None:
+    """Which rows begin alike, where they can meet in micro-batches and are then read together; it changes
+    sums by rounding alone, unless the recipe asks for steps of such rows.
+    """
+    recipe, policy = session.recipe, roles.policy
+    if not rows or not length.steps or not policy.architecture.shares_prefixes(policy.attached):
+        return None
+    whole = length.per_step == recipe.per_device_train_batch_size  # one micro-batch a step
+    depends = any(True for _ in exceptions(session, "accumulation"))
+    if not recipe.group_by_prefix and (whole or depends or has_dropout(policy.model)):
+        return None
+    return arrange.clusters(rows)
 
 
 def _check_memory(session: Session, trainer: Trainer, training: EncodedRows) -> memory.Need | None:
@@ -283,6 +318,7 @@ def _check_memory(session: Session, trainer: Trainer, training: EncodedRows) -> 
             training.micro_batch_tokens(micro),
             int(training.stats["longest"]),
             session.recipe.gradient_checkpointing,
+            common_share(session, trainer),
         )
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from luthier.clock import Clock
 from luthier.data.checks import glued_words
 from luthier.data.quarantine import too_many, write_quarantine
 from luthier.errors import RecipeError, Refused
@@ -17,6 +18,9 @@ from luthier.storage import files
 from luthier.storage.layout import DROPPED, QUARANTINE, RENDERING, ROWS
 from luthier.text.encode import Renderer
 from luthier.train import checks
+from luthier.train.trainer import Trainer
+
+COMPARED = 3  # micro-batches that are looked at for what rows have in common
 
 
 @dataclass(frozen=True)
@@ -281,3 +285,29 @@ def short_batches(roles: Roles, rows: list[dict]) -> list[Any]:
     """One row and two, to measure what a step takes. They are short: what may not fit is not tried out."""
     short = sorted(rows[:16], key=lambda row: len(str(row)))[:2]
     return [sample_batch(roles, short[:1]), sample_batch(roles, short)]
+
+
+def common_share(session: Session, trainer: Trainer) -> float:
+    """The least share of tokens that the first micro-batches will read once for several rows; says what they
+    have in common. 0 where completions are yet to be written.
+    """
+    roles, schedule = trainer.roles, trainer.batches
+    if not trainer.rows or not roles.clock.total or writes_samples(session):
+        return 0.0
+    policy = roles.policy
+    tokens, shares = 0, []
+    reason = None
+    for k in range(min(COMPARED, roles.clock.total)):
+        clock = Clock(roles.clock.seed, step=k * schedule.num_iterations)
+        batch = sample_batch(roles, schedule.draw(trainer.rows, clock)[: schedule.micro])
+        common, reason = policy.architecture.shared_tokens(policy.model, policy.attached, batch)
+        tokens += common
+        shares.append(common / max(1, len(batch.ids)))
+    mean = sum(shares) / len(shares)
+    if not tokens:
+        return 0.0
+    if reason is not None:
+        session.warn(f"{mean:.0%} of the tokens are common to rows of a batch, but read with each: {reason}")
+        return 0.0
+    session.warn(f"{mean:.0%} of the tokens are common to rows of a batch and read once")
+    return min(shares)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from luthier.model.batch import Batch
+from luthier.model.dropout import has_dropout
+from luthier.model.language_model import distinct
 from luthier.model.outputs import Outputs
 from luthier.model.policy import Policy
-from luthier.train.hidden_cache import has_dropout
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -64,20 +65,25 @@ def joint_outputs(policies: Sequence[Policy], batches: Sequence[Batch]) -> list[
     """Each policy's outputs on its own batch, by one pass over the base."""
     model, architecture = policies[0].model, policies[0].architecture
     layout, sizes, inputs = architecture.laid_out_jointly(model, batches)
-    supervised, labels, counts = [], [], []
-    for batch in batches:
-        supervised.append(batch.supervised)
-        labels.append(batch.labels[batch.targets])
-        counts.append(len(batch.owner))
+    at = layout.at.split([len(batch.ids) for batch in batches])
+    places, labels, indices = [], [], []  # of each policy's questions
+    for own_at, batch in zip(at, batches, strict=True):
+        place, label, which = own_at[batch.targets], batch.labels[batch.targets], None
+        if layout.saved:
+            place, which = distinct(place, label)
+        places.append(place)
+        labels.append(label)
+        indices.append(which)
     states = _cached_states(policies, batches)
     lower_layers = nullcontext()
     if states is not None:
         lower_layers = policies[0].attached.hidden_cache.skipped(states[layout.source])
     with batched_layers(policies, sizes), lower_layers:
-        joint = architecture.answer(model, inputs, layout.at[torch.cat(supervised)], torch.cat(labels))
+        joint = architecture.answer(model, inputs, torch.cat(places), torch.cat(labels))
     outputs = []
-    for hidden, targets in zip(joint.hidden.split(counts), joint.labels.split(counts), strict=True):
-        outputs.append(Outputs(hidden, joint.head, targets))
+    split = joint.states.split([len(place) for place in places])
+    for states, own_labels, which in zip(split, labels, indices, strict=True):
+        outputs.append(Outputs(states, joint.head, own_labels, which=which))
     return outputs
 
 

@@ -141,11 +141,12 @@ def _joint_backward(closures: Sequence[LossClosure], index: int) -> None:
         outputs = joint_outputs(policies, [c.batches[index] for c in closures])
     reached, grads = [], []
     for closure, policy, own in zip(closures, policies, outputs, strict=True):
-        hidden = own.hidden.detach().requires_grad_()
-        closure.micro_batch(index, outputs={policy.role: Outputs(hidden, own.head, own.labels)})
-        if hidden.grad is not None:
-            reached.append(own.hidden)
-            grads.append(hidden.grad)
+        states = own.states.detach().requires_grad_()
+        detached = Outputs(states, own.head, own.labels, which=own.which)
+        closure.micro_batch(index, outputs={policy.role: detached})
+        if states.grad is not None:
+            reached.append(own.states)
+            grads.append(states.grad)
     if reached:
         torch.autograd.backward(reached, grads)
 

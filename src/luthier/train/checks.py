@@ -5,6 +5,7 @@ explains each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from luthier.model.batch import Batch
 from luthier.model.policy import eval_mode
 from luthier.model.quantized_linear import numbers
 
+# of a check: sequences at most, and tokens that they have together as they are read one by one
+SEQUENCES, TOKENS = 4, 400
 # what a network that cannot be read in some way may raise; errors of memory and interrupts are none of these
 UNREADABLE = (
     TypeError,
@@ -102,8 +105,10 @@ def check_forward(policy: Any, batch: Batch, warn: Callable[[str], None]) -> Non
     """Compare the fast layout and kernels with the model's own forward on a few rows, and fall back, with a
     warning, where they differ. Raises Refused where no way of reading is right.
 
-    The layout is tested crowded: all sequences beside each other, as in a large batch.
+    The layout is tested crowded: all sequences beside each other, as in a large batch. Of long ones and of
+    many a part is read, so that a check takes a second or two whatever the rows are.
     """
+    batch = excerpt(batch)
     failed: list[tuple[str, str]] = []  # a way of reading, and what is wrong with it
     with torch.no_grad(), eval_mode(policy.model), policy.role_context():
         with _switch.plainly():
@@ -125,6 +130,65 @@ def check_forward(policy: Any, batch: Batch, warn: Callable[[str], None]) -> Non
     for i, (reading, reason) in enumerate(failed):
         instead = failed[i + 1][0] if i + 1 < len(failed) else policy.architecture.reading
         warn(f"the layout '{reading}' {reason}; using '{instead}' instead (slower, results are correct)")
+
+
+def excerpt(batch: Batch, sequences: int = SEQUENCES, tokens: int = TOKENS) -> Batch:
+    """A few sequences of a batch, of each row some: the ends of prompts, and of completions a stretch that is
+    supervised. A batch that is small enough stays as it is.
+    """
+    parents, sizes = batch.parents, batch.sizes
+    lines = []  # the segments of each sequence
+    for segment in batch.completion.tolist():
+        line = [segment]
+        while parents[line[0]] >= 0:
+            line.insert(0, parents[line[0]])
+        lines.append(line)
+    if sum(sizes[s] for line in lines for s in line) <= tokens:
+        return batch
+    groups = batch.group.tolist()
+    turn = [groups[:i].count(group) for i, group in enumerate(groups)]  # of a sequence in its row
+    order = sorted(range(len(lines)), key=turn.__getitem__)
+    chosen = torch.tensor(sorted(order[:sequences]), device=batch.ids.device)
+    lines = [lines[i] for i in chosen.tolist()]
+    each = tokens // len(lines)
+    parts = batch.segments()
+    places: dict[int, torch.Tensor] = {}  # of the tokens of each segment that stay
+    for line in lines:
+        *above, last = line
+        marks = batch.supervised[parts[last]]
+        first = max(0, int(marks.int().argmax()) - 1)  # a text of its own: what its first token follows
+        places[last] = parts[last][first : first + each // 2]
+        for s in above:
+            room = (each - each // 2) // len(above)
+            places.setdefault(s, parts[s][-room:])
+    return _cut(batch, chosen, places)
+
+
+def _cut(batch: Batch, chosen: torch.Tensor, places: dict[int, torch.Tensor]) -> Batch:
+    """A batch with these sequences, and of these segments these tokens."""
+    segments = sorted(places)
+    number = {s: i for i, s in enumerate(segments)}
+    parents = batch.parents
+    stay = torch.cat([places[s] for s in segments])
+    counts = torch.tensor([len(places[s]) for s in segments])
+    device = batch.ids.device
+
+    def renumbered(some: list[int]) -> torch.Tensor:
+        return torch.tensor([number.get(s, -1) for s in some], device=device)
+
+    return replace(
+        batch,
+        ids=batch.ids[stay],
+        labels=batch.labels[stay],
+        supervised=batch.supervised[stay],
+        segment=torch.repeat_interleave(torch.arange(len(segments)), counts).to(device),
+        parent=renumbered([parents[s] for s in segments]),
+        completion=renumbered(batch.completion[chosen].tolist()),
+        group=batch.group[chosen],
+        host=None,
+        read={},
+        metrics={},
+    )
 
 
 def scaled_gaps(values: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from luthier.kernels.tolerance import logprob_tolerance
 from luthier.model.batch import Batch
+from luthier.model.dropout import has_dropout
 from luthier.model.policy import eval_mode
 from luthier.storage import files
+from luthier.train.trunk import Recorder, Trunk, why_no_trunk
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
 LIMIT = 8 * 2**30  # bytes of the file at most, and never more than half of the free disk
-ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 class StopForward(Exception):
@@ -47,6 +48,7 @@ class HiddenStateCache:
     starts: dict[bytes, int] = field(default_factory=dict)
     # [rows of the table in use]; runs that share a table share this list
     fill_level: list[int] = field(default_factory=lambda: [0])
+    trunk: Trunk | None = None  # what rows begin with: read and stored once
 
     @property
     def used(self) -> int:
@@ -67,10 +69,14 @@ class HiddenStateCache:
         states = []
         for tree in alone:
             key, size = _key(tree), len(tree.ids)
+            trunk = self.trunk if self.trunk is not None and self.trunk.begins(tree) else None
+            if trunk is not None:
+                size -= len(trunk.tokens)
+                states.append(trunk.states)
             if key not in self.starts:
                 if not fill or self.used + size > len(self.table):
                     return None
-                computed = self._compute(architecture, model, attached, tree)
+                computed = self._compute(architecture, model, attached, tree, trunk)
                 self.table[self.used : self.used + size] = computed
                 self.starts[key] = self.used
                 self.fill_level[0] += size
@@ -79,24 +85,51 @@ class HiddenStateCache:
         return torch.cat(states).to(batch.ids.device)
 
     @torch.no_grad()
-    def _compute(self, architecture: Any, model: Network, attached: Any, tree: Batch) -> Tensor:
+    def read_trunk(self, architecture: Any, model: Network, attached: Any, tokens: Sequence[int]) -> None:
+        """Read what rows begin with; the network is in evaluation mode."""
+        ids = torch.tensor(tokens, device=model.get_input_embeddings().weight.device)
+        index = torch.zeros_like(ids)
+        tree = Batch(ids, ids, index.bool(), index, index[:1] - 1, index[:0], index[:0], [])
+        recorder = Recorder(self.layers)
+        states = self._compute(architecture, model, attached, tree, record=recorder)
+        self.trunk = Trunk(ids.cpu(), states, recorder.prefixes)
+
+    @torch.no_grad()
+    def _compute(
+        self,
+        architecture: Any,
+        model: Network,
+        attached: Any,
+        tree: Batch,
+        trunk: Trunk | None = None,
+        record: Recorder | None = None,
+    ) -> Tensor:
+        """[L, d] of a tree's tokens, without those of the trunk that it begins with."""
         states: list[Tensor] = []
+        before = nullcontext()
+        if trunk is not None:
+            tree, before = trunk.rest(tree), trunk.before(self.layers)
 
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
             states.append(args[0] if args else kwargs["hidden_states"])
             raise StopForward
 
         layout, inputs = architecture.laid_out(model, attached, tree)
+        if trunk is not None:
+            inputs["position_ids"] = layout.position + len(trunk.tokens)
+        if record is not None:
+            masks = inputs["attention_mask"]
+            for mask in masks.values() if isinstance(masks, dict) else [masks]:
+                mask.plan.record = record
         hook = self.layers[self.first].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            model(**inputs, use_cache=False)
+            with before:
+                model(**inputs, use_cache=False)
         except StopForward:
             pass
         finally:
             hook.remove()
-        real = (layout.piece >= 0).flatten()
-        out = states[0].new_empty(len(tree.ids), states[0].shape[-1])
-        return out.index_copy_(0, layout.source.flatten()[real], states[0].flatten(0, 1)[real]).cpu()
+        return states[0].flatten(0, 1)[layout.place].cpu()
 
     @contextmanager
     def skipped(self, hidden: Tensor) -> Iterator[None]:
@@ -129,9 +162,11 @@ def _unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
 
-def open_cache(policy: Any, batch: Batch, path: Path, tokens: int) -> HiddenStateCache | str:
+def open_cache(
+    policy: Any, batch: Batch, path: Path, tokens: int, beginning: Sequence[int] = ()
+) -> HiddenStateCache | str:
     """A cache for `tokens` tokens, or why there can be none. batch: some rows, to see which layers the tuner
-    trains.
+    trains. beginning: tokens that rows begin with, to be read once.
     """
     model, attached, arch = policy.model, policy.attached, policy.architecture
     if not hasattr(arch, "laid_out"):
@@ -158,20 +193,13 @@ def open_cache(policy: Any, batch: Batch, path: Path, tokens: int) -> HiddenStat
         return "there is not enough free disk space"
     table = torch.from_file(str(path), shared=True, size=room * width, dtype=dtype).view(room, width)
     cache = HiddenStateCache(path, lists[0], first, table)
+    if beginning and why_no_trunk(arch, model) is None:
+        with eval_mode(model):
+            cache.read_trunk(arch, model, attached, beginning)
     if not _agrees(policy, batch, cache):
         cache.close()
         return "the cached values differ from the model's own"
     return cache
-
-
-def has_dropout(model: Network, outside: Iterable[nn.Module] = ()) -> bool:
-    """Does a network leave out numbers at random anywhere outside of these layers?"""
-    ignored = {m for layer in outside for m in layer.modules()}
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p and module not in ignored:
-            return True
-    config = model.config.get_text_config()
-    return any(getattr(config, name, 0) for name in ATTENTION_DROPOUT)
 
 
 @torch.no_grad()

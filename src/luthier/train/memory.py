@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from luthier.errors import OutOfMemory
 from luthier.kernels import logprobs
 from luthier.model.batch import Batch
+from luthier.model.layout import rows_apart
 from luthier.model.policy import Roles
 from luthier.train.optimizer import Chain, piece_size
 
@@ -53,15 +54,22 @@ class Need:
 
 
 def predict(
-    roles: Roles, chain: Chain, estimator: Any, samples: Sequence[Batch], tokens: int, recompute: bool = False
+    roles: Roles,
+    chain: Chain,
+    estimator: Any,
+    samples: Sequence[Batch],
+    tokens: int,
+    recompute: bool = False,
+    shared: float = 0.0,
 ) -> Need:
     """What a micro-batch of `tokens` tokens takes. samples: one or two batches of unlike size with rows like
     those to come, which are read once, with gradients; two tell what grows with the tokens from what does not
     (a tuned weight).
 
     recompute: with gradient checkpointing; a backward pass then holds what enters each layer, and all of one
-    layer.
+    layer. shared: the share of tokens that are read with another row's, which begins alike.
     """
+    positions = round(tokens * (1 - shared))
     moving: list[Tensor] = []
     count = size = largest = low_precision = 0  # numbers and bytes; the numbers of low-precision weights
     for group in roles.tuner.param_groups():
@@ -79,20 +87,20 @@ def predict(
         stepped = min(largest, piece_size(roles.device))
     activations = 0.0
     if backward:
-        activations = _activations(roles, samples, tokens, recompute)
-    supervised = len(samples[-1].owner) / max(1, len(samples[-1].ids))
+        activations = _activations(roles, samples, positions, recompute)
+    supervised = tokens * len(samples[-1].owner) / max(1, len(samples[-1].ids))
     return Need(
         gradients=size if backward else estimator.displaced_bytes(chain),
         state=sum(map(_state, chain.transforms)) * count + 4 * low_precision,
         update=16 * stepped + (4 if backward else 8) * largest,
         activations=round(activations),
-        temporary=round(_temporary(roles.policy.model, moving, tokens, supervised, backward)),
+        temporary=round(_temporary(roles.policy.model, moving, positions, supervised, backward)),
     )
 
 
 def _temporary(model: Any, moving: Sequence[Tensor], tokens: int, supervised: float, backward: bool) -> float:
-    """Bytes that a layer, the head and the matrix library allocate and free again. supervised: the share of
-    tokens that are.
+    """Bytes that a layer, the head and the matrix library allocate and free again. supervised: how many of
+    the tokens are.
     """
     size = next(model.parameters()).dtype.itemsize
     head = model.get_output_embeddings()
@@ -104,7 +112,7 @@ def _temporary(model: Any, moving: Sequence[Tensor], tokens: int, supervised: fl
     if head is None:
         return temporary
     words, hidden = min(len(head.weight), logprobs.WORDS), head.weight.shape[1]
-    chunk = min(round(supervised * tokens), logprobs.chunk_size(words))
+    chunk = min(round(supervised), logprobs.chunk_size(words))
     temporary += (3 if backward else 2) * 4 * words * chunk
     if not head.weight.is_cuda:
         temporary += 2 * words * hidden * size  # packed by the library
@@ -142,26 +150,27 @@ def choose(
     tokens: int,
     longest: int,
     checkpointing: bool | str,
+    shared: float = 0.0,
 ) -> tuple[Need | None, list[str]]:
     """Switch gradient checkpointing on where a step would not fit without. What a step takes (None where free
     memory is unknown), and warnings about it.
 
-    tokens: of a micro-batch. longest: of a row. checkpointing: true, false or auto. samples: as in `predict`.
-    Raises OutOfMemory where not even one row would fit.
+    tokens: of a micro-batch. longest: of a row. checkpointing: true, false or auto. samples, shared: as in
+    `predict`. Raises OutOfMemory where not even one row would fit.
     """
     model, have = roles.policy.model, free(roles.device)
     warnings: list[str] = []
     if not have:
         return None, warnings
 
-    def need(recompute: bool, tokens: int) -> Need:
-        return predict(roles, chain, estimator, samples, tokens, recompute)
+    def need(recompute: bool, tokens: int, shared: float = 0.0) -> Need:
+        return predict(roles, chain, estimator, samples, tokens, recompute, shared)
 
     can = getattr(model, "supports_gradient_checkpointing", False) and "grad" in estimator.provides
     recompute = checkpointing is True
-    step = need(recompute, tokens)
+    step = need(recompute, tokens, shared)
     if checkpointing == "auto" and can and step.total > SURE * have:
-        less = need(True, tokens)
+        less = need(True, tokens, shared)
         if less.total < step.total:
             warnings.append(
                 f"a step is predicted to take {gb(step.total)}, and {gb(have)} are free:"
@@ -263,6 +272,7 @@ def _saved_for_backward(roles: Roles, batch: Batch) -> int:
     try:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with (
+            rows_apart(),
             torch.random.fork_rng(devices),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),

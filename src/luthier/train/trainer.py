@@ -16,6 +16,7 @@ from luthier.clock import Clock
 from luthier.methods.objectives._base import Objective
 from luthier.model.batch import Batch
 from luthier.processes.group import ALONE, Processes
+from luthier.train.arrange import adjacent, grouped
 from luthier.train.closure import LossClosure, MicroBatchTooLarge
 from luthier.train.optimizer import Chain
 from luthier.train.samples import averages, sample_sums
@@ -41,19 +42,39 @@ class BatchSchedule:
     stop_at: int | None = None
     live: Sequence[Any] = ()  # stages on the rows of a step
     num_iterations: int = 1  # steps for each draw of rows
+    clusters: tuple[int, ...] | None = None  # which rows begin alike (train/arrange.py)
+    group_by_prefix: bool = False  # are the rows of a step to be of one cluster?
+
+    def draw(self, rows: Sequence[dict], clock: Clock) -> list[dict]:
+        """The rows of a step's global batch, those that begin alike behind each other."""
+        numbers = self.clusters if self.group_by_prefix else None
+        indices = draw(len(rows), clock, self.per_step, self.stop_at, self.num_iterations, numbers)
+        if self.clusters is not None:
+            indices = adjacent(indices, self.clusters)
+        return [rows[i] for i in indices]
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, n: int) -> tuple[int, ...]:
+def _order(
+    seed: int, n: int, per_step: int, begun: int, clusters: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randperm(n, generator=generator).tolist())
+    order = tuple(torch.randperm(n, generator=generator).tolist())
+    if clusters is not None:
+        order = grouped(order, clusters, per_step, begun, seed)
+    return order
 
 
 def draw(
-    rows: Sequence[dict], clock: Clock, per_step: int, stop_at: int | None = None, num_iterations: int = 1
-) -> list[dict]:
-    """The rows of this step's global batch. Epoch e is one permutation made of (seed, e): there is no sampler
-    state to restore.
+    count: int,
+    clock: Clock,
+    per_step: int,
+    stop_at: int | None = None,
+    num_iterations: int = 1,
+    clusters: tuple[int, ...] | None = None,
+) -> list[int]:
+    """Which of `count` rows this step's global batch has. Epoch e is one permutation made of (seed, e): there
+    is no sampler state to restore. clusters: of each row, where the rows of a step are to be of one.
     """
     first = clock.step // num_iterations * per_step
     last = first + per_step
@@ -61,9 +82,10 @@ def draw(
         last = min(last, stop_at)
     drawn = []
     for i in range(first, last):
-        epoch, index = divmod(i, len(rows))
-        order = _order(clock.derive_seed("order", at=epoch), len(rows))
-        drawn.append(rows[order[index]])
+        epoch, index = divmod(i, count)
+        begun = -epoch * count % per_step
+        order = _order(clock.derive_seed("order", at=epoch), count, per_step, begun, clusters)
+        drawn.append(order[index])
     return drawn
 
 
@@ -193,8 +215,7 @@ class Trainer:
     def _own_rows(self, clock: Clock) -> list[dict]:
         """This process's rows of the draw at a step."""
         batches, processes = self.batches, self.processes
-        rows = draw(self.rows, clock, batches.per_step, batches.stop_at, batches.num_iterations)
-        return share(rows, batches.micro, processes.index, processes.count)
+        return share(batches.draw(self.rows, clock), batches.micro, processes.index, processes.count)
 
     def _micro_batches(self, rows: Sequence[dict], clock: Clock) -> list[Batch]:
         batches = []

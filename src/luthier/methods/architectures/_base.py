@@ -113,6 +113,16 @@ class Architecture:
         """
         return self
 
+    def shares_prefixes(self, attached: TunedModel) -> bool:
+        """Is what rows begin with in common read once in evaluation, where it is long?"""
+        return False
+
+    def shared_tokens(self, model: Network, attached: TunedModel, batch: Batch) -> tuple[int, str | None]:
+        """How many tokens of a batch are read with another row's, as both begin alike; and why not in
+        training, where that is so.
+        """
+        return 0, None
+
     def why_not_joined(self, model: Network) -> str | None:
         """Why batches of several runs on one base cannot be read in one pass (train/batched_forward.py); None
         where they can, by `laid_out_jointly` and `answer`.

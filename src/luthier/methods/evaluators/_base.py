@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -99,24 +101,43 @@ def read(roles: Any, rows: Sequence[dict], size: int | None, asks: Set[str]) -> 
 
 # read at once: at least so many rows, and more while they have so many letters together
 ROWS, LETTERS = 16, 8192
+COMMON = 256  # letters that prompts begin with in common, from which on they are read together
 
 
 def batches(roles: Any, rows: Sequence[dict], size: int | None = None) -> Iterator[Batch]:
-    """Rows as batches, those of like length together, so that little is wasted on padding. size: rows at
-    once; where it is None, short ones come in larger batches, since each batch has its price."""
-
-    def length(row: dict) -> int:
-        return len(str(row["prompt"])) + sum(len(str(c)) for c in row["completions"])
-
+    """Rows as batches, those of like length together, so that little is wasted on padding; where most prompts
+    have a long beginning in common that is read once, those which begin alike. size: rows at once; where it
+    is None, short ones come in larger batches, since each batch has its price.
+    """
+    ordered = sorted(rows, key=_letters)
+    common = [0] * len(ordered)  # letters that a row's prompt begins with as the one before
+    policy = getattr(roles, "policy", None)
+    architecture = getattr(policy, "architecture", None)  # a stand-in of a policy may have none
+    if size is None and architecture is not None and architecture.shares_prefixes(policy.attached):
+        alike = sorted(rows, key=lambda row: str(row["prompt"]))
+        letters_alike = [0, *(_common_letters(a, b) for a, b in pairwise(alike))]
+        if 2 * sum(n >= COMMON for n in letters_alike) > len(rows):
+            ordered, common = alike, letters_alike
     some, letters = [], 0
-    for row in sorted(rows, key=length):
-        if len(some) >= ROWS and letters + length(row) > LETTERS if size is None else len(some) == size:
+    for row, begun in zip(ordered, common, strict=True):
+        more = _letters(row) - begun
+        if len(some) >= ROWS and letters + more > LETTERS if size is None else len(some) == size:
             yield roles.batch(some)
             some, letters = [], 0
+        letters += more if some else _letters(row)
         some.append(row)
-        letters += length(row)
     if some:
         yield roles.batch(some)
+
+
+def _letters(row: dict) -> int:
+    return len(str(row["prompt"])) + sum(len(str(c)) for c in row["completions"])
+
+
+def _common_letters(one: dict, other: dict) -> int:
+    """How many letters two prompts begin with in common, where they are many."""
+    common = len(commonprefix([str(one["prompt"]), str(other["prompt"])]))
+    return common if common >= COMMON else 0
 
 
 def liked(rows: Sequence[dict]) -> list[dict]:

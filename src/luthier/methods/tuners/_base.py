@@ -294,6 +294,10 @@ class TunedModel(Component):
         """[virtual, width] what stands before every sequence, where `virtual` is not 0."""
         raise NotImplementedError
 
+    def distinguishes_rows(self) -> bool:
+        """Are equal tokens of different rows read differently?"""
+        return self.follows_rows() or type(self).soft_rows is not TunedModel.soft_rows
+
     def soft_rows(self, batch: Batch) -> Tensor:
         """[G, virtual, width] what stands before each row of a batch."""
         return self.soft().expand(len(batch.rows), -1, -1)

@@ -72,7 +72,8 @@ def judge(spec: ComparisonSpec, results: Mapping[str, ArmResult]) -> dict[str, A
     if isinstance(first.data, (str, dict)):
         data = first.data
     if reports:
-        held_out = reports[0]["stats"].get("held_out_rows")
+        stats = reports[0]["stats"]
+        held_out = stats.get("held_out_rows") and stats.get("evaluated_rows", stats["held_out_rows"])
     before, gains = _means_before(reports, metrics), _gains(finished, spec.metric)
     cells, tested = table.get(spec.metric, {}), pairs.get(spec.metric, [])
     return {

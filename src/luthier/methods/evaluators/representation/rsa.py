@@ -21,6 +21,7 @@ from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, liked
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.model.anatomy import layer_of
+from luthier.model.layout import rows_apart
 from luthier.registry import Artifact, Metric, evaluator
 
 
@@ -74,7 +75,7 @@ def pictures(roles, rows: list[dict]) -> dict[str, Tensor]:
 
     hooks = [m.register_forward_hook(see(place)) for place, m in layers.items()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), rows_apart():
             for row in rows:  # one at a time: a hidden state is of this row
                 roles.policy.logprobs(roles.batch([row]))
     finally:
