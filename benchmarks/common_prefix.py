@@ -72,7 +72,8 @@ def serve(settings: argparse.Namespace) -> None:
         policy.architecture = replace(policy.architecture, share_prefixes=WAYS[settings.way])
     chain = Chain(methods.chain, roles.tuner, roles.clock, 1e-4)
     roles.clock.total = 1000
-    schedule = BatchSchedule(len(rows), settings.micro)
+    micro = settings.micro_apart if settings.way == "apart" else settings.micro
+    schedule = BatchSchedule(len(rows), micro or settings.micro)
     trainer = Trainer(roles, rows, methods.objective, chain, methods.estimator, schedule)
     read = _count_positions(trainer)
     trainer.run(1)
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--data", help="rows; by default some are made up")
     parser.add_argument("--rows", type=int, default=16, help="rows of a step")
     parser.add_argument("--micro", type=int, default=16, help="rows of a micro-batch")
+    parser.add_argument("--micro-apart", type=int, help="the same where rows are read apart: memory is larger")
     parser.add_argument("--objective", default="sft")
     parser.add_argument("--tuner", default="lora")
     parser.add_argument("--turns", type=int, default=3)
