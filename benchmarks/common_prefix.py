@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--data", help="rows; by default some are made up")
     parser.add_argument("--rows", type=int, default=16, help="rows of a step")
     parser.add_argument("--micro", type=int, default=16, help="rows of a micro-batch")
-    parser.add_argument("--micro-apart", type=int, help="the same where rows are read apart: memory is larger")
+    parser.add_argument("--micro-apart", type=int, help="the same where rows are read apart")
     parser.add_argument("--objective", default="sft")
     parser.add_argument("--tuner", default="lora")
     parser.add_argument("--turns", type=int, default=3)
