@@ -31,9 +31,11 @@ class Trunk:
     prefixes: dict[str, tuple[Tensor, Tensor]]
 
     def begins(self, tree: Batch) -> bool:
-        """Does the root of this tree begin with these tokens?"""
+        """Does the root of this tree begin with these tokens, and go on or is continued?"""
         size = len(self.tokens)
-        return tree.sizes[0] >= size and torch.equal(tree.ids[:size].cpu(), self.tokens)
+        if len(tree.ids) == size or tree.sizes[0] < size:
+            return False
+        return torch.equal(tree.ids[:size].cpu(), self.tokens)
 
     def rest(self, tree: Batch) -> Batch:
         """A tree without these tokens."""
