@@ -126,7 +126,7 @@ def lay_out(
         "sees": sees,
         "both": both,
     }
-    layout = Layout(**tensors, saved=saved)
+    layout = Layout(**tensors, saved=saved, host=None)
     if batch.ids.device.type == "cpu":
         return layout
     return replace(layout, host=layout, **to_device(tensors, batch.ids.device))
