@@ -88,7 +88,19 @@ CANONICAL = [
     for i, row in enumerate(ROWS)
 ]
 # objectives that ask a role by a setting alone
-BY_SETTING = [{"name": "core_tuning", "weight": 0.1, "projected": True}]
+BY_SETTING = [
+    {"name": "core_tuning", "weight": 0.1, "projected": True},
+    {"name": "trajectory_balance", "weight": 0.1, "log_z": "learned"},
+]
+# roles that are asked about samples alone -> the stages of a step
+ONLINE = {
+    "critic": [
+        {"name": "rollout", "n": 1, "max_new_tokens": 2, "old": True},
+        {"name": "score", "reward": "length"},
+        {"name": "advantages", "baseline": "critic"},
+    ],
+    "supervised_share": [{"name": "sasr", "n": 2, "max_new_tokens": 2, "reward": "length"}],
+}
 REMOTE = {c.name for c in cards("role") if ".remote." in c.module}  # their models are behind an address
 
 
@@ -234,6 +246,7 @@ def recipe_of(pick: Pick) -> Recipe:
             "quantization": next(iter(provider("quantizer", find("tuner", pick.tuner).requires)), None),
             "data": ROWS,
             "stages": provider("stage", required),
+            "online_stages": [] if pick.role == "none" else ONLINE.get(player_of(pick.role), []),
             "dtype": "float32",
             "tuner": small("tuner", pick.tuner),
             "objective": spec,
@@ -401,7 +414,7 @@ def names_both(pick: Pick, sentence: str) -> bool:
     recipe = recipe_of(pick)
     architecture, family = pick.architecture.split("/")
     parts = [f"'{pick.tuner}'", f"'{pick.role}'", f"'{pick.estimator}'", f"'{pick.optim.strip('[]')}'"]
-    parts += ["objective", *(f"'{stage['name']}'" for stage in recipe.stages)]
+    parts += ["objective", *(f"'{stage['name']}'" for stage in (*recipe.stages, *recipe.online_stages))]
     parts += [f"roles.{name}" for name in recipe.roles]
     network = (f"'{architecture}'", f"a {architecture}", "classifier", recipe.model)
     named = sum(part in sentence for part in parts)

@@ -233,8 +233,9 @@ def load_plain(
 ) -> tuple[Recipe, Roles]:
     """A model as it is. folder: where the codes of a quantized base may lie."""
     recipe = Recipe.load({**settings, "model": model})
-    quantizer = recipe.methods()["quantization"]
-    methods = Methods(detect(model), NoTuner(), None, None, (), {}, [], [], [], quantizer)
+    architecture, quantizer = (recipe.methods()[key] for key in ("architecture", "quantization"))
+    architecture = architecture or detect(model)
+    methods = Methods(architecture, NoTuner(), None, None, (), {}, [], [], [], quantizer)
     roles = assemble(recipe, methods, folder=folder, loaded=base)
     roles.policy.eval()
     return recipe, roles

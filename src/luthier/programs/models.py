@@ -71,15 +71,30 @@ class Remembering:
             "seed": seed if temperature else 0,  # greedy answers do not depend on it
             "max_new_tokens": max_new_tokens,
         }
-        question = hashlib.sha256(json.dumps([self.name, prompt, how]).encode()).hexdigest()
-        cached = self.table.execute("select answer from answers where question = ?", (question,)).fetchone()
-        if cached:
-            return cached[0]
+        cached = self.recall(prompt, how)
+        if cached is not None:
+            return cached
         self.calls += 1
         answer = self.speaker.ask(prompt, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
-        with self.table:
-            self.table.execute("insert or replace into answers values (?, ?)", (question, answer))
+        self.store(prompt, how, answer)
         return answer
+
+    def recall(self, prompt: str, how: dict[str, Any]) -> str | None:
+        """The cached answer to a prompt with these settings; None where there is none."""
+        row = self.table.execute(
+            "select answer from answers where question = ?", (self.key(prompt, how),)
+        ).fetchone()
+        return row[0] if row else None
+
+    def store(self, prompt: str, how: dict[str, Any], answer: str) -> None:
+        """Cache an answer."""
+        entry = (self.key(prompt, how), answer)
+        with self.table:
+            self.table.execute("insert or replace into answers values (?, ?)", entry)
+
+    def key(self, prompt: str, how: dict[str, Any]) -> str:
+        """What a prompt with its settings is stored under."""
+        return hashlib.sha256(json.dumps([self.name, prompt, how]).encode()).hexdigest()
 
 
 def speaker(who: Any) -> Speaker:

@@ -14,3 +14,5 @@ DIGITS = 2_000  # digits in a row; a text with a longer number has no answer tha
 BRACKETS = 100  # brackets that may be open at once in mathematics
 GRACE = 3.0  # seconds after a program's time in which the sandbox has to report its end
 START = 60.0  # seconds in which a cell of the sandbox has to start
+SQL_STEPS = 2_000_000  # of sqlite's machine, for one query
+SQL_ROWS = 10_000  # rows that a query may give

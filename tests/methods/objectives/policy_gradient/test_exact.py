@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from luthier.clock import Clock
 from luthier.model.batch import collate
 from luthier.registry import build
 from luthier.text.encode import Encoded
@@ -55,7 +56,8 @@ def batch_of(rows):
 
 
 def roles_of(policy: Tree, reference: Tree | None = None):
-    return SimpleNamespace(policy=policy, reference=reference, critic=policy, batch=batch_of)
+    clock = Clock()
+    return SimpleNamespace(policy=policy, reference=reference, critic=policy, batch=batch_of, clock=clock)
 
 
 def every_draw(policy: Tree, n: int, **columns) -> tuple[list[dict], torch.Tensor]:
@@ -243,3 +245,21 @@ def test_cut_completions_teach_nothing_where_they_are_masked():
     assert not values[:2].any() and values[2:].all()
     assert objective.divisor(batch_of(cut)) == 2
     assert "truncated" in objective.active_requires
+
+
+def test_nash_md_is_the_gradient_of_winning_against_the_mixture():
+    """Over all pairs of the policy's sample and the opponent's, with the KL to the reference."""
+    policy, reference, opponent = Tree(), Tree(1), Tree(2)
+    rows, likely = every_draw(policy, 2, opponent=[False, True])
+    against = opponent.log_policy().detach().exp()
+    weights = (policy.log_policy().detach().exp()[:, None] * against).flatten()
+    objective, batch = build("objective", {"name": "nash_md", "beta": 0.3}), batch_of(rows)
+    values = objective.loss(roles_of(policy, reference), batch).view(-1, 2)
+    assert not values[:, 1].any() and objective.divisor(batch) == len(rows)
+    found = gradient(policy, (weights * values[:, 0]).sum())
+    wins = torch.sigmoid(REWARD[:, None] - REWARD) @ against
+    logp = policy.log_policy()
+    price = 0.3 * (logp - reference.log_policy().detach())
+    torch.testing.assert_close(
+        found, gradient(policy, -(logp.exp() * (wins - price)).sum()), atol=1e-6, rtol=1e-5
+    )

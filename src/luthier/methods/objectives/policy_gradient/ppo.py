@@ -25,13 +25,21 @@ from luthier.registry import Range, objective
     " ones, or you compare with published PPO; `grpo` and `rloo` need no critic.",
     costs="a forward and backward pass over every sampled completion, and the critic.",
     rate_factor=0.05,
+    row="wsrl",
+    covers="as its analogue for language models: a warm-up that samples from the tuned policy and fits"
+    " the critic before the policy moves, and no offline rows afterwards.",
+    omits="soft actor-critic, the ensemble of Q networks, several updates for a transition.",
+    tests=["methods/objectives/policy_gradient/test_ppo.py::test_in_the_warm_up_only_the_critic_learns"],
 )
 class PPO(Clipped):
-    """The clipped surrogate of each token plus vf_coef times the clipped squared error of its value."""
+    """The clipped surrogate of each token plus vf_coef / 2 times the clipped squared error of its value."""
 
     vf_coef: Annotated[NotNegative, Range(0.05, 1.0, log=True)] = 0.1  # weight of the critic's loss
     # how far a value may move from that of the rollout and still gain; null: as far as it likes
     cliprange_value: Annotated[float, Field(gt=0)] | None = 0.2
+
+    # first steps in which only the critic learns, so that the policy is not moved by one that knows nothing
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
 
     def advantages(self, roles, batch):
         return batch.per_token("token_advantages")
@@ -44,4 +52,7 @@ class PPO(Clipped):
             near = old + (values - old).clamp(-self.cliprange_value, self.cliprange_value)
             error = torch.max(error, (near - returns).square())
         batch.note(value_loss=0.5 * error)
-        return self.tokens(roles, batch) + self.vf_coef * 0.5 * error
+        critic = self.vf_coef * 0.5 * error
+        if roles.clock.step < self.critic_warmup:
+            return critic
+        return self.tokens(roles, batch) + critic
