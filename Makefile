@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-real test test-fast test-all test-hostile test-peft check docs clean
+.PHONY: demo demo-real test tests test-fast test-all test-hostile test-peft check docs clean
 
 demo: $(VENV)/.installed            ## fine-tune the built-in model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
@@ -19,7 +19,10 @@ demo-real: $(VENV)/.installed       ## the same with a real model, SmolLM2-135M-
 	  eval_data=0.1 tuner.r=16 learning_rate=1e-3 num_train_epochs=2 \
 	  'evaluate=[loss, {name: generate, n: 20, max_new_tokens: 64}, forgetting]'
 
-test: $(VENV)/.tested check         ## everything CI runs
+test: $(VENV)/.tested               ## everything CI runs: pyright beside the tests, since it keeps one core busy
+	$(MAKE) --no-print-directory -j2 tests check
+
+tests: $(VENV)/.tested
 	$(PYTEST) -m "not slow"
 
 test-fast: $(VENV)/.tested          ## pieces alone, without whole runs and without the walk over all methods

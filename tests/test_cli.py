@@ -56,34 +56,31 @@ def finished(tiny, rows, tmp_path_factory):
     return folder, said.stdout
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["methods", "--json"], ["papers", "lora"], ["tune", "--help"]]
-)
-def test_listings_load_no_network(words):
-    code = (
-        "import sys, contextlib, io\nfrom luthier.cli import app\n"
-        f"with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app({words!r})\n"
-        f"print([m for m in {HEAVY!r} if m in sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+LISTINGS = [["--help"], ["--version"], ["methods", "--json"], ["papers", "lora"], ["tune", "--help"]]
+LISTING = """
+import contextlib, io, json, sys
+heavy, listings = json.loads(sys.argv[1])
+def loaded(names):
+    return [name for name in names if name in sys.modules]
+import luthier
+print(json.dumps(loaded([*heavy, "pydantic", "typer", "yaml"])))
+from luthier.cli import app
+for words in listings:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        app(words)
+    print(json.dumps([words, loaded(heavy)]))
+"""
 
 
-def test_import_loads_no_network():
-    code = (
-        f"import sys, luthier; print([m for m in (*{HEAVY!r}, 'pydantic', 'typer', 'yaml') if m in"
-        " sys.modules])"
+def test_neither_import_nor_listings_load_a_network():
+    """One after the other in one process: what one of them loads would be seen at the next, too."""
+    words = json.dumps([HEAVY, LISTINGS])
+    done = subprocess.run(
+        [sys.executable, "-c", LISTING, words], capture_output=True, text=True, check=True
     )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    imported, *listed = map(json.loads, done.stdout.splitlines())
+    assert imported == []
+    assert listed == [[words, []] for words in LISTINGS]
 
 
 def test_python_dash_m():
