@@ -44,12 +44,6 @@ class Processes:
         """Is it the one that writes files and talks?"""
         return self.index == 0
 
-    @property
-    def main_is_lost(self) -> bool:
-        """Has the main process ended without a word? Then what it would write is left to the others."""
-        fault = self.lifeline.fault if self.lifeline else None
-        return fault is not None and fault.rank == 0 and fault.code == LOST
-
     # ------------------------------------------------------------------------------------------ collectives
 
     def sum(self, x: Tensor) -> Tensor:

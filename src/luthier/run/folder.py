@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 from luthier.data.load import Data
 from luthier.data.sources import is_row
 from luthier.errors import Damaged, RecipeError
+from luthier.processes.group import Processes
+from luthier.processes.lifeline import LOST
 from luthier.recipe.recipe import NOT_THE_RUN, Recipe, plain
 from luthier.registry import KINDS, cards
 from luthier.run.report import Report
@@ -32,6 +34,7 @@ from luthier.run.upgrade import (
 )
 from luthier.storage import checkpoints, files
 from luthier.storage.bounded_yaml import load_yaml
+from luthier.storage.failure import write_failure
 from luthier.storage.layout import (
     BEFORE,
     BEST,
@@ -206,6 +209,19 @@ def rows_fingerprint(folder: Path) -> str:
 def update_state(folder: Path, **facts: Any) -> None:
     """Facts about the run into run.json."""
     write_state(folder, {**read_state(folder), **facts})
+
+
+def leave_failure(processes: Processes, folder: Path, error: Exception) -> None:
+    """Leave failed.json, by the main process. Where that was killed, one of those that are left writes it;
+    none where the folder is not there, or somebody else is at work in it.
+    """
+    if processes.main:
+        write_failure(folder, error)
+        return
+    fault = processes.lifeline.fault if processes.lifeline else None
+    if fault is not None and fault.rank == 0 and fault.code == LOST and folder.is_dir():
+        with suppress(RecipeError), files.exclusive(folder):
+            write_failure(folder, error)
 
 
 def truncate_log(path: Path, step: int) -> int:

@@ -16,10 +16,9 @@ from luthier.processes import group
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate
 from luthier.registry import build
-from luthier.run.folder import clear
+from luthier.run.folder import clear, leave_failure
 from luthier.run.report import Report
 from luthier.storage import files
-from luthier.storage.failure import write_failure, write_failure_for_main
 from luthier.storage.layout import FAILED, REPORT, STATE, run_folder, run_folders
 
 
@@ -43,10 +42,7 @@ def perform_plan(
         report = _perform_runs(plan, replace(recipe, plan=None), folder, callback, perform)
     except Exception as error:
         outcome = processes.agree(error)
-        if processes.main:
-            write_failure(folder, outcome)
-        if processes.main_is_lost:
-            write_failure_for_main(folder, outcome)
+        leave_failure(processes, folder, outcome)
         processes.wait_before_leaving()
         if outcome is error:
             raise

@@ -26,11 +26,10 @@ from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, check_trackers, dry_run
 from luthier.report.console import Callback
 from luthier.report.status import StatusFile
-from luthier.run.folder import as_begun, open_folder, rows_fingerprint
+from luthier.run.folder import as_begun, leave_failure, open_folder, rows_fingerprint
 from luthier.run.report import Report
 from luthier.storage import files
 from luthier.storage.bounded_yaml import load_yaml
-from luthier.storage.failure import write_failure, write_failure_for_main
 from luthier.storage.layout import QUARANTINE, STATE
 from luthier.version import __version__
 
@@ -176,7 +175,8 @@ def open_session(
                 yield session
         except Exception as error:
             outcome = processes.agree(outcome_of(error))
-            _write_failure(session, outcome)
+            if session.has_folder():
+                leave_failure(processes, folder, outcome)
             processes.wait_before_leaving()
             if outcome is error:
                 raise
@@ -199,19 +199,12 @@ def _check_same_run(processes: Processes, recipe: Recipe, data: Data) -> None:
             )
 
 
-def _write_failure(session: Session, error: Exception) -> None:
-    """Leave failed.json, by the main process; where that was killed, by one of those that are left."""
-    if session.main and session.has_folder():
-        write_failure(session.folder, error)
-    if session.processes.main_is_lost:
-        write_failure_for_main(session.folder, error)
-
-
 def _write_fault(session: Session, fault: Fault) -> None:
     """Write down what another process failed of, where this one is ended in the middle of something."""
     processes = session.processes
     message = describe(fault, processes.index, processes.count)
-    _write_failure(session, from_code(fault.code, message))
+    if session.has_folder():
+        leave_failure(processes, session.folder, from_code(fault.code, message))
 
 
 def _accelerator(recipe: Recipe, folder: Path) -> Any:

@@ -21,15 +21,6 @@ def write_failure(folder: Path, error: Exception) -> None:
     _write(folder / FAILED, error)
 
 
-def write_failure_for_main(folder: Path, error: Exception) -> None:
-    """As `write_failure`, by processes that are left where the main one was killed: one of them writes, and
-    none where the folder is not there or somebody else is at work in it.
-    """
-    if folder.is_dir():
-        with suppress(RecipeError), files.exclusive(folder):
-            write_failure(folder, error)
-
-
 def read_failure(folder: Path) -> RecipeError | None:
     """What the run in this folder failed of, as its type; None where it did not, or has gone on since."""
     return read_outcome(folder / FAILED)
