@@ -58,7 +58,7 @@ def small(given: dict, little: str) -> dict:
         few = {"max_new_tokens": 8, "points": 3, "judged": 8}
         plan |= {key: value for key, value in few.items() if key in settings}
         if "tax" in settings:  # the rows that are read before and after each run
-            given["evaluate"] = [*given.get("evaluate", ["loss"]), {"name": "forgetting", "n": 8}]
+            given["evaluate"] = [{"name": "forgetting", "n": 8}, *given.get("evaluate", ["loss"])]
     for some in (given, *(plan["of"] if isinstance(plan, dict) and "of" in plan else ())):
         for key in {"data", "eval_data"} & some.keys():
             if isinstance(some[key], dict):
