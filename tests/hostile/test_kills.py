@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from helpers.hostile import COUNT, SEED, Tally
 from helpers.rows import PAIRS, recipe_of
@@ -90,47 +91,56 @@ safetensors.torch.save_file = save_file
 """
 TOLD = "\nif last < 0: plain_open(sys.argv[5], 'w').write(str(count))\n"
 TIMES = ("seconds", "tokens_per_second", "peak_memory_mb")
-# which files hold times of their own, or the name of the folder
+# what holds times of its own or the folder's name all over, so that not even its checksum is alike
 OWN = (
-    *("metrics.jsonl", "report.json", "report.html", "README.md", "run.json", "state.json", "manifest.json"),
-    *("recipe.yaml", ".lock", "comparison.json", "study.json"),
+    *("metrics.jsonl", "report.json", "report.html", "README.md", "run.json", "state.json", "recipe.yaml"),
+    ".lock",
 )
+PAGES = ("report.html", "README.md", ".lock")  # of these only that they are there is compared
+# and what JSON says of these: checksums, among others its own; the front of a comparison is one of seconds,
+# the fingerprint of a run of a plan that of a recipe that names the folder
+VOLATILE = {*TIMES, *OWN, "checksum", "manifest", "fingerprint", "front"}
+VOLATILE |= {"folder", "data", "output_dir", "date", "runs", "notes"}
 
 
-def without_times(value):
-    """A value without what a clock says, or where it lies."""
+def without_times(value, folder: str):
+    """A value without what a clock says, or where it lies. folder: its path, which is left out of texts."""
     if isinstance(value, dict):
-        return {
-            k: without_times(v) for k, v in value.items() if k not in (*TIMES, "folder", "checksum", "data")
-        }
+        return {k: without_times(v, folder) for k, v in value.items() if k not in VOLATILE}
     if isinstance(value, list):
-        return [without_times(inner) for inner in value]
+        return [without_times(inner, folder) for inner in value]
+    if isinstance(value, str):
+        return value.replace(folder, "").replace(f"{Path(folder).name}/", "")
     return value
 
 
+def content(path: Path, folder: Path):
+    """What must be alike in two folders of runs."""
+    text = path.read_bytes()
+    if path.name in PAGES:
+        return None
+    if path.suffix == ".json":
+        return without_times(json.loads(text), str(folder))
+    if path.suffix == ".jsonl" and path.name in OWN:
+        return [without_times(json.loads(line), str(folder)) for line in text.splitlines()]
+    if path.name == "recipe.yaml":
+        return without_times(yaml.safe_load(text), str(folder))
+    return text
+
+
 def differences(whole: Path, other: Path) -> list[str]:
-    """In which files two folders of runs differ."""
+    """In which files two folders of runs differ, and of JSON in which keys."""
     names = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
     there = {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
     different = [f"{name} is only in one of them" for name in sorted(names ^ there)]
     for name in sorted(names & there):
-        a, b = (whole / name).read_bytes(), (other / name).read_bytes()
-        if name.name not in OWN:
-            if a != b:
-                different.append(f"{name} differs")
-        elif name.name == "metrics.jsonl":
-            lines = [[without_times(json.loads(line)) for line in text.splitlines()] for text in (a, b)]
-            if lines[0] != lines[1]:
-                different.append(f"{name} differs")
-        elif name.name == "report.json":
-            reports = [json.loads(text) for text in (a, b)]
-            for key in ("before", "after", "losses"):
-                if reports[0][key] != reports[1][key]:
+        a, b = content(whole / name, whole), content(other / name, other)
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(a.keys() | b.keys()):
+                if a.get(key) != b.get(key):
                     different.append(f"{name} differs in {key}")
-        elif name.name == "state.json":
-            states = [json.loads(text) for text in (a, b)]
-            if any(states[0][key] != states[1][key] for key in ("step", "draw", "optimizer")):
-                different.append(f"{name} differs")
+        elif a != b:
+            different.append(f"{name} differs")
     return different
 
 
@@ -250,5 +260,8 @@ def test_the_harness_notices(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.safetensors").write_bytes(os.urandom(4))
+        (tmp_path / name / "run.json").write_text(json.dumps({"seconds": name, "step": len(name)}))
     (tmp_path / "b" / "x.part").write_text("")
     assert len(differences(tmp_path / "a", tmp_path / "b")) == 2
+    (tmp_path / "b" / "run.json").write_text(json.dumps({"seconds": 0, "step": 2}))
+    assert "run.json differs in step" in differences(tmp_path / "a", tmp_path / "b")
