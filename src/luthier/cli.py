@@ -770,11 +770,21 @@ app.command("claims", hidden=True)(reproduce)  # its former name
 @app.command()
 def bench(
     scenarios: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Benchmark: sft, dpo, subset, frozen, fleet, fleet_top, mezo, rollout, start, memory."
         ),
-    ],
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a real model: whole processes on --data, in turns.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Rows for --model.")] = None,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(help="With --model: sft, dpo, grpo, evaluate, generate; can be repeated."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="With --model: so many rows.")] = 64,
+    minutes: Annotated[float, typer.Option(help="With --model: no round begins that would end later.")] = 10,
     shape: Annotated[
         list[str] | None, typer.Option(help="Model shape: a, b, c, gpt2, moe; can be repeated (default: a).")
     ] = None,
@@ -785,9 +795,28 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory beside TRL + PEFT and a plain loop on the same work, in turns."""
-    from luthier.study.bench import bench
+    from luthier.study.bench import bench, bench_models
 
     tell = lambda line: typer.echo(line, err=as_json)
+    if model or data:
+        names = [*(scenarios or ()), *(scenario or ())] or ["sft"]
+        results = bench_models(
+            names,
+            model,
+            data,
+            n_rows=rows,
+            repeats=repeats,
+            minutes=minutes,
+            device=device,
+            only=only,
+            output_dir=output_dir,
+            tell=tell,
+        )
+        if as_json:
+            typer.echo(dumped(results))
+        return
+    if not scenarios:
+        raise RecipeError("bench: name a benchmark, e.g. `luthier bench sft`, or --model and --data")
     results = bench(
         scenarios,
         shape or ["a"],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# numbers up to which the network's own code is taken: a token being decoded, where calls cost more than
+# numbers up to which a CPU takes the network's own code: a token being decoded, where calls cost more than
 # memory
 SMALL = 2**15
 
@@ -49,7 +49,8 @@ def always() -> Iterator[None]:
 
 def use_fast(x: Tensor) -> bool:
     """Are element-wise kernels to be taken for x, and can they be?"""
-    return not State.plain and x.numel() >= State.smallest and not differentiated_otherwise()
+    large = x.is_cuda or x.numel() >= State.smallest
+    return large and not State.plain and not differentiated_otherwise()
 
 
 def differentiated_otherwise() -> bool:

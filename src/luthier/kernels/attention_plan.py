@@ -19,6 +19,7 @@ from torch import Tensor
 
 from luthier.kernels.flash import Calls, calls_of
 from luthier.kernels.layout import Layout
+from luthier.kernels.transfer import to_device
 
 QUERIES = 256  # of a block at most: causal attention of long sequences skips what lies above the diagonal
 WHOLE = 96  # tokens up to which a tree of pieces is one block, whatever part of its square is masked
@@ -38,10 +39,10 @@ class Group:
     # [n or 1, 1, 1, q, m] added to the scores of the last m keys: 0 or very negative; all queries see those
     # before
     mask: Tensor
-    real_queries: Tensor | None  # [n, 1, 1, q, 1] 1 or 0; None: all are real
     to_queries: Tensor  # [n * q] where results go: their position, filled up ones behind the last
     to_keys: Tensor  # [n * k]
     ranges: tuple[Range, ...] | None  # None: no key is in an earlier block
+    real_queries: Tensor | None = None  # [n, 1, 1, q, 1] 1 or 0; None: all are real
 
 
 @dataclass
@@ -178,18 +179,19 @@ def _group(
         mask = torch.zeros(may.shape, dtype=straight.dtype).masked_fill_(~may, lowest)
     real = None
     if not bool((queries >= 0).all()):
-        real = (queries >= 0).to(straight.dtype)[:, None, None, :, None].to(device)
+        real = (queries >= 0).to(straight.dtype)[:, None, None, :, None]
     last = len(pieces.piece)
     continues = any(again for *_, again in ranges)
-    return Group(
-        queries.clamp(min=0).to(device),
-        keys.clamp(min=0).to(device),
-        mask[:, None, None].to(device),
-        real,
-        torch.where(queries < 0, last, queries).flatten().to(device),
-        torch.where(keys < 0, last, keys).flatten().to(device),
-        tuple(ranges) if continues else None,
-    )
+    tensors = {
+        "queries": queries.clamp(min=0),
+        "keys": keys.clamp(min=0),
+        "mask": mask[:, None, None],
+        "to_queries": torch.where(queries < 0, last, queries).flatten(),
+        "to_keys": torch.where(keys < 0, last, keys).flatten(),
+    }
+    if real is not None:
+        tensors["real_queries"] = real
+    return Group(**to_device(tensors, device), ranges=tuple(ranges) if continues else None)
 
 
 def _ranges(block: int, positions: Tensor, earlier: Tensor) -> Iterator[Range]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**19  # bytes expanded at once where the result is narrower than fp32
+CHUNK_ON_CUDA = 2**26  # about a whole weight: each piece costs five launches
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ def expand(
         return _look_up(packed, pairs, scale).flatten()
     out = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
     block = 2 * len(packed) // len(scale)
-    step = max(1, CHUNK // block) * block  # bytes of whole blocks
+    most = CHUNK if packed.is_cpu else CHUNK_ON_CUDA
+    step = max(1, most // block) * block  # bytes of whole blocks
     for start in range(0, len(packed), step):
         stop = start + step
         piece = _look_up(packed[start:stop], pairs, scale[2 * start // block : 2 * stop // block])

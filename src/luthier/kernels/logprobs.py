@@ -22,6 +22,9 @@ CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at once: fewer tokens at a time
 # of a block of the vocabulary at most; the same whatever is computed, as sums of blocks round by their
 # borders
 WORDS = 8192
+# on a GPU, where launches count and no library lays out a weight anew
+CHUNK_BYTES_ON_CUDA = 512 * 2**20
+WORDS_ON_CUDA = 2**16
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,19 @@ class Head:
         return getattr(self.module, "out_features", hidden.shape[-1])
 
 
-def chunk_size(vocabulary: int) -> int:
-    """Tokens whose fp32 logits fit into CHUNK_BYTES."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+def chunk_size(vocabulary: int, device: torch.device | None = None) -> int:
+    """Tokens whose fp32 logits may be alive at once: on a GPU a 64th of its memory at most."""
+    size = CHUNK_BYTES
+    if device is not None and device.type == "cuda":
+        size = min(CHUNK_BYTES_ON_CUDA, torch.cuda.get_device_properties(device).total_memory // 64)
+    return max(16, size // (4 * vocabulary))
+
+
+def block_size(vocabulary: int, device: torch.device) -> int:
+    """Words of a block of the vocabulary."""
+    most = WORDS_ON_CUDA if device.type == "cuda" else WORDS
+    blocks = max(1, -(-vocabulary // most))
+    return min(vocabulary, -(-vocabulary // blocks // 64) * 64)
 
 
 def plain(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
@@ -251,9 +264,8 @@ class Workspace:
     def __init__(self, weight: Tensor, tokens: int):
         self.vocabulary = len(weight)
         self.n_tokens = tokens
-        blocks = max(1, -(-self.vocabulary // WORDS))
-        self.block = min(self.vocabulary, -(-self.vocabulary // blocks // 64) * 64)
-        self.chunk = max(1, min(tokens, chunk_size(self.block)))
+        self.block = block_size(self.vocabulary, weight.device)
+        self.chunk = max(1, min(tokens, chunk_size(self.block, weight.device)))
         self.z = weight.new_empty(self.chunk * self.block)
         self.p = torch.empty(self.chunk * self.block, dtype=torch.float32, device=weight.device)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from weakref import ReferenceType, ref
@@ -185,7 +186,7 @@ class _OnDevice(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         a, scaled_a = CASTS.of(A, scale, x.dtype)
         b, scaled_b = CASTS.of(B, scale, x.dtype)
-        low = flat @ scaled_a.T
+        low = CASTS.low(x, A, scaled_a)
         if weight is not None:
             out = nn.functional.linear(flat, weight, bias).addmm_(low, b.T)
         else:
@@ -247,9 +248,20 @@ def _writes_wide(device: torch.device, dtype: torch.dtype, wide: torch.dtype) ->
         return False
 
 
+@dataclass
+class _Reading:
+    """Who reads a tensor, one after the other."""
+
+    x: ReferenceType[Tensor]
+    version: int
+    factors: list[int] = field(default_factory=list)  # ids of those that have read it
+    low: dict[int, Tensor] = field(default_factory=dict)  # id of a factor -> x times it, computed ahead
+
+
 class Casts:
     """LoRA's factors in the network's precision, by themselves and times their scale. Within `once` each is
-    cast once, together with all that were read there before.
+    cast once, together with all that were read there before; and those that read the same tensor one after
+    the other (queries, keys and values) lie side by side, and are multiplied with it at once.
     """
 
     def __init__(self) -> None:
@@ -257,6 +269,9 @@ class Casts:
         # id of a factor -> itself, its scale
         self.factors: dict[int, tuple[ReferenceType[Tensor], float]] = {}
         self.ready: dict[int, tuple[tuple, Tensor, Tensor]] = {}
+        self.beside: dict[int, list[int]] = {}  # id of a factor -> of those that read the same, itself first
+        self.stacks: dict[int, Tensor] = {}  # the same -> they, times their scale
+        self.reading: _Reading | None = None
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -266,20 +281,46 @@ class Casts:
             yield
         finally:
             self.open -= 1
+            self._end_reading()
             self.ready.clear()
+            self.stacks.clear()
 
     def of(self, factor: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A factor in this precision, and the same times the scale."""
         if not self.open:
             cast = factor.to(dtype)
             return cast, cast * scale
-        mark = _mark(factor, scale, dtype)
         entry = self.ready.get(id(factor))
-        if entry is None or entry[0] != mark:
+        if entry is None or entry[0] != _mark(factor, scale, dtype):
             self.factors[id(factor)] = ref(factor), scale
             self._cast_all(factor.device, dtype)
             entry = self.ready[id(factor)]
         return entry[1], entry[2]
+
+    def low(self, x: Tensor, A: Tensor, scaled: Tensor) -> Tensor:
+        """x [..., in] as [n, in] times what `of` says of A [r, in]: [n, r]."""
+        flat, reading = x.reshape(-1, x.shape[-1]), self.reading
+        if not self.open:
+            return flat @ scaled.T
+        if reading is None or reading.x() is not x or reading.version != x._version:
+            self._end_reading()
+            reading = self.reading = _Reading(ref(x), x._version)
+            if id(A) in self.stacks:
+                ranks = [len(self.ready[key][1]) for key in self.beside[id(A)]]
+                parts = (flat @ self.stacks[id(A)].T).split(ranks, 1)
+                reading.low.update(zip(self.beside[id(A)], parts, strict=True))
+        reading.factors.append(id(A))
+        low = reading.low.pop(id(A), None)
+        return flat @ scaled.T if low is None else low
+
+    def _end_reading(self) -> None:
+        if self.reading is not None:
+            factors = list(dict.fromkeys(self.reading.factors))
+            if len(factors) > 1:
+                self.beside[factors[0]] = factors
+            else:
+                self.beside.pop(factors[0], None)
+        self.reading = None
 
     def _cast_all(self, device: torch.device, dtype: torch.dtype) -> None:
         stale: dict[int, tuple[Tensor, float]] = {}
@@ -287,14 +328,33 @@ class Casts:
             factor = reference()
             if factor is None:
                 del self.factors[key]
+                self.beside.pop(key, None)
             elif factor.device == device and self._stale(factor, scale, dtype):
                 stale[key] = factor, scale
         factors = [factor.detach() for factor, _ in stale.values()]
         casts = [torch.empty_like(factor, dtype=dtype) for factor in factors]
+        scaled = {key: torch.empty_like(cast) for key, cast in zip(stale, casts, strict=True)}
+        scaled |= self._stacked(stale, dtype)
         torch._foreach_copy_(casts, factors)
-        scaled = torch._foreach_mul(casts, [scale for _, scale in stale.values()])
-        for (key, (factor, scale)), cast, other in zip(stale.items(), casts, scaled, strict=True):
-            self.ready[key] = _mark(factor, scale, dtype), cast, other
+        torch._foreach_copy_(list(scaled.values()), casts)
+        torch._foreach_mul_(list(scaled.values()), [scale for _, scale in stale.values()])
+        for (key, (factor, scale)), cast in zip(stale.items(), casts, strict=True):
+            self.ready[key] = _mark(factor, scale, dtype), cast, scaled[key]
+
+    def _stacked(self, stale: dict[int, tuple[Tensor, float]], dtype: torch.dtype) -> dict[int, Tensor]:
+        """Memory for those of the factors that read the same tensors, side by side."""
+        views: dict[int, Tensor] = {}
+        for first, keys in self.beside.items():
+            if any(key not in stale or key in views for key in keys):
+                continue
+            factors = [stale[key][0] for key in keys]
+            if len({factor.shape[1] for factor in factors}) > 1:
+                continue
+            ranks = [len(factor) for factor in factors]
+            stack = torch.empty(sum(ranks), factors[0].shape[1], dtype=dtype, device=factors[0].device)
+            self.stacks[first] = stack
+            views |= zip(keys, stack.split(ranks), strict=True)
+        return views
 
     def _stale(self, factor: Tensor, scale: float, dtype: torch.dtype) -> bool:
         entry = self.ready.get(id(factor))

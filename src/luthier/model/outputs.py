@@ -123,7 +123,7 @@ class Outputs:
         """`apply` on the states of all these, or on those of each token; further: tensors of as many rows."""
         tables = [o.hidden if by_token else o.states for o in every]
         widest = max(o.head.size(h) for o, h in zip(every, tables, strict=True))
-        size = max(1, chunk_size(widest) // len(every))
+        size = max(1, chunk_size(widest, self.states.device) // len(every))
         tables += further
 
         def piece(*chunk: Tensor) -> Any:

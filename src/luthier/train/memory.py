@@ -111,8 +111,10 @@ def _temporary(model: Any, moving: Sequence[Tensor], tokens: int, supervised: fl
     temporary: float = (6 if backward else 4) * tokens * width * size + LIBRARY[backward]
     if head is None:
         return temporary
-    words, hidden = min(len(head.weight), logprobs.WORDS), head.weight.shape[1]
-    chunk = min(round(supervised), logprobs.chunk_size(words))
+    hidden, device = head.weight.shape[1], head.weight.device
+    words = logprobs.WORDS_ON_CUDA if head.weight.is_cuda else logprobs.WORDS
+    words = min(len(head.weight), words)
+    chunk = min(round(supervised), logprobs.chunk_size(words, device))
     temporary += (3 if backward else 2) * 4 * words * chunk
     if not head.weight.is_cuda:
         temporary += 2 * words * hidden * size  # packed by the library

@@ -4,7 +4,7 @@ steps the optimizer chain once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -72,6 +72,16 @@ def gradients(chain: Chain) -> dict[str, Params]:
         s.name: {k: p.grad for k, p in s.params.items() if p.grad is not None} for s in chain.param_groups()
     }
     return {name: slots for name, slots in grads.items() if slots}
+
+
+def length(grads: Mapping[str, Params]) -> float:
+    """Of all these gradients together, summed in fp64, by one reading from a device."""
+    squares = []
+    for slots in grads.values():
+        squares += [g.float().square().sum() for g in slots.values()]
+    if not squares:
+        return 0.0
+    return sum(torch.stack(squares).tolist()) ** 0.5
 
 
 @dataclass

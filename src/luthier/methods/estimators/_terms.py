@@ -36,7 +36,8 @@ class Terms(Estimator):
             each.append(
                 {name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}
             )
-        products = torch.tensor([[_product(a, b) for b in each] for a in each], dtype=torch.float64)
+        rows = [torch.stack([_product(a, b) for b in each]) for a in each]
+        products = torch.stack(rows).cpu()
         share = self.combine(
             products, torch.tensor(losses, dtype=torch.float64), clock.rng(self.name)
         ).tolist()
@@ -44,14 +45,21 @@ class Terms(Estimator):
         return sum(losses)
 
 
-def _product(a: dict[str, Params], b: dict[str, Params]) -> float:
-    return sum(
-        float((g.double() * b[n][k].double()).sum())
-        for n, slots in a.items()
-        if n in b
-        for k, g in slots.items()
-        if k in b[n]
-    )
+def _product(a: dict[str, Params], b: dict[str, Params]) -> Tensor:
+    """The inner product of two gradients, where they are."""
+    total = torch.zeros((), dtype=torch.float64, device=_device(a))
+    for name, slots in a.items():
+        for k, grad in slots.items():
+            if k in b.get(name, {}):
+                total = total + (grad.double() * b[name][k].double()).sum()
+    return total
+
+
+def _device(grads: dict[str, Params]) -> torch.device:
+    for slots in grads.values():
+        for grad in slots.values():
+            return grad.device
+    return torch.device("cpu")
 
 
 def _mixed(each: list[dict[str, Params]], share: list[float]) -> dict[str, Params]:

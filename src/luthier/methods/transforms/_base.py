@@ -104,25 +104,33 @@ def global_norm(grads: Mapping[str, Params]) -> float:
     """The norm of all gradients together, before anything is done to them; 0 where there are none."""
     if isinstance(grads, MeasuredGradients):
         return grads.norm
-    every: list[Tensor] = []
-    for params in grads.values():
-        every += params.values()
-    return float(joint_norm(every))
+    norms: list[Tensor] = []
+    for params in grads.values():  # a lazy gradient lives only here
+        norms += _norms(list(params.values()))
+    return float(_joined(norms))
 
 
 def joint_norm(grads: Sequence[Tensor]) -> Tensor | float:
     """The norm of all these tensors together, where they are; 0 where there are none."""
-    if not grads:
-        return 0.0
-    device = grads[0].device
-    if device.type == "cuda" and all(g.device == device and g.dtype.itemsize <= 4 for g in grads):
-        norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
-        return torch.linalg.vector_norm(torch.stack(norms))
+    return _joined(_norms(list(grads)))
+
+
+def _norms(grads: list[Tensor]) -> list[Tensor]:
+    """Of each, in fp32 at least."""
+    if grads and all(g.is_cuda and g.dtype.itemsize <= 4 for g in grads):
+        return list(torch._foreach_norm(grads, 2, dtype=torch.float32))
     norms = []
     for grad in grads:
         precision = torch.promote_types(grad.dtype, torch.float32)
-        norms.append(torch.linalg.vector_norm(grad, dtype=precision).to(device))
-    return torch.linalg.vector_norm(torch.stack(norms))
+        norms.append(torch.linalg.vector_norm(grad, dtype=precision))
+    return norms
+
+
+def _joined(norms: list[Tensor]) -> Tensor | float:
+    if not norms:
+        return 0.0
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
 
 
 class LazyGradients(Mapping):

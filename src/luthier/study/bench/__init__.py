@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from luthier.errors import RecipeError
+
 
 def bench(
     scenarios: Sequence[str],
@@ -31,6 +33,37 @@ def bench(
             if output_dir is not None:
                 write_result(result, output_dir)
             results.append(result)
+    return results
+
+
+def bench_models(
+    scenarios: Sequence[str],
+    model: str | None,
+    data: str | None,
+    *,
+    minutes: float = 10.0,
+    output_dir: Path | None = None,
+    tell: Callable[[str], None] = print,
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """Every scenario on a real model and real rows, all of them within `minutes`; with `output_dir`, one JSON
+    file is written there: bench.json, of an accelerator with its kind behind. Raises RecipeError.
+    """
+    from luthier.study.bench import real
+
+    if not (model and data):
+        raise RecipeError("bench: --model and --data are needed together")
+    results = []
+    for scenario in scenarios:
+        tell(f"{scenario}, {model}")
+        result = real.bench_model(scenario, model, data, minutes=minutes / len(scenarios), tell=tell, **how)
+        tell(real.table(result))
+        results.append(result)
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        device = results[0]["machine"]["device"]
+        name = "bench.json" if device == "cpu" else f"bench-{device}.json"
+        (output_dir / name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, perturbed
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, length, perturbed
 from luthier.registry import Range, estimator
 
 
@@ -50,7 +50,7 @@ class GLAD(Estimator):
             chain.step(gradients(chain))
             return loss
         here = {name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}
-        norm = sum(float(g.float().square().sum()) for slots in here.values() for g in slots.values()) ** 0.5
+        norm = length(here)
         if norm:
             climb = self.rho / norm
             with (

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, perturbed
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, length, perturbed
 from luthier.registry import estimator
 
 
@@ -32,12 +32,7 @@ class SAM(Estimator):
 
     def step(self, closure, chain, clock):
         loss = closure()
-        norm = (
-            sum(
-                float(g.float().square().sum()) for slots in gradients(chain).values() for g in slots.values()
-            )
-            ** 0.5
-        )
+        norm = length(gradients(chain))
         if norm:
             climb = self.rho / norm
             with perturbed(chain, lambda group, slot, p: None if p.grad is None else climb * p.grad.float()):

@@ -55,10 +55,8 @@ def ordered(batch: Batch) -> tuple[Tensor, Tensor]:
                     better.append(first + i)
                     worse.append(first + j)
         first += len(scores)
-    device = batch.ids.device
-    return torch.tensor(better, dtype=torch.long, device=device), torch.tensor(
-        worse, dtype=torch.long, device=device
-    )
+    better_places, worse_places = batch.sent(torch.tensor([better, worse], dtype=torch.long))
+    return better_places, worse_places
 
 
 def by_row(batch: Batch, places: Tensor, costs: Tensor, mean: bool = False) -> Tensor:

@@ -33,14 +33,24 @@ def best_and_worst(batch: Batch) -> tuple[Tensor, Tensor]:
     """[G], [G] the sequence of highest and of lowest score in each row; the same one where all scores are
     equal.
     """
+    best, worst = batch.sent(torch.tensor(_best_and_worst(batch)))
+    return best, worst
+
+
+def _best_and_worst(batch: Batch) -> tuple[list[int], list[int]]:
     best, worst, first = [], [], 0
     for row in batch.rows:
         scores = row["scores"]
         best.append(first + scores.index(max(scores)))
         worst.append(first + scores.index(min(scores)))
         first += len(scores)
-    device = batch.ids.device
-    return torch.tensor(best, device=device), torch.tensor(worst, device=device)
+    return best, worst
+
+
+def differing(batch: Batch) -> Tensor:
+    """The rows whose best and worst completions differ."""
+    rows = [i for i, (best, worst) in enumerate(zip(*_best_and_worst(batch), strict=True)) if best != worst]
+    return batch.sent(torch.tensor(rows, dtype=torch.long))
 
 
 def logistic(x: Tensor, wrong: float = 0.0) -> Tensor:
@@ -104,7 +114,7 @@ class Pairs(Objective):
 
     def note(self, batch: Batch, values: Tensor, best: Tensor, worst: Tensor) -> None:
         """Rewards of both sides, over the rows whose scores differ."""
-        differ = best != worst
+        differ = differing(batch)
         chosen, rejected = self.beta * values[best[differ]], self.beta * values[worst[differ]]
         batch.note(margin=chosen - rejected, accuracy=(chosen > rejected).float())
         batch.note(**{"rewards/chosen": chosen, "rewards/rejected": rejected})

@@ -72,11 +72,7 @@ class OfSource(Objective):
 
     def here(self, batch) -> torch.Tensor:
         """[units] bool."""
-        rows = torch.tensor(
-            [row.get("source") == self.source for row in batch.rows],
-            dtype=torch.bool,
-            device=batch.ids.device,
-        )
+        rows = batch.sent(torch.tensor([row.get("source") == self.source for row in batch.rows]))
         return rows[self.inner.rows_of_units(batch)]
 
     def loss(self, roles, batch):

@@ -47,7 +47,7 @@ class LoLDU(Delta):
         r = min(self.r, *W.shape)
         z = U.diagonal()[:r].clone()
         divisor = torch.where(z == 0, 1.0, z)  # a row of zeros stays one
-        scale = torch.full((1,), self.lora_alpha / self.r)
+        scale = torch.full((1,), self.lora_alpha / self.r, device=W.device)
         fixed = {"L": frozen(P @ L[:, :r]), "U": frozen(U[:r] / divisor[:, None]), "start": frozen(scale * z)}
         return {"z": z, "scale": scale, **fixed}
 

@@ -129,16 +129,18 @@ def largest(magnitudes: Mapping[str, Callable[[], Tensor]], k: int) -> dict[str,
     The threshold is found by halving: non-negative floats are in the order of their bits. Of equals the first
     are taken.
     """
-    low, high = 0, torch.tensor(float("inf")).view(torch.int32).item()
-    while low < high:  # the greatest threshold that at least k numbers reach
+    device = next(iter(magnitudes.values()))().device
+    infinite = torch.tensor(float("inf")).view(torch.int32).item()
+    low = torch.zeros((), dtype=torch.int64, device=device)
+    high = torch.full_like(low, infinite)
+    for _ in range(infinite.bit_length()):  # the greatest threshold that at least k numbers reach
         middle = (low + high + 1) // 2
-        bound = torch.tensor(middle, dtype=torch.int32).view(torch.float32).item()
-        low, high = (
-            (middle, high)
-            if sum(int((make() >= bound).sum()) for make in magnitudes.values()) >= k
-            else (low, middle - 1)
-        )
-    bound = torch.tensor(low, dtype=torch.int32).view(torch.float32).item()
+        bound = middle.to(torch.int32).view(torch.float32)
+        count = torch.zeros_like(low)
+        for make in magnitudes.values():
+            count += (make() >= bound).sum()
+        low, high = torch.where(count >= k, middle, low), torch.where(count >= k, high, middle - 1)
+    bound = low.to(torch.int32).view(torch.float32)
     above = {n: (make() > bound).nonzero().flatten() for n, make in magnitudes.items()}
     left, out = k - sum(len(p) for p in above.values()), {}
     for name, make in magnitudes.items():
