@@ -116,14 +116,18 @@ class Chain:
 
     def _steps_together(self, grads: Mapping[str, Params]) -> bool:
         """Can all be stepped in a few launches? Where entries were reset, they are not of one age."""
-        if not all(t.together for t in self.transforms) or self.attached.resets or self.attached.moments:
-            return False
         every = grads
         if isinstance(grads, ScaledGradients):
             every = grads.every
-        if isinstance(every, LazyGradients) or any("born" in state for state in self.state.values()):
+        if isinstance(every, LazyGradients):
             return False
-        return all(g.is_cuda for params in every.values() for g in params.values())
+        if not all(g.is_cuda for params in every.values() for g in params.values()):
+            return False
+        if self.attached.resets or self.attached.moments:
+            return False
+        if any("born" in state for state in self.state.values()):
+            return False
+        return all(t.together for t in self.transforms)
 
     @torch.no_grad()
     def _step_together(self, groups: Mapping[str, ParamGroup], grads: Mapping[str, Params]) -> None:
