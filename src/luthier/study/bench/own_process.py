@@ -12,11 +12,11 @@ from typing import Any
 
 
 def main() -> None:
-    import luthier
+    from luthier.model.loaded import load
 
     job = json.loads(sys.argv[1])
     rows = [json.loads(line) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
-    model: Any = luthier.load(job["model"])
+    model: Any = load(job["model"])
     began = time.perf_counter()
     if job["scenario"] == "generate":
         prompts = [row["prompt"] for row in rows]
