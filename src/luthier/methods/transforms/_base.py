@@ -130,7 +130,9 @@ def _joined(norms: list[Tensor]) -> Tensor | float:
     if not norms:
         return 0.0
     device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    if any(norm.device != device for norm in norms):
+        norms = [norm.to(device) for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class LazyGradients(Mapping):
