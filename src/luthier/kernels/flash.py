@@ -337,7 +337,16 @@ def works(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> 
     sees = torch.eye(4, dtype=torch.bool)
     sees[1:3, 0] = True  # two pieces continue the first, the last is by itself
     index = torch.zeros_like(piece)
-    layout = Layout(index, index, piece, index - 1, index[0], sees, torch.zeros(4, dtype=torch.bool))
+    tensors = {
+        "source": index,
+        "position": index,
+        "piece": piece,
+        "soft": index - 1,
+        "at": index[0],
+        "place": index[0],
+        "sees": sees,
+        "both": torch.zeros(4, dtype=torch.bool),
+    }
     rng = torch.Generator().manual_seed(0)
 
     def leaf(heads: int) -> Tensor:
@@ -347,7 +356,7 @@ def works(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> 
     q, k, v = leaf(repeats), leaf(1), leaf(1)
     weight = leaf(repeats).detach().transpose(1, 2)
     scale = size**-0.5
-    sent = Layout(**to_device({f: getattr(layout, f) for f in FIELDS}, device), host=layout)
+    sent = Layout(**to_device(tensors, device), host=Layout(**tensors))
     calls = calls_of(sent)
     assert calls is not None
     try:
@@ -367,9 +376,6 @@ def works(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> 
         if not bool(gap < 0.02):  # a number that is not finite fails too
             return False
     return True
-
-
-FIELDS = ("source", "position", "piece", "soft", "at", "sees", "both")
 
 
 def _never(*inputs: Tensor) -> Tensor:
