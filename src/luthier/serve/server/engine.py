@@ -252,6 +252,7 @@ class Engine:
             self.admit(group)
             if group.reading:
                 self.read(group)
+                self.hand_out()  # first tokens do not wait for the next ones
             if group.rows:
                 logits = group.batch.next([row.last for row in group.rows])
                 self.advance(group.rows, logits)
