@@ -60,7 +60,7 @@ def chain(rng: torch.Generator, digits: list[int]) -> tuple[str, int | None]:
     return "".join(steps), wrong
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_outcomes_teach_which_step_is_wrong(monkeypatch):
     """Cross-entropy on labels of whole answers: the first wrong step then scores lower than right ones, and
     best of 8 by the smallest step beats a random choice.

@@ -42,7 +42,7 @@ ASK = (
     costs="a second sample for every first one, and two rows to train for one.",
     covers="both phases, the bonus, the KL of each turn, advantages within a prompt and turn, the share"
     " of answers that are mended and spoilt.",
-    omits="mixing in first attempts of the untuned model.",
+    omits="mixing in first attempts of the untuned model; the gain of both phases, which is not measured.",
     tests=[
         "methods/stages/rollout/test_self_correct.py::test_the_bonus_and_the_counts",
         "methods/stages/rollout/test_self_correct.py::test_the_gradient_is_that_of_both_rewards",
