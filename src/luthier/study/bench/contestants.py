@@ -403,9 +403,9 @@ def rollout(job: Job, how: str) -> Run:
 # ---------------------------------------------------------------------------------------------- the machine
 
 
-def peak(job: Job) -> Run:
-    """The best rate of a bfloat16 matrix product on this machine, FLOP a second: what a share of the peak is
-    a share of.
+def peak(job: Job, dtype: torch.dtype = torch.bfloat16) -> Run:
+    """The best rate of a matrix product on this machine, FLOP a second: what a share of the peak is a share
+    of.
     """
     shapes = [(256, 768, 768), (2048, 768, 768), (2048, 768, 2048), (4096, 1024, 1024)]
     if job.device == "cuda":
@@ -414,8 +414,8 @@ def peak(job: Job) -> Run:
     def run() -> dict[str, float]:
         best = 0.0
         for m, k, n in shapes:
-            a = torch.randn(m, k, dtype=torch.bfloat16, device=job.device)
-            b = torch.randn(k, n, dtype=torch.bfloat16, device=job.device)
+            a = torch.randn(m, k, dtype=dtype, device=job.device)
+            b = torch.randn(k, n, dtype=dtype, device=job.device)
             began = now(job)
             torch.mm(a, b)
             once = now(job) - began
