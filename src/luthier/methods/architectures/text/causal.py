@@ -138,7 +138,8 @@ class Causal(LanguageModel):
         layout, inputs = self.laid_out(model, attached, batch)
         at, labels = layout.at[batch.targets], batch.labels[batch.targets]
         host = batch.host or batch
-        at_host = (layout.host or layout).at[host.targets]
+        at_host = (layout.host or layout).at
+        at_host = at_host[host.targets.to(at_host.device)]  # a view may lie on the device alone
         if (at_host < 0).any():
             raise ValueError(
                 "the first token of a sequence is supervised, but nothing precedes it to predict it from"
