@@ -146,7 +146,7 @@ class Causal(LanguageModel):
             )
         which = None
         if layout.saved:
-            at_host, which = distinct(at_host, host.labels[host.targets])
+            at_host, which = distinct(at_host, host.labels[host.targets].to(at_host.device))
             at, which = to_device({"at": at_host, "which": which}, at.device).values()
         cache = None if LAYERS.get() else attached.hidden_cache
         states = cache.states(self, model, attached, batch, fill=model.training) if cache else None
