@@ -6,7 +6,11 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
+<<<<<<< HEAD
 .PHONY: demo demo-real test tests test-fast test-all test-hostile test-peft check docs clean
+=======
+.PHONY: demo demo-real test test-fast test-all test-hostile test-peft check docs wheel wheel-test image clean
+>>>>>>> 013abf35 (packaging: wheel-test, Dockerfile, workflows, notebooks that run, completion of shells)
 
 demo: $(VENV)/.installed            ## fine-tune the built-in model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
@@ -47,6 +51,20 @@ docs: $(VENV)/.installed            ## build the site into build/site: guides, a
 	$(BIN)/python -m luthier.tools.docs
 	rm -rf build/docs && $(BIN)/python -m luthier.tools.docs --site build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+wheel:                              ## what PyPI gets, in dist/: a wheel and a source archive
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+
+WHEEL_VENV ?= build/wheel-venv
+wheel-test: wheel                   ## the wheel in an environment of its own, away from the checkout: a run, a chat, an export
+	rm -rf $(WHEEL_VENV) && $(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl $(WHEEL_PIP)
+	sh tests/wheel.sh $(abspath $(WHEEL_VENV))/bin
+
+image:                              ## a container image called luthier
+	docker build --tag luthier .
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ network.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 import luthier
 from helpers.rows import SUMS
-from luthier.cli import app, recipe_words
+from luthier.cli import app, method_names, recipe_words
 from luthier.model import loaded as use
 from luthier.recipe import catalogue
 from luthier.serve import export, inspect, source
@@ -524,3 +525,25 @@ def test_former_options_are_read_and_left_out_of_the_help(tiny):
             assert name in listed and not re.search(rf"{former}(?![\w-])", listed)
     refused = luth("search", f"model={tiny}", "data=toy:people/new", "--over=tuner.q")
     assert refused.exit_code == 2 and "has no setting 'q'" in refused.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_of_shells(shell, monkeypatch):
+    """The script asks the command line, which answers with commands and with names of methods."""
+    script = luth("completion", shell)
+    assert script.exit_code == 0 and "_LUTHIER_COMPLETE" in script.stdout
+    words = [name for name in method_names("tuner")("lo") if name.startswith("lo")]
+    assert {"lora", "loldu"} <= set(words) and "full" not in words
+
+
+def test_what_bash_is_offered():
+    code = "import sys; sys.argv[0] = 'luthier'; from luthier.cli import main; main()"
+
+    def offered(words: str) -> list[str]:
+        place = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        environment = {**os.environ, "_LUTHIER_COMPLETE": "complete_bash", **place}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        return done.stdout.split()
+
+    assert offered("luthier tu") == ["tune"]
+    assert "lora" in offered("luthier tune --tuner lo")

@@ -5,12 +5,13 @@ only then.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -32,6 +33,8 @@ FORMER_OPTIONS = {
     "bench": {"--to": "--output-dir"},
     "docs": {"--to": "--output-dir"},
 }
+
+COMPLETE = "_LUTHIER_COMPLETE"  # in the environment when a shell asks for completions
 
 Words = Annotated[
     list[str] | None,
@@ -82,6 +85,17 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from None
 
 
+def method_names(kind: str) -> Callable[[str], list[str]]:
+    """What a shell offers where a method of this kind is to be named."""
+
+    def complete(incomplete: str) -> list[str]:
+        from luthier.registry import names
+
+        return [name for name in names(kind) if name.startswith(incomplete)]
+
+    return complete
+
+
 def plugins_in_one_line(show: Callable[..., None]) -> Callable[..., None]:
     """How warnings are shown: of other packages' methods without the place in luthier's code."""
 
@@ -109,6 +123,10 @@ def main() -> None:
     compat.keep()
     rarely()
     after(READER, read_once)
+    if COMPLETE in os.environ:  # a shell asks what could follow
+        from typer.completion import completion_init
+
+        completion_init()
     try:
         app()
     finally:
@@ -138,10 +156,17 @@ def tune(
         str | None, typer.Option(help="Training data: a file, folder, Hub name or toy:TASK.")
     ] = None,
     tuner: Annotated[
-        str | None, typer.Option(help="Tuner, e.g. lora or full; `luthier methods --kind tuner` lists all.")
+        str | None,
+        typer.Option(
+            help="Tuner, e.g. lora or full; `luthier methods --kind tuner` lists all.",
+            autocompletion=method_names("tuner"),
+        ),
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="Objective (loss), e.g. sft, or 'dpo + 0.1*sft'.")
+        str | None,
+        typer.Option(
+            help="Objective (loss), e.g. sft, or 'dpo + 0.1*sft'.", autocompletion=method_names("objective")
+        ),
     ] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
     front: Annotated[
@@ -828,6 +853,17 @@ def bench(
     )
     if as_json:
         typer.echo(dumped(results))
+
+
+@app.command()
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell: bash, zsh or fish.")],
+) -> None:
+    """Print the completion of this command line: `eval "$(luthier completion bash)"`."""
+    from typer.completion import completion_init, get_completion_script
+
+    completion_init()
+    typer.echo(get_completion_script(prog_name="luthier", complete_var=COMPLETE, shell=shell))
 
 
 @app.command(hidden=True)
