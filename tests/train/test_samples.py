@@ -118,10 +118,11 @@ def test_gaps_scale_with_what_is_rounded():
     ("labels", "reason"),
     [([["joy", "love"], ["joy"]] * 8, "several labels"), ([i / 37 for i in range(16)], "not a number")],
 )
-def test_a_classifier_learns_one_class(labels, reason):
+def test_a_classifier_of_single_labels_learns_one_class(labels, reason):
     rows = [
         {"id": str(i), "prompt": "x", "completions": [str(label)], "label": label}
         for i, label in enumerate(labels)
     ]
     with pytest.raises(RecipeError, match=reason):
-        build("architecture", "classifier").fit_to(rows)
+        problem = {"problem_type": "single_label_classification"}
+        build("architecture", {"name": "classifier", **problem}).fit_to(rows)

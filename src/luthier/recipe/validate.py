@@ -18,11 +18,12 @@ from luthier.compat.compiler import check_compiler
 from luthier.errors import RecipeError
 from luthier.recipe import model_names
 from luthier.recipe.capabilities import columns_of, require, requirements
+from luthier.recipe.new_tokens import read_new_tokens
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.schedule import schedule
 from luthier.registry import build, cards, classes, did_you_mean, provides_of, submethods
 
-DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting")
+DEFAULT_EVALUATORS = ("loss", "accuracy", "labels", "generate", "forgetting")
 FIXED = frozenset("policy tuner clock renderer device warn players policies batch text".split())  # of roles
 NETWORK_ROLES = {"reference": ("outputs", "logprobs"), "teacher": ("outputs",)}  # what each is asked
 DRY_RUN = "dry-run"  # folder of a run that has not happened
@@ -216,6 +217,7 @@ def check_settings(recipe: Recipe, methods: Methods) -> None:
         recipe.lr_scheduler_kwargs,
         recipe.learning_rate,
     )
+    read_new_tokens(recipe.add_tokens)
     if recipe.torch_compile:
         check_compiler()
     if isinstance(recipe.init_from, dict):

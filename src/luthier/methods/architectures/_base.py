@@ -32,6 +32,7 @@ VALUES = Capability("values", says="a network that gives numbers, not text (arch
 ANSWER_TOKENS = Capability(
     "answer_tokens", says="a network whose answers are texts of tokens (not a classifier)"
 )
+LABEL_HEAD = Capability("label_head", says="a head for classes or numbers (architecture `classifier`)")
 SOFT_PROMPTS = Capability("soft_prompts", says="a network that reads vectors before the text")
 FIXED_TARGETS = Capability(
     "fixed_targets", says="a model whose input for a row is the same at every step (not a masked_lm)"

@@ -11,7 +11,8 @@ PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("s1", "s2"), ("
     use_when="rows are texts with a class, as in GLUE: `text` and `label`, or two sentences.",
 )
 class Labelled(Format):
-    """{"text": "a fine film", "label": 1}; also sentence, sequence, or two sentences; also several `labels`.
+    """{"text": "a fine film", "label": 1}; also sentence, sequence, or two sentences; also several `labels`,
+    and numbers.
 
     The prompt ends with a line break, so that the label begins on its own line (not with `chat: true`). Two
     sentences are joined by a line break too, and kept apart in `texts`. `label_name`, where there is one, is
@@ -33,7 +34,7 @@ class Labelled(Format):
         one = first_of(raw, ("text", "sentence", "sequence"), "text")
         texts = [text(raw, name) for name in pair or (one,)]
         label = opened(raw.get(first_of(raw, ("label",), "labels")), "label")
-        if label is None or label == []:
+        if label is None:
             raise BadRow("label is missing")
         names = raw.get("label_name") or ", ".join(plain(each, "label") for each in as_list(label))
         row = {

@@ -1,38 +1,69 @@
-"""Sequence classifiers: a completion is a class and the classes are the vocabulary, so `sft` is
-cross-entropy.
+"""Sequence classifiers: one class of several, any number of labels, or numbers, on a head of their own.
 
-Encoders (BERT) classify from their first token, decoders (Llama) from their last. The classes are those of
-the rows, or of a checkpoint that already has all of them; their order is saved with the model.
+`problem_type` is transformers' own word. Of one class the classes are the vocabulary, so `sft` is
+cross-entropy. With several labels each is a question with the answers no and yes, so `sft` is the binary
+cross-entropy of all of them. In a regression the log-probability of a number is minus the squared error, so
+`sft` is the mean squared error. Encoders (BERT) classify from their first token, decoders (Llama) from their
+last. The classes are those of the rows, or of a checkpoint that already has all of them; their order is saved
+with the model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.kernels.logprobs import Head
-from luthier.methods.architectures._base import ENTROPY, FIXED_TARGETS, HIDDEN, LOGPROBS, TOPK, Architecture
+from luthier.methods.architectures._base import (
+    ENTROPY,
+    FIXED_TARGETS,
+    HIDDEN,
+    LABEL_HEAD,
+    LOGPROBS,
+    TOPK,
+    Architecture,
+)
+from luthier.methods.architectures.text.classifier.heads import REGRESSION, Problem, outputs_of, problem_of
+from luthier.methods.architectures.text.classifier.labels import class_weights_of, describe_labels
 from luthier.model.batch import Batch, pad
-from luthier.model.language_model import picked
-from luthier.model.outputs import Outputs
 from luthier.registry import architecture
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
+    from luthier.model.outputs import Outputs
     from luthier.text.encode import Renderer
 
 
 @architecture(
-    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, FIXED_TARGETS],
-    use_when="the model is to choose one of several classes; name it for a checkpoint without a"
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, FIXED_TARGETS, LABEL_HEAD],
+    use_when="the model is to choose classes or give numbers; name it for a checkpoint without a"
     " classification head.",
     costs="padded batches.",
 )
 class Classifier(Architecture):
-    """AutoModelForSequenceClassification, one class of several. `hidden` are its logits [N, classes]."""
+    """AutoModelForSequenceClassification. `hidden` are its logits [N, classes]."""
+
+    # auto: one class, or any number of labels where rows list several
+    problem_type: Problem = "auto"
+    # how much a class counts in the loss: {name: weight}, or balanced, by how often it is in the rows. Of
+    # several labels it is the weight of their being there. Divided by the number of rows, or with
+    # `objective: {name: sft, normalize: weights}` by their weights, as in torch
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+
+    def __post_init__(self):
+        weights = self.class_weights
+        if isinstance(weights, dict) and not all(w >= 0 for w in weights.values()):
+            raise RecipeError("class_weights must not be negative")
+        if weights is not None and self.problem_type == REGRESSION:
+            raise RecipeError("class_weights are for classes, and problem_type is regression")
+
+    @property
+    def active_provides(self):
+        if self.problem_type == REGRESSION:  # a number has no alternatives to choose from
+            return self.provides - {ENTROPY, TOPK}
+        return self.provides
 
     def suits(self, config: Any) -> bool:
         return any(n.endswith("ForSequenceClassification") for n in config.architectures or ())
@@ -44,33 +75,16 @@ class Classifier(Architecture):
 
     def fit_to(self, rows: list[dict]) -> dict[str, Any]:
         """The classes of the rows: numbers in their order, else names in alphabetical order."""
-        _check_single_labels(rows)
-        names = {c for row in rows for c in row.get("completions", ())}
-        if not all(isinstance(n, str) for n in names):
-            raise RecipeError("a classifier needs rows with a `label` (or a completion that is a class name)")
-        if not names:
-            return {}
-        if len(names) == 1:
-            raise RecipeError(
-                f"all rows have the same class, '{min(names)}'; a classifier needs at least two"
-            )
-        numbers = {
-            row["completions"][0]: row["label"]
-            for row in rows
-            if len(row.get("completions", ())) == 1 and "label" in row
-        }
-        numbered = numbers.keys() == names and all(isinstance(v, (int, float)) for v in numbers.values())
-        order = sorted(names, key=(lambda n: (numbers[n], n)) if numbered else _number_or_name)
-        return {
-            "num_labels": len(order),
-            "id2label": dict(enumerate(order)),
-            "label2id": {n: i for i, n in enumerate(order)},
-        }
+        network = describe_labels(rows, self.problem_type)
+        if network and self.class_weights is not None:
+            network["class_weights"] = class_weights_of(rows, network, self.class_weights)
+        return network
 
     def load(self, path: str, **kwargs: Any) -> Network:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        class_weights = kwargs.pop("class_weights", None)
         label2id = kwargs.get("label2id", {})
         if self.suits(config) and label2id.keys() <= config.label2id.keys():
             # a checkpoint that knows these classes keeps their order
@@ -81,6 +95,8 @@ class Classifier(Architecture):
                 f"{path} has no classification head, and no rows are given that name the classes"
             )
         model = super().load(path, ignore_mismatched_sizes=True, **kwargs)
+        if class_weights is not None:
+            model.config.class_weights = class_weights
         config = model.config.get_text_config()
         if config.pad_token_id is None:  # a decoder finds a row's last token by what is not padding
             ends = config.eos_token_id
@@ -90,7 +106,8 @@ class Classifier(Architecture):
     def renderer(self, tokenizer: Any, config: Any, **how: Any) -> Renderer:
         from luthier.methods.architectures.text.classifier.renderer import LabelRenderer
 
-        return LabelRenderer(tokenizer, config.label2id, **how)
+        weights = getattr(config, "class_weights", None)
+        return LabelRenderer(tokenizer, config.label2id, problem_of(config), weights, **how)
 
     def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         pieces, parents = batch.segments(), batch.parent.tolist()
@@ -102,7 +119,7 @@ class Classifier(Architecture):
         attached.announce_rows(batch, batch.row[roots])
         logits = model(input_ids=ids, attention_mask=mask).logits
         which = torch.tensor([roots.index(parents[s]) for s in completions], device=ids.device)
-        return Outputs(logits[which].float(), Head(nn.Identity()), batch.labels[batch.targets])
+        return outputs_of(logits[which].float(), problem_of(model.config), batch)
 
     def padding(self, model: Network) -> int:
         token = model.config.get_text_config().pad_token_id
@@ -110,37 +127,8 @@ class Classifier(Architecture):
 
     def plain(self, model: Network, attached, batch: Batch) -> Tensor:
         pieces, parents, out = batch.segments(), batch.parent.tolist(), []
-        for s, label in zip(
-            batch.segment[batch.targets].tolist(), batch.labels[batch.targets], strict=True
-        ):
+        for s in batch.segment[batch.targets].tolist():
             attached.announce_rows(batch, batch.row[[s]])
             logits = model(input_ids=batch.ids[pieces[parents[s]]][None]).logits
-            out.append(picked(logits, label[None]))
-        return torch.cat(out)
-
-
-def _check_single_labels(rows: list[dict]) -> None:
-    """Refuse rows of several labels each, and labels that are measurements."""
-    labels = [row["label"] for row in rows if "label" in row]
-    for row in rows:
-        if isinstance(row.get("label"), (list, tuple)) and len(row["label"]) > 1:
-            raise RecipeError(
-                f"row {row.get('id')} has several labels ({row['completions'][0]}), but architecture"
-                " 'classifier' learns one class of several; keep one label of each row, or let a causal model"
-                " write them"
-                " (architecture: causal)"
-            )
-    fractions = [v for v in labels if isinstance(v, float) and not v.is_integer()]
-    if fractions and len(labels) > 10 and len(set(map(str, labels))) > len(labels) / 2:
-        raise RecipeError(
-            f"the labels are numbers that hardly repeat, such as {fractions[0]}: architecture 'classifier'"
-            " learns classes, not a number; round them to a few classes, or let a causal model write them"
-            " (architecture: causal)"
-        )
-
-
-def _number_or_name(name: str) -> tuple[float, str]:
-    try:
-        return float(name), name
-    except ValueError:
-        return float("inf"), name
+            out.append(logits)
+        return outputs_of(torch.cat(out).float(), problem_of(model.config), batch).logprobs
