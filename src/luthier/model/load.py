@@ -23,9 +23,11 @@ from luthier.kernels import attention, compiled, elementwise, liger
 from luthier.methods.roles._base import PREFIX, bring
 from luthier.methods.tuners._base import Untuned
 from luthier.model.anatomy import layer_of
+from luthier.model.new_tokens import add_tokens, check_tokens_train, token_modules, with_tokens
 from luthier.model.policy import Policy, Roles
 from luthier.model.quantized_linear import modules as coded
 from luthier.recipe import model_names
+from luthier.recipe.new_tokens import read_new_tokens
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods
 from luthier.registry import build
@@ -84,6 +86,9 @@ def load_model(
     except model_names.LOAD_ERRORS as error:
         raise model_names.load_error(recipe.model, error) from None
     _check_complete(model, recipe)
+    new_tokens = read_new_tokens(recipe.add_tokens)
+    if new_tokens is not None:
+        model.new_tokens = add_tokens(model, tokenizer, new_tokens)
     model.config.use_cache = False
     if recipe.gradient_checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -195,7 +200,15 @@ def assemble(
         untuned = Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain)
         _calibrated(parts, untuned, rows or [], folder)
     torch.manual_seed(clock.derive_seed("tuner"))
-    attached = attach(parts.tuner, model)
+    tuner, token_ids = parts.tuner, getattr(model, "new_tokens", [])
+    new_tokens = read_new_tokens(recipe.add_tokens)
+    if token_ids and new_tokens is not None:
+        token_names = list(token_modules(model))
+        tuner = with_tokens(tuner, token_names, new_tokens.train, token_ids)
+        attached = attach(tuner, model)
+        check_tokens_train(attached, token_names)
+    else:
+        attached = attach(tuner, model)
     if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
         elementwise.install_dropout(model)
     most = max_positions(model) - attached.virtual

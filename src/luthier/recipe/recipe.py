@@ -71,6 +71,9 @@ class Recipe:
     chat_template: str | None = None
     # variables for the chat template of every row and every prompt, e.g. {enable_thinking: false}
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # new tokens of the tokenizer, each one id, whose rows of the embeddings are trained and saved with the
+    # adapter: a list, or {tokens: [...], special: true, train: new | all}
+    add_tokens: Any = None
     # special tokens typed in messages of users, systems and tools are read as text, not as control tokens
     split_special_tokens: bool = True
     # number format of the base's linear weights: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit is

@@ -77,6 +77,8 @@ class TargetModules(Tuner):
     layers_pattern: str | list[str] | None = None
     # further modules that are fully trained and saved beside the adapter
     modules_to_save: list[str] | None = None
+    # tokens whose rows of the embeddings are trained and saved beside the adapter: ids, or {module: ids}
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def only(self, layers: Sequence[int], of: int) -> dict[str, Any]:
         """The settings with which, of so many layers, all but the kept ones are left alone."""

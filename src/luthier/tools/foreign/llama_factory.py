@@ -53,6 +53,11 @@ LORA = {
 }
 
 
+def special_tokens(value: Any) -> dict[str, Any]:
+    """Tokens that decoding leaves out."""
+    return {"tokens": as_list(value), "special": True}
+
+
 def prepare(draft: Draft, command: str) -> None:
     """The configuration of its version 1 in the words of version 0: groups by `name:`, other keys."""
     values = dict(draft.values)
@@ -449,8 +454,8 @@ KEYS: dict[str, Rule] = {
     "use_reentrant_gc": Drop("layers are recomputed without reentry"),
     "moe_aux_loss_coef": Drop("the model's own loss of its router is not added"),
     "resize_vocab": Drop("the tokenizer's tokens must fit the model"),
-    "add_tokens": Drop("the tokenizer's tokens must fit the model"),
-    "add_special_tokens": Drop("the tokenizer's tokens must fit the model"),
+    "add_tokens": To("add_tokens", as_list),
+    "add_special_tokens": To("add_tokens", special_tokens),
     "new_special_tokens": Drop("the tokenizer's tokens must fit the model"),
     "split_special_tokens": Drop("the tokenizer decides"),
     "use_fast_tokenizer": Drop("the fast tokenizer is used"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftConfig, PromptTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -107,9 +107,11 @@ def plain_state(model: Network) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         for n, m in reversed(wrapped.items()):  # the innermost first: wrappers of bare weights are nested
             if name.startswith(f"{n}."):
-                keep = (
-                    f"{n}.base_layer." if isinstance(m, BaseTunerLayer) else f"{n}.modules_to_save.{ADAPTER}."
-                )
+                keep = f"{n}.modules_to_save.{ADAPTER}."
+                if isinstance(m, BaseTunerLayer):
+                    keep = f"{n}.base_layer."
+                elif isinstance(m, TrainableTokensWrapper):
+                    keep = f"{n}.token_adapter."
                 name = f"{n}.{name.removeprefix(keep)}" if name.startswith(keep) else ""
         if name:
             out[name] = value

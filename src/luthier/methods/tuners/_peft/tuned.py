@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -88,7 +88,12 @@ class PeftTunedModel(TunedModel):
         # else they are PEFT's, for fused experts
         own = any(k.endswith("_pattern") for k in getattr(settings, "config", None) or {})
         self.warnings = tuple(s for s in messages if own or "_pattern keys did not match" not in s)
-        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        self.layers: dict[str, BaseTunerLayer] = {}
+        self.token_rows: dict[str, BaseTunerLayer] = {}  # of tokens that train beside the layers
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                beside = name.endswith(".token_adapter")
+                (self.token_rows if beside else self.layers)[name] = module
         # biases that train: off() puts them back
         self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]
         self.biases = {id(p) for p, _ in self.start}
@@ -117,7 +122,11 @@ class PeftTunedModel(TunedModel):
                     f"tuner '{self.settings.name}': layers_to_transform {index} matches none of"
                     f" the {len(hit)} modules"
                 )
-        whole = [n for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        whole = []
+        for name, module in self.model.named_modules():
+            rows = isinstance(module, TrainableTokensWrapper)  # PEFT ties rows of tokens by itself
+            if isinstance(module, AuxiliaryTrainingWrapper) and not rows:
+                whole.append(name)
         for group in tied:
             touched = [n for n in group if n in {*hit, *whole}]
             if touched:
@@ -142,7 +151,7 @@ class PeftTunedModel(TunedModel):
     def own_param_groups(self) -> list[ParamGroup]:
         """A and B of a layer together; then whole modules and biases."""
         param_groups, assigned = [], set()
-        for name, layer in self.layers.items():
+        for name, layer in {**self.layers, **self.token_rows}.items():
             slots = {}
             for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
                 adapters = getattr(layer, attribute, None)
@@ -273,7 +282,8 @@ class PeftTunedModel(TunedModel):
         """The layers step aside and the weights carry the change. Afterwards the weights are what they were,
         bit for bit.
         """
-        bases = {id(b): b for b in (layer.get_base_layer() for layer in self.layers.values())}
+        layers = (*self.layers.values(), *self.token_rows.values())
+        bases = {id(b): b for b in (layer.get_base_layer() for layer in layers)}
         with opened(bases.values()):
             yield from self._merged(bases)
 
@@ -421,6 +431,7 @@ class PeftTunedModel(TunedModel):
             alpha_pattern=dict(other),
             target_modules=sorted(ranks),
             modules_to_save=whole,
+            trainable_token_indices=getattr(self.config(), "trainable_token_indices", None),
             fan_in_fan_out=sideways(self.model),
         )
         config.base_model_name_or_path, config.inference_mode = self.config().base_model_name_or_path, True

@@ -240,6 +240,7 @@ class LoraTunedModel(PeftTunedModel):
     def _subtract(self, linear: Mapping[str, LoraLayer]) -> None:
         config = copy.deepcopy(self.peft.peft_config[ADAPTER])
         config.lora_dropout, config.modules_to_save, config.bias = 0.0, None, "none"
+        config.trainable_token_indices = None
         mode = self.model.training
         self.peft.add_adapter(INITIAL, config)
         self.model.train(mode)

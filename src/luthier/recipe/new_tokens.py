@@ -1,0 +1,51 @@
+"""The recipe's key `add_tokens`: tokens that the tokenizer gains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.errors import RecipeError, quoted
+from luthier.registry import did_you_mean
+
+TRAIN = ("auto", "new", "all")
+FORM = "a list of tokens, or {tokens: [...], special: true, train: new}"
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """tokens: in the order of their ids. special: are they control tokens, which decoding leaves out? train:
+    `new` rows of the embeddings alone, `all` of them, or what fits the tuner.
+    """
+
+    tokens: tuple[str, ...]
+    special: bool = False
+    train: str = "auto"
+
+
+def read_new_tokens(value: Any) -> NewTokens | None:
+    """What a recipe says under `add_tokens`; None where it adds none. Raises RecipeError."""
+    if value is None or value == []:
+        return None
+    if isinstance(value, str):
+        value = [value]
+    settings = dict(value) if isinstance(value, Mapping) else {"tokens": value}
+    for key in settings:
+        if key not in ("tokens", "special", "train"):
+            hint = did_you_mean(str(key), ["tokens", "special", "train"])
+            raise RecipeError(f"add_tokens: there is no setting {quoted(key)}{hint}")
+    tokens = settings.get("tokens")
+    if not isinstance(tokens, (list, tuple)) or not tokens:
+        raise RecipeError(f"add_tokens: expected {FORM}, not {quoted(value)}")
+    for token in tokens:
+        if not isinstance(token, str) or not token.strip():
+            raise RecipeError(f"add_tokens: a token is a text that is not empty, not {quoted(token)}")
+    if len(set(tokens)) < len(tokens):
+        raise RecipeError("add_tokens: a token is listed twice")
+    special, train = settings.get("special", False), settings.get("train", "auto")
+    if not isinstance(special, bool):
+        raise RecipeError(f"add_tokens: special is true or false, not {quoted(special)}")
+    if train not in TRAIN:
+        raise RecipeError(f"add_tokens: train is one of {', '.join(TRAIN)}, not {quoted(train)}")
+    return NewTokens(tuple(tokens), special, train)
