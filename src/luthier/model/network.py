@@ -23,6 +23,7 @@ class Network(nn.Module):
     generation_config: Any
     dtype: torch.dtype
     fresh: list[str]  # modules whose weights no checkpoint held
+    new_tokens: list[int]  # ids of tokens that the recipe adds
     _is_stateful: bool  # transformers' word for layers that read on from one sequence into the next
 
     get_input_embeddings: Callable[[], Matrix]
