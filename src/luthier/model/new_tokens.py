@@ -26,8 +26,8 @@ def add_tokens(model: Network, tokenizer: Any, new: NewTokens) -> list[int]:
     Tokens that the tokenizer has already stay as they are. Raises RecipeError where the embeddings cannot be
     resized.
     """
-    known = tokenizer.get_vocab()
-    fresh = [token for token in new.tokens if token not in known]
+    vocabulary = tokenizer.get_vocab()
+    fresh = [token for token in new.tokens if token not in vocabulary]
     parts: dict[str, Any] = {t: tokenizer(t, add_special_tokens=False).input_ids for t in fresh}
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=new.special) for t in fresh])
     ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in fresh}
