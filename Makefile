@@ -6,11 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-<<<<<<< HEAD
-.PHONY: demo demo-real test tests test-fast test-all test-hostile test-peft check docs clean
-=======
-.PHONY: demo demo-real test test-fast test-all test-hostile test-peft check docs wheel wheel-test image clean
->>>>>>> 013abf35 (packaging: wheel-test, Dockerfile, workflows, notebooks that run, completion of shells)
+.PHONY: demo demo-real test tests test-fast test-all test-hostile test-peft check docs wheel wheel-test image clean
 
 demo: $(VENV)/.installed            ## fine-tune the built-in model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
