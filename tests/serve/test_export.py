@@ -178,6 +178,7 @@ def test_the_card_has_the_bases_licence_and_how_the_form_is_used(chatty, tmp_pat
     export(run, "lora", tmp_path / "adapter")
     card = (tmp_path / "adapter/README.md").read_text()
     assert "license: other\nlicense_name: odd" in card and "library_name: peft" in card
+    assert "log-probabilities differ by" in card
     assert 'from_pretrained("FOLDER")' in card and str(tmp_path) not in card
     assert (tmp_path / "adapter/LICENSE").read_text() == "Ask first."
 

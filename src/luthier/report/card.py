@@ -42,9 +42,12 @@ def card(recipe: Any, report: Any, folder: Path) -> str:
     )
 
 
-def export_card(recipe: Any, report: Any, folder: Path, form: Any, usage: Sequence[Any]) -> str:
+def export_card(
+    recipe: Any, report: Any, folder: Path, form: Any, usage: Sequence[Any], closeness: str
+) -> str:
     """The card of an exported form: what it is, the run's metrics, how it is used. folder: of the run. form:
-    the exporter. usage: a tool and what to type each; `FOLDER` stands for the form's own folder.
+    the exporter. usage: a tool and what to type each; `FOLDER` stands for the form's own folder. closeness:
+    how far it is from the tuned model, in words.
     """
     entries = {"base_model_relation": form.relation, "library_name": form.library}
     return render(
@@ -52,6 +55,7 @@ def export_card(recipe: Any, report: Any, folder: Path, form: Any, usage: Sequen
         front=front(recipe, entries),
         form=spec(form),
         usage=usage,
+        closeness=closeness,
         versions=versions(),
         licence=licence_of(recipe.model)["license"],
         **facts(recipe, report, folder),

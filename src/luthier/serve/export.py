@@ -86,7 +86,7 @@ def export_form(folder: str | Path, form: Any, to: str | Path, dtype: str | None
             exporter.write(source, beside)
             agreement = compare(exporter, source, beside)
             exporter.finish(source, beside)
-            write_card(exporter, source, beside)
+            write_card(exporter, source, beside, agreement)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     notes = [*source.notes, *loaded.notes]
@@ -121,13 +121,17 @@ def compare(exporter: Exporter, source: Source, folder: Path) -> Agreement:
     return agreement
 
 
-def write_card(exporter: Exporter, source: Source, folder: Path) -> None:
-    """README.md: the run's model card, with what this form is and how it is used; and the base's licence."""
+def write_card(exporter: Exporter, source: Source, folder: Path, agreement: Agreement) -> None:
+    """README.md: the run's model card, with what this form is, how far it is from the tuned model, and how it
+    is used; and the base's licence.
+    """
     report, recipe = Report(str(source.folder)), source.loaded.recipe
     if (source.folder / REPORT).is_file():
         report = Report.read(source.folder)
     fetch_card(recipe.model)
     usage = exporter.usage(source, folder, "FOLDER")
-    files.write_text(folder / "README.md", export_card(recipe, report, source.folder, exporter, usage))
+    closeness = agreement.sentence(source.probe.moved)
+    card = export_card(recipe, report, source.folder, exporter, usage, closeness)
+    files.write_text(folder / "README.md", card)
     for name, text in licence_files(recipe.model).items():
         files.write_text(folder / name, text)

@@ -42,7 +42,7 @@ def convert(folder: Path, path: Path, kind: str) -> bool:
     tool = find(CONVERTER)
     if tool is None:
         return False
-    run([sys.executable, tool, str(folder), "--outfile", str(path), "--outtype", kind])
+    run(CONVERTER, [sys.executable, tool, str(folder), "--outfile", str(path), "--outtype", kind])
     return True
 
 
@@ -50,9 +50,9 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     """Quantize a GGUF file by llama.cpp. Raises RecipeError where its quantizer is not there, or fails."""
     tool = find(QUANTIZER)
     if tool is not None:
-        run([tool, str(source), str(target), kind.upper()])
+        run(QUANTIZER, [tool, str(source), str(target), kind.upper()])
     elif find_spec("llama_cpp") is not None:
-        run([sys.executable, "-c", BY_PACKAGE, str(source), str(target), kind])
+        run("llama-cpp-python", [sys.executable, "-c", BY_PACKAGE, str(source), str(target), kind])
     else:
         raise RecipeError(
             f"quantization {kind} is made by llama.cpp's own quantizer, which is not here: install"
@@ -61,9 +61,9 @@ def quantize(source: Path, target: Path, kind: str) -> None:
         )
 
 
-def run(command: list[str]) -> None:
+def run(name: str, command: list[str]) -> None:
     """Raises RecipeError with the last line that a tool wrote where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RecipeError(f"{Path(command[0]).name} of llama.cpp failed: {lines[-1]}")
+        raise RecipeError(f"{name} of llama.cpp failed: {lines[-1]}")

@@ -14,7 +14,7 @@ from luthier.errors import RecipeError
 from luthier.methods.exporters._base import Exporter, Limits, Usage
 from luthier.methods.exporters.gguf import _llama_cpp
 from luthier.methods.exporters.gguf._tokens import add_tokenizer, read_tokenizer
-from luthier.methods.exporters.gguf._write import FILE_TYPES, check_config, read, write
+from luthier.methods.exporters.gguf._write import ARCHITECTURES, FILE_TYPES, check_config, read, write
 from luthier.registry import exporter
 
 FILE = "model.gguf"
@@ -68,9 +68,14 @@ class GGUF(Exporter):
 
     def convert(self, source: Any, path: Path, kind: str) -> None:
         """A file in one of the types that are written here."""
-        if _llama_cpp.convert(source.plain, path, kind):
-            source.notes.append("written by llama.cpp's convert_hf_to_gguf.py")
-            return
+        try:
+            if _llama_cpp.convert(source.plain, path, kind):
+                source.notes.append("written by llama.cpp's convert_hf_to_gguf.py")
+                return
+        except RecipeError as error:
+            if source.loaded.model.config.model_type not in ARCHITECTURES:
+                raise
+            source.notes.append(f"written by luthier, since {error}")
         name, stops = Path(source.loaded.recipe.model).name, source.stop_ids()
         with source.template_of_run() as tokenizer:
             write(source.plain, path, kind, name, lambda w, size: add_tokenizer(w, tokenizer, size, stops))

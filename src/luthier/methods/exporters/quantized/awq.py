@@ -63,17 +63,18 @@ class AWQ(FourBits):
         if folder.is_dir():
             return folder
         plain, rows = load(source.plain, dtype="float32"), self.calibration(source)
-        names = list(linear_modules(plain.model))
+        network: Any = plain.model
+        names = list(linear_modules(network))
         size = self.group_size(plain, [name for name in names if ".layers." in name])
         settings = {"name": "rtn", "bits_per_weight": 4, "group_size": size, "symmetric": True}
         quantizer = build("quantizer", settings)
-        for layer in range(plain.model.config.num_hidden_layers):
+        for layer in range(network.config.num_hidden_layers):
             block = f"model.layers.{layer}."
-            readers = {place.name: place.readers[0] for place in places(plain.model, block)}
+            readers = {place.name: place.readers[0] for place in places(network, block)}
             statistics = gather("hessian", readers, rows, plain.roles)
-            for place in places(plain.model, block):
+            for place in places(network, block):
                 fold(place, best_scale(place, statistics[place.name], quantizer))
-        plain.model.save_pretrained(folder)
+        network.save_pretrained(folder)
         source.save_tokenizer(folder)
         return folder
 
