@@ -1,6 +1,6 @@
 # docker build --tag luthier .            for CPUs
 # docker build --tag luthier --build-arg TORCH=https://download.pytorch.org/whl/cu128 .   for GPUs
-# docker run --rm --volume "$PWD:/work" luthier tune --model toy:lm --data rows.jsonl
+# docker run --rm --volume "$PWD:/workspace" luthier tune --model toy:lm --data rows.jsonl
 FROM python:3.12-slim AS wheel
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
@@ -13,7 +13,7 @@ RUN useradd --create-home --uid 1000 luthier && pip install --no-cache-dir "torc
 COPY --from=wheel /dist /dist
 RUN pip install --no-cache-dir "$(ls /dist/*.whl)[studio,search]" && rm -r /dist
 USER luthier
-WORKDIR /work
-ENV HF_HOME=/work/.cache/huggingface
+WORKDIR /workspace
+ENV HF_HOME=/workspace/.cache/huggingface
 ENTRYPOINT ["luthier"]
 CMD ["--help"]
