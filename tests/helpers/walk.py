@@ -20,9 +20,10 @@ from luthier.train.optimizer import Chain
 from luthier.train.trainer import BatchSchedule, Trainer
 
 STEPS, ROWS = 2, 4  # rows of a step
-# those of classifiers and reward models ask another kind of network
+# what asks another kind of network (classifiers, reward models) or of estimator
+ELSEWHERE = {"values", "forward_only"}
 CASES = [
-    *(("objective", name) for name in names("objective") if "values" not in card("objective", name).requires),
+    *(("objective", name) for name in names("objective") if not ELSEWHERE & card("objective", name).requires),
     *(("tuner", name) for name in names("tuner")),
 ]
 
