@@ -356,7 +356,9 @@ def works(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> 
     q, k, v = leaf(repeats), leaf(1), leaf(1)
     weight = leaf(repeats).detach().transpose(1, 2)
     scale = size**-0.5
-    sent = Layout(**to_device(tensors, device), host=Layout(**tensors))
+    on_device: dict[str, Any] = to_device(tensors, device)
+    on_host: dict[str, Any] = dict(tensors)
+    sent = Layout(**on_device, host=Layout(**on_host))
     calls = calls_of(sent)
     assert calls is not None
     try:

@@ -56,7 +56,9 @@ def chat(
     system: the system prompt; by default the one that all rows of the run had. chat_template_kwargs: for the
     chat template, beside the run's own. how: as in `Loaded.generate`.
     """
-    settings = {"chat_template_kwargs": dict(chat_template_kwargs)} if chat_template_kwargs else {}
+    settings: dict[str, Any] = {}
+    if chat_template_kwargs:
+        settings["chat_template_kwargs"] = dict(chat_template_kwargs)
     loaded = load(name, **settings)
     talk = Conversation(loaded, loaded.system if system is None else system, how)
     if prompt is not None:

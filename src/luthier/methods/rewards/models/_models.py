@@ -31,7 +31,7 @@ def loaded(model: str, dtype: str, architecture: str = "auto") -> Any:
     """
     from luthier.model.loaded import load
 
-    settings = {} if architecture == "auto" else {"architecture": architecture}
+    settings: dict[str, Any] = {} if architecture == "auto" else {"architecture": architecture}
     roles = load(model, dtype=dtype, **settings).roles
     if torch.cuda.is_available():
         roles.policy.model.to("cuda")

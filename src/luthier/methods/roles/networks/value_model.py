@@ -35,7 +35,7 @@ class ValueModel(Role):
 
     def parts(self, policy):
         own = next(policy.model.parameters())
-        network = RewardModel().load(resolve_model(self.model), dtype=own.dtype)
+        network: Any = RewardModel().load(resolve_model(self.model), dtype=own.dtype)
         words = [len(m.get_input_embeddings().weight) for m in (network, policy.model)]
         if words[0] != words[1]:
             raise RecipeError(
