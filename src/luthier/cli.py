@@ -863,7 +863,8 @@ def completion(
     from typer.completion import completion_init, get_completion_script
 
     completion_init()
-    typer.echo(get_completion_script(prog_name="luthier", complete_var=COMPLETE, shell=shell))
+    script = {"prog_name": "luthier", "complete_var": COMPLETE, "shell": shell}
+    typer.echo(get_completion_script(**script))
 
 
 @app.command(hidden=True)

@@ -258,6 +258,5 @@ def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, mo
 
 def test_rows_of_one_step_do_not_depend_on_history():
     assert Trainer.__dataclass_fields__["drawn_rows"].default is None
-    rows = [{"id": i} for i in range(50)]
     at = Clock(seed=1, step=5)
-    assert draw(rows, at, 4) == draw(rows, Clock(seed=1, step=5), 4) != draw(rows, Clock(seed=2, step=5), 4)
+    assert draw(50, at, 4) == draw(50, Clock(seed=1, step=5), 4) != draw(50, Clock(seed=2, step=5), 4)

@@ -40,7 +40,7 @@ NOT_THE_RUN = (
 )
 
 # that the first editions did not have
-LATER_KEYS = ("chat_template_kwargs", "split_special_tokens", "max_eval_samples", "group_by_prefix")
+LATER_KEYS = ("chat_template_kwargs", "split_special_tokens", "max_eval_samples")
 
 
 def as_list(value: Any) -> Any:
@@ -121,9 +121,6 @@ class Recipe:
     max_steps: Annotated[int, Field(ge=0)] | None = None
     per_device_train_batch_size: Count = 8  # rows per micro-batch
     gradient_accumulation_steps: Count = 1  # micro-batches per optimizer step; changes memory, not the result
-    # steps of rows that begin alike (tools, documents), in an order that the seed decides: more of their
-    # tokens are read once, but the rows of a step are less of a mixture
-    group_by_prefix: bool = False
     # recompute activations in the backward pass; auto: if a step would not fit otherwise
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     # compile the model's layers; for long runs, as the first steps then take minutes

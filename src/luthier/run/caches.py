@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from luthier.methods.formats._base import BadRow
 from luthier.model.policy import Policy
 from luthier.registry import spec
 from luthier.run.rows import EncodedRows, sample_batch
@@ -35,6 +36,17 @@ class SharedBase:
         return share_weights(self.model), self.tokenizer
 
 
+def _beginning(roles: Any, trainer: Trainer) -> list[int]:
+    """The tokens that the first rows' prompts begin with in common; none where one of them is empty."""
+    prompts = []
+    for row in trainer.rows[:COMPARED]:
+        try:
+            prompts.append(roles.renderer.prompt(row))
+        except BadRow:
+            return []
+    return list(common_tokens(prompts))
+
+
 def cache_hidden_states(session: Session, trainer: Trainer, row_tokens: int) -> None:
     """The hidden states below the lowest trained layer are kept, where rows are read again."""
     setting, roles = session.recipe.cache_frozen, trainer.roles
@@ -45,7 +57,7 @@ def cache_hidden_states(session: Session, trainer: Trainer, row_tokens: int) -> 
     if cache is None or (len(readers) > 1 and not trainer.batches.live):
         path = session.folder / f"hidden_cache-{session.processes.index}.bin"
         sample = sample_batch(roles, list(trainer.rows[:2]))
-        beginning = common_tokens([roles.renderer.prompt(row) for row in trainer.rows[:COMPARED]])
+        beginning = _beginning(roles, trainer)
         cache = hidden_cache.open_cache(roles.policy, sample, path, row_tokens, beginning)
     if isinstance(cache, str):  # why there is none
         if setting is True:

@@ -278,11 +278,16 @@ def _build_trainer(session: Session, roles: Roles, rows: list[dict], length: Run
             methods.online_stages,
             recipe.num_iterations,
             _clusters(session, roles, rows, length),
-            recipe.group_by_prefix,
+            _groups_by_prefix(roles),
         ),
         session.processes,
         warn=session.warn,
     )
+
+
+def _groups_by_prefix(roles: Roles) -> bool:
+    """Whether the architecture asks for steps of rows that begin alike."""
+    return getattr(roles.policy.architecture, "group_by_prefix", False)
 
 
 def _clusters(
@@ -296,7 +301,7 @@ def _clusters(
         return None
     whole = length.per_step == recipe.per_device_train_batch_size  # one micro-batch a step
     depends = any(True for _ in exceptions(session, "accumulation"))
-    if not recipe.group_by_prefix and (whole or depends or has_dropout(policy.model)):
+    if not _groups_by_prefix(roles) and (whole or depends or has_dropout(policy.model)):
         return None
     return arrange.clusters(rows)
 

@@ -25,7 +25,7 @@ from luthier.methods.estimators.zeroth_order.mezo import direction
 from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.registry import build
 from luthier.train.optimizer import Chain
-from luthier.train.trainer import Trainer, draw
+from luthier.train.trainer import Trainer
 
 
 @pytest.mark.parametrize("n_probes", [1, 3])
@@ -245,7 +245,7 @@ def test_a_run_with_mezo_takes_the_memory_of_inference_and_of_what_is_displaced(
 
     def measured(self):
         roles, clock = self.roles, self.roles.clock
-        rows = [dict(r) for r in draw(self.rows, clock, self.batches.per_step)]
+        rows = [dict(r) for r in self.batches.draw(self.rows, clock)]
         there = (*roles.policy.model.parameters(), *roles.policy.model.buffers())
         with torch.no_grad(), Held(*there) as inference:
             roles.policy.logprobs(roles.batch(rows, training=True))

@@ -84,6 +84,9 @@ class Causal(LanguageModel):
     share_prompts: bool = True  # read a prompt once for all its completions
     # read once what several rows begin with; auto: where that saves a tenth of the tokens, and some hundred
     share_prefixes: bool | Literal["auto"] = "auto"
+    # steps of rows that begin alike (tools, documents), in an order that the seed decides: more of their
+    # tokens are read once, but the rows of a step are less of a mixture
+    group_by_prefix: bool = False
     # packed attention computed block by block, where the network lets it be chosen; false: by a mask
     blocks: bool = True
     # bidirectional attention over the prompt (prefix LM, non-causal decoder); completions stay causal
