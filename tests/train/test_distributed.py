@@ -108,8 +108,6 @@ def test_two_processes_are_one(tiny, together, tmp_path, name):
     logs = [files.read_rows(folder / "metrics.jsonl") for folder in (tmp_path / "one", together / name)]
     for a, b in zip(*logs, strict=True):  # what is logged is of all rows, whoever read them
         assert a.keys() == b.keys()
-        # of the tokens that were sampled, of which one may lie on the border between two
-        assert b.pop("entropy", 0.0) == pytest.approx(a.pop("entropy", 0.0), abs=0.2)
         assert {k: v for k, v in b.items() if k != "seconds"} == pytest.approx(
             {k: v for k, v in a.items() if k != "seconds"}, rel=1e-3, abs=100 * atol
         )

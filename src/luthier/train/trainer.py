@@ -5,6 +5,7 @@ else.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,6 +15,7 @@ import torch
 
 from luthier.clock import Clock
 from luthier.methods.objectives._base import Objective
+from luthier.methods.stages._base import OCCURRENCE
 from luthier.model.batch import Batch
 from luthier.processes.group import ALONE, Processes
 from luthier.train.arrange import adjacent, grouped
@@ -51,7 +53,15 @@ class BatchSchedule:
         indices = draw(len(rows), clock, self.per_step, self.stop_at, self.num_iterations, numbers)
         if self.clusters is not None:
             indices = adjacent(indices, self.clusters)
-        return [rows[i] for i in indices]
+        drawn = [rows[i] for i in indices]
+        if not self.live:
+            return drawn
+        counts: Counter = Counter()
+        for place, i in enumerate(indices):
+            if counts[i]:
+                drawn[place] = {**drawn[place], OCCURRENCE: counts[i]}
+            counts[i] += 1
+        return drawn
 
 
 @lru_cache(maxsize=4)

@@ -30,6 +30,9 @@ TRUNCATED = Column("truncated", per="completion", says="whether a sample ended w
 CACHED_LOGPROBS = Column(
     "cached_logprobs", per="token", says="log-probabilities cached with the rows", former="remembered"
 )
+# key of a row that a step has for the second time, or later (its draw goes on into the next epoch): how often
+# it came before, whichever process has those
+OCCURRENCE = "occurrence"
 REWARDS = Column(
     "rewards",
     says="several rewards of each completion, by name (column `rewards`)",

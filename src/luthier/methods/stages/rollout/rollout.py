@@ -18,6 +18,7 @@ from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES, BadRow
 from luthier.methods.roles._base import SAMPLER
 from luthier.methods.stages._base import (
     CACHED_LOGPROBS,
+    OCCURRENCE,
     OLD_LOGPROBS,
     SAMPLES,
     TRUNCATED,
@@ -139,7 +140,8 @@ class Rollout(Stage):
         counts: Counter = Counter()
         out = []
         for row in rows:
-            out.append(clock.derive_seed("rollout", self.draw, row["id"], counts[row["id"]]))
+            times = row.get(OCCURRENCE, counts[row["id"]])
+            out.append(clock.derive_seed("rollout", self.draw, row["id"], times))
             counts[row["id"]] += 1
         return out
 
