@@ -34,7 +34,8 @@ class Labelled(Format):
         one = first_of(raw, ("text", "sentence", "sequence"), "text")
         texts = [text(raw, name) for name in pair or (one,)]
         label = opened(raw.get(first_of(raw, ("label",), "labels")), "label")
-        if label is None or label == []:
+        empty = label == [] and raw.get("label", label) is None  # beside a label that is null
+        if label is None or empty:
             raise BadRow("label is missing")
         names = raw.get("label_name") or ", ".join(plain(each, "label") for each in as_list(label))
         row = {
