@@ -94,9 +94,9 @@ TIMES = ("seconds", "tokens_per_second", "peak_memory_mb")
 # what holds times of its own or the folder's name all over, so that not even its checksum is alike
 OWN = (
     *("metrics.jsonl", "report.json", "report.html", "README.md", "run.json", "state.json", "recipe.yaml"),
-    ".lock",
+    *(".lock", "status.json"),
 )
-PAGES = ("report.html", "README.md", ".lock")  # of these only that they are there is compared
+PAGES = ("report.html", "README.md", ".lock", "status.json")  # of these only that they are there is compared
 # and what JSON says of these: checksums, among others its own; the front of a comparison is one of seconds,
 # the fingerprint of a run of a plan that of a recipe that names the folder
 VOLATILE = {*TIMES, *OWN, "checksum", "manifest", "fingerprint", "front"}
@@ -210,6 +210,11 @@ def recipe(model: str, name: str) -> dict:
     return keys | RECIPES[name]
 
 
+def killed(i: int) -> str:
+    """The folder of a run that is killed: a name that no other path ends in."""
+    return f"killed-{i}-run"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_killed_at_operations(shallow, forks, tmp_path, name):
     chance = random.Random(f"{SEED} {name}")
@@ -220,13 +225,13 @@ def test_killed_at_operations(shallow, forks, tmp_path, name):
     chance.shuffle(places)
     for i in range(kills):
         at, how = places[i % len(places)], chance.choice(("before", "half"))
-        harness.kill_at(str(i), at, how)
+        harness.kill_at(killed(i), at, how)
         label = f"{i} {how} operation {at}"
         if chance.random() < 0.25:  # and again while it goes on
             again = chance.randint(1, harness.operations)
-            harness.kill_at(str(i), again, how)
+            harness.kill_at(killed(i), again, how)
             label += f", then {again}"
-        harness.finish(tally, str(i), label)
+        harness.finish(tally, killed(i), label)
     tally.close()
 
 
@@ -237,8 +242,8 @@ def test_killed_at_random_moments(shallow, forks, tmp_path, name):
     tally = Tally(f"kills at random moments, {name}")
     for i in range(max(2, COUNT // 20 // len(RECIPES))):
         for _ in range(chance.choice((1, 1, 2))):
-            harness.kill_sometime(str(i), chance)
-        harness.finish(tally, str(i), str(i))
+            harness.kill_sometime(killed(i), chance)
+        harness.finish(tally, killed(i), str(i))
     tally.close()
 
 
@@ -250,8 +255,8 @@ def test_killed_comparison(shallow, forks, tmp_path):
     harness = Harness(forks, tmp_path / "runs", arms, COMPARE)
     tally = Tally(f"kills of a comparison (of {harness.operations} operations)")
     for i in range(max(2, COUNT // 100)):
-        harness.kill_at(str(i), chance.randint(1, harness.operations), chance.choice(("before", "half")))
-        harness.finish(tally, str(i), str(i))
+        harness.kill_at(killed(i), chance.randint(1, harness.operations), chance.choice(("before", "half")))
+        harness.finish(tally, killed(i), str(i))
     tally.close()
 
 

@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import limits
+from .cell import bubblewrap
 
 HERE = str(Path(__file__).resolve().parent)
-ROOT_MODE, FILTER_MODE, NO_MODE = "root", "filter", "none"
-MODES = (ROOT_MODE, FILTER_MODE, NO_MODE)  # from the strongest on; the first that stands is taken
+ROOT_MODE, BUBBLEWRAP_MODE, FILTER_MODE, NO_MODE = "root", "bubblewrap", "filter", "none"
+# from the strongest on; the first that stands is taken
+MODES = (ROOT_MODE, BUBBLEWRAP_MODE, FILTER_MODE, NO_MODE)
 
 
 class CellError(RuntimeError):
@@ -45,24 +47,25 @@ class Cell:
 
     def __init__(self, mode: str, packages: bool):
         self.mode, self.packages = mode, packages
+        door, files, here = self.door()
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         place = tempfile.mkdtemp(prefix="luthier-")
         numbers = f"{theirs.fileno()}, {mode!r}, {place!r}, {packages}"
         begin = (
-            f"import sys; sys.path[0] = {HERE!r}; from cell import keeper; del sys.path[0];"
+            f"import sys; sys.path[0] = {here!r}; from cell import keeper; del sys.path[0];"
             f" keeper.main({numbers})"
         )
         flags = ["-s", "-B", "-X", "utf8"] + ([] if packages else ["-S"])
         environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin", "TMPDIR": "/tmp"}
         try:
             self.process = subprocess.Popen(
-                [sys.executable, *flags, "-c", begin],
+                [*door, sys.executable, *flags, "-c", begin],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=environment,
                 cwd="/",
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), *files),
                 start_new_session=True,
             )
             theirs.close()
@@ -72,10 +75,21 @@ class Cell:
             raise
         finally:
             theirs.close()
+            for file in files:
+                os.close(file)
             shutil.rmtree(place, ignore_errors=True)
         if first["problem"]:
             self.close()
             raise CellError(first["problem"])
+
+    def door(self) -> tuple[list[str], list[int], str]:
+        """(words before those of the keeper, open files that they name, where the keeper finds its code)."""
+        if self.mode != BUBBLEWRAP_MODE:
+            return [], [], HERE
+        command = bubblewrap.command(self.packages)
+        if command is None:
+            raise CellError("bubblewrap (bwrap) is not installed")
+        return *command, bubblewrap.CODE
 
     def answer(self, seconds: float) -> dict:
         """The keeper's next message; CellError, and the cell gone, where there is none."""

@@ -6,6 +6,8 @@ What holds depends on the machine; `sandbox_report` tests it, docs/trust.md says
   the system's libraries alone (read-only), an empty disk in memory as its folder, no network interface,
   processes of its own that all die with the first, no privilege, and a filter of system calls. Started by
   root, it becomes a user that nobody has.
+- On Linux where ordinary programs may not, and bubblewrap is installed and may: the same root by `bwrap`, and
+  the filter, which then refuses processes and sockets altogether.
 - On Linux without namespaces: the filter alone, which then refuses processes and sockets altogether, and
   Landlock, which leaves only Python's files to be read.
 - Everywhere: a new interpreter with the standard library alone, a new working folder, an empty environment,
@@ -32,7 +34,7 @@ from functools import cache
 
 from . import limits
 from .limits import DISK_MB, OUTPUT, PROCESSES
-from .pool import FILTER_MODE, NO_MODE, POOL, ROOT_MODE, Cell, CellError, Outcome, stranger
+from .pool import BUBBLEWRAP_MODE, FILTER_MODE, NO_MODE, POOL, ROOT_MODE, Cell, CellError, Outcome, stranger
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def missing_walls() -> str:
             return ""
         return "the sandbox has no filter of system calls here (the kernel has no seccomp for this processor)"
     why = POOL.problems.get(ROOT_MODE, "")
+    if mode == BUBBLEWRAP_MODE:
+        return f"the sandbox stands inside bubblewrap ({why}); programs start no processes or threads there"
     if mode == FILTER_MODE:
         rest = "programs run behind a filter of system calls"
         if sandbox_report()["Landlock, where there is no root folder of its own (kernel)"]:
@@ -198,7 +202,7 @@ class Run:
             for order, job, stdin, numbers in processes:
                 cell = POOL.take(self.packages, self.mode)
                 cells.append(cell)
-                if cell.mode != ROOT_MODE:
+                if cell.mode in (FILTER_MODE, NO_MODE):
                     folders.append(tempfile.mkdtemp(prefix="luthier-"))
                     order = {**order, "folder": folders[-1]}
                 standard = [files.holding(stdin.encode(errors="replace")), out, err]

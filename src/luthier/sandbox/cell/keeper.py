@@ -13,22 +13,26 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from contextlib import suppress
 
 from . import judge, walls
 
 FIRST = 3  # numbers of the files behind input, output and errors
-ROOT_MODE, FILTER_MODE, NO_MODE = "root", "filter", "none"
+ROOT_MODE, BUBBLEWRAP_MODE, FILTER_MODE, NO_MODE = "root", "bubblewrap", "filter", "none"
 
 
 def main(descriptor: int, mode: str, place: str, packages: bool) -> None:
     """Answer orders until the socket ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line = socket.socket(fileno=descriptor)
+    if mode == BUBBLEWRAP_MODE:
+        load_ctypes(walls.HOME)
     keeper = Keeper(line, mode, packages)
     problem = keeper.build(place)
     line.sendall(json.dumps({"walls": keeper.standing, "problem": problem}).encode())
@@ -62,18 +66,22 @@ class Keeper:
             return "no walls of the kernel on this system"
         if self.mode == FILTER_MODE:
             return self.try_filter()
+        if self.mode == BUBBLEWRAP_MODE:  # the root stands already; the filter keeps programs to themselves
+            return self.try_filter(landlock=False)
         if not walls.leave(self.libc):
             return "the kernel refuses new spaces (unshare)"
         return walls.own_root(self.libc, place, self.packages)
 
-    def try_filter(self) -> str:
-        """Does the kernel take the filter or Landlock? Tried in a process of its own, since both stay."""
+    def try_filter(self, landlock: bool = True) -> str:
+        """Does the kernel take the filter, or Landlock where that is enough? Tried in a process of its own,
+        since both stay.
+        """
         pid = os.fork()
         if pid == 0:
             works = False
             with suppress(BaseException):
                 walls.become(self.libc, 0)
-                landlock = walls.landlock(self.libc, "/", self.packages)
+                landlock = landlock and walls.landlock(self.libc, "/", self.packages)
                 works = walls.filtered(self.libc, False) or landlock
             os._exit(0 if works else 1)
         if os.waitpid(pid, 0)[1]:
@@ -87,6 +95,8 @@ class Keeper:
         if own_root:
             walls.fresh_disk(self.libc, order["disk_mb"], order["files"], uid or os.getuid())
             order["folder"] = walls.HOME
+        elif self.mode == BUBBLEWRAP_MODE:
+            order["folder"] = tempfile.mkdtemp(dir=walls.HOME)
         elif uid:
             with suppress(OSError):
                 os.chown(order["folder"], uid, uid)
@@ -106,6 +116,8 @@ class Keeper:
             os.killpg(keeper, signal.SIGKILL)
         if own_root:  # frees its memory, and refuses the disk to the next one
             self.libc.umount2(walls.HOME.encode(), 2)
+        if self.mode == BUBBLEWRAP_MODE:
+            shutil.rmtree(order["folder"], ignore_errors=True)
         late = stood.pop("late", False)
         return status, late, stood
 
@@ -203,16 +215,18 @@ class Keeper:
 
     def shut(self, order: dict, uid: int, stood: dict[str, bool]) -> None:
         """The walls of one program."""
-        own_root = self.mode == ROOT_MODE
+        own_root = self.mode in (ROOT_MODE, BUBBLEWRAP_MODE)
         for name in ("network", "ipc", "own_root", "read_only"):
             stood[name] = own_root
-        stood["counted"] = own_root or bool(uid)
+        stood["counted"] = self.mode == ROOT_MODE or bool(uid)
         if self.libc is None:
             stood |= {"filter": False, "landlock": False, "not_root": os.getuid() != 0}
             return
         walls.become(self.libc, uid)
         stood["not_root"] = os.getuid() != 0
-        stood["landlock"] = not own_root and walls.landlock(self.libc, order["folder"], self.packages)
+        stood["landlock"] = False
+        if self.mode != ROOT_MODE:
+            stood["landlock"] = walls.landlock(self.libc, order["folder"], self.packages)
         stood["filter"] = walls.filtered(self.libc, stood["processes"])
         stood["network"] = own_root or stood["filter"]
         stood["read_only"] = own_root or stood["landlock"]
@@ -220,7 +234,7 @@ class Keeper:
     def start(self, order: dict, numbers: list[str]) -> None:
         """A fresh interpreter in place of this process."""
         here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        if self.mode == ROOT_MODE:
+        if self.mode in (ROOT_MODE, BUBBLEWRAP_MODE):
             here = os.path.dirname(walls.CODE)
         # hashes are the same in every run, so that a reward is; locale and home are nobody's
         environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
@@ -236,6 +250,15 @@ class Keeper:
         )
         arguments = [sys.executable, *flags, "-c", begin, *numbers]
         os.execve(sys.executable, arguments, environment)
+
+
+def load_ctypes(folder: str) -> None:
+    """The module that lies in a folder for this process alone, which is deleted then."""
+    sys.path.insert(0, folder)
+    walls.library()
+    del sys.path[0]
+    for name in os.listdir(folder):
+        os.unlink(f"{folder}/{name}")
 
 
 def watch(pid: int, seconds: float, line: socket.socket | None = None) -> None:

@@ -171,16 +171,20 @@ def copy_code(folder: str) -> None:
 
 def hide_modules(libc, place: str) -> None:
     """Python's doors to C are empty files in the new root."""
+    for path in hidden_files():
+        libc.mount(b"/dev/null", os.fsencode(place + path), None, BIND, None)
+
+
+def hidden_files() -> list[str]:
+    """Where Python's doors to C lie."""
     import sysconfig
 
     folder = sysconfig.get_config_var("DESTSHARED") or os.path.join(
         sysconfig.get_path("stdlib"), "lib-dynload"
     )
     if not os.path.isdir(folder):
-        return
-    for name in os.listdir(folder):
-        if name.partition(".")[0] in HIDDEN:
-            libc.mount(b"/dev/null", os.fsencode(f"{place}{folder}/{name}"), None, BIND, None)
+        return []
+    return [f"{folder}/{name}" for name in os.listdir(folder) if name.partition(".")[0] in HIDDEN]
 
 
 def fresh_disk(libc, disk_mb: int, files: int, uid: int) -> bool:
