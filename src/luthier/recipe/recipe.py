@@ -92,6 +92,11 @@ class Recipe:
     optim: Any = "adamw"
     # learning rate of the optimizer; default: what the tuner declares, times what objective and optimizer do
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(1e-5, 1e-2, log=True)] = RATE
+    # rates of single parameters or modules by name, as in {lora_B: 2e-3}; also written
+    # `learning_rate: {default: 2e-4, lora_B: 2e-3}`
+    learning_rates: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(
+        default_factory=dict
+    )
     # learning-rate schedule: constant, linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial,
     # warmup_stable_decay
     lr_scheduler_type: str = "linear"
@@ -306,9 +311,16 @@ class Recipe:
     def chain(self) -> tuple:
         """The transforms of the optimizer."""
         optim = self.methods()["optim"]
-        if isinstance(optim, list):
-            return tuple(optim)
-        return optim.chain()
+        chain = tuple(optim) if isinstance(optim, list) else optim.chain()
+        if self.learning_rates:
+            chain += (build("transform", {"name": "parameter_rates", "factors": self.rate_factors()}),)
+        return chain
+
+    def rate_factors(self) -> dict[str, float]:
+        """Name -> its learning rate divided by that of all other parameters."""
+        if not self.learning_rate:
+            raise RecipeError("learning_rate: beside rates of single parameters the default must not be 0")
+        return {name: rate / self.learning_rate for name, rate in self.learning_rates.items()}
 
     def plan_spec(self) -> Any:
         """The plan as a method; a list is a sequence of changes to this recipe."""
