@@ -23,8 +23,7 @@ from luthier.registry import tuner
     provides=[DISABLE_ADAPTER],
     contract={"starts_as_base": "vectors before the text change the output from the first step on"},
     use_when="weights must stay untouched, and the long prompts that prompt tuning needs cost too much:"
-    " part of"
-    " them becomes a low-rank change of the text's own embeddings.",
+    " part of them becomes a low-rank change of the text's own embeddings.",
     costs="`num_virtual_tokens` more tokens in every sequence, fewer than `prompt` takes for as many numbers;"
     " backward still runs through the whole network.",
     starting_rate="the paper takes 0.3 for the prompt and 5e-4 for the pair: `learning_rate: {default: 5e-4,"

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     provides=[DISABLE_ADAPTER],
     contract={"starts_as_base": "vectors before the text change the output from the first step on"},
     use_when="`dept` is what you want and tasks are small: the short prompt also reads its low-rank part"
-    " and is"
-    " projected into several spaces.",
+    " and is projected into several spaces.",
     costs="as `dept`; the projections are computed once a batch.",
     starting_rate="as `dept`: 0.3 for the prompt and 1e-4 to 5e-4 for everything else.",
     default_rate=5e-4,
