@@ -20,6 +20,11 @@ def tiny(shallow) -> str:
     return shallow
 
 
+def small(name: str) -> dict:
+    """An estimator with the settings that it declares for tiny models."""
+    return {"name": name, **find("estimator", name).example}
+
+
 def skipped(cls, test: str) -> None:
     if test in cls.contract:
         pytest.skip(f"{cls.name}: {cls.contract[test]}")
@@ -28,7 +33,7 @@ def skipped(cls, test: str) -> None:
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_make_the_loss_smaller_and_leave_the_rest_alone(name):
     skipped(find("estimator", name), "descends")
-    rig = Rig(estimator=name, transforms=build("optimizer", "adamw").chain(), total=200)
+    rig = Rig(estimator=small(name), transforms=build("optimizer", "adamw").chain(), total=200)
     began, frozen = rig.distance(), rig.model.frozen.detach().clone()
     rig.go(200)
     assert rig.distance() < 0.7 * began and torch.equal(rig.model.frozen, frozen)
@@ -38,7 +43,7 @@ def test_estimators_make_the_loss_smaller_and_leave_the_rest_alone(name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_go_on_bit_for_bit(name, dtype, tmp_path):
     def make():
-        return Rig(estimator=name, transforms=build("optimizer", "adamw").chain(), dtype=dtype)
+        return Rig(estimator=small(name), transforms=build("optimizer", "adamw").chain(), dtype=dtype)
 
     whole, broken = make().go(8), make().go(3).kill_and_load(tmp_path, make).go(5)
     assert same(whole, broken) and whole.losses[3:] == broken.losses
@@ -53,7 +58,7 @@ def test_estimators_put_back_what_they_moved_when_memory_runs_out(name, dtype, c
     def make():
         settings = {"n_probes": 2} if name == "mezo" else {}
         return Rig(
-            estimator={"name": name, **settings}, transforms=build("optimizer", "adamw").chain(), dtype=dtype
+            estimator=small(name) | settings, transforms=build("optimizer", "adamw").chain(), dtype=dtype
         ).go(1)
 
     rig, calm = make(), make()
@@ -70,7 +75,13 @@ def test_estimators_put_back_what_they_moved_when_memory_runs_out(name, dtype, c
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_train_a_language_model(name, base, tmp_path):
-    change = {"estimator": name, "data": SUMS[:4], "max_steps": 40, "learning_rate": 2e-3, "save_steps": 40}
+    change = {
+        "estimator": small(name),
+        "data": SUMS[:4],
+        "max_steps": 40,
+        "learning_rate": 2e-3,
+        "save_steps": 40,
+    }
     change |= {"objective": "sft + kl"} if name == "gradient_dropout" else {}
     losses = luthier.tune(base | change | {"lr_scheduler_type": "constant"}, folder=tmp_path).losses
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])

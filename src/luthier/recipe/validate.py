@@ -200,6 +200,7 @@ def dry_run(recipe: Recipe, rows: Sequence[dict] = ()) -> Methods:
         require(user, available, label(user, recipe), methods.parts())
     if methods.objective is not None:
         methods.estimator.suits(methods.objective)
+        methods.estimator.suits_recipe(recipe, methods)
         check_phases(methods)
         check_values(methods, available, recipe)
         check_samples(methods, available, recipe)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.split import sample
-from luthier.errors import out_of_memory
+from luthier.errors import RecipeError, out_of_memory
 from luthier.model import base_mark
 from luthier.model.dropout import has_dropout
 from luthier.model.load import assemble, take_parts, tensors_of
@@ -55,6 +55,18 @@ class RunLength:
     epochs: float | None = None  # None where the steps are counted
 
 
+class PrivateRows(list):
+    """Rows that only steps may read: whatever a tuner or role takes from them at the start is not private."""
+
+    def _refuse(self, *args: Any) -> Any:
+        raise RecipeError(
+            "a private estimator promises that rows are read by its steps alone, but a method of this recipe"
+            " starts from them; choose a start that reads no rows, or other, public ones"
+        )
+
+    __iter__ = __getitem__ = _refuse
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A run before its first step, or before the first that this process makes."""
@@ -81,10 +93,13 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     rows = training.rows
     _warn_of_settings(session, rows)
     parameters = _check_model(session, roles, rows)
+    start_rows = rows
+    if session.methods.estimator.private:
+        start_rows = PrivateRows(rows)
     if session.recipe.init_from is None:
-        _initialize(session, roles, rows)
+        _initialize(session, roles, start_rows)
     for component in roles.tuner.components:
-        component.ready(rows, roles)
+        component.ready(start_rows, roles)
     length = run_length(session.recipe, session.methods, len(rows), batches.per_step)
     trainer = _build_trainer(session, roles, rows, length)
     memory_need = _check_memory(session, trainer, training)
@@ -265,6 +280,9 @@ def _build_trainer(session: Session, roles: Roles, rows: list[dict], length: Run
         recipe.lr_scheduler_kwargs,
         recipe.learning_rate,
     )
+    micro = recipe.per_device_train_batch_size
+    if methods.estimator.private:
+        micro = 1
     return Trainer(
         roles,
         rows,
@@ -273,12 +291,13 @@ def _build_trainer(session: Session, roles: Roles, rows: list[dict], length: Run
         methods.estimator,
         BatchSchedule(
             length.per_step,
-            recipe.per_device_train_batch_size,
+            micro,
             length.last_row,
             methods.online_stages,
             recipe.num_iterations,
             _clusters(session, roles, rows, length),
             _groups_by_prefix(roles),
+            methods.estimator.draw,
         ),
         session.processes,
         warn=session.warn,
@@ -290,14 +309,14 @@ def _groups_by_prefix(roles: Roles) -> bool:
     return getattr(roles.policy.architecture, "group_by_prefix", False)
 
 
-def _clusters(
-    session: Session, roles: Roles, rows: list[dict], length: RunLength
-) -> tuple[int, ...] | None:
+def _clusters(session: Session, roles: Roles, rows: list[dict], length: RunLength) -> tuple[int, ...] | None:
     """Which rows begin alike, where they can meet in micro-batches and are then read together; it changes
     sums by rounding alone, unless the recipe asks for steps of such rows.
     """
     recipe, policy = session.recipe, roles.policy
-    if not rows or not length.steps or not policy.architecture.shares_prefixes(policy.attached):
+    if session.methods.estimator.private or not rows or not length.steps:
+        return None
+    if not policy.architecture.shares_prefixes(policy.attached):
         return None
     whole = length.per_step == recipe.per_device_train_batch_size  # one micro-batch a step
     depends = any(True for _ in exceptions(session, "accumulation"))

@@ -294,6 +294,8 @@ def common_share(session: Session, trainer: Trainer) -> float:
     roles, schedule = trainer.roles, trainer.batches
     if not trainer.rows or not roles.clock.total or writes_samples(session):
         return 0.0
+    if trainer.estimator.private:  # a step may draw no row at all
+        return 0.0
     policy = roles.policy
     tokens, shares = 0, []
     reason = None

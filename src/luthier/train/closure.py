@@ -6,7 +6,7 @@ batch is split into micro-batches and over processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,37 @@ class LossClosure:
             if out_of_memory(error):
                 raise MicroBatchTooLarge(str(error)) from None
             raise
+
+    def row_gradients(self) -> Iterator[None]:
+        """One row of this process after another: in p.grad the gradient of its own loss, each term the
+        average over the row's units, whatever else is in the batch. Micro-batches are of one row.
+
+        `end(grad=False)` then gives the mean of these losses. Raises MicroBatchTooLarge where memory runs
+        out.
+        """
+        trainer, units = self.trainer, self.units
+        tuner, terms = trainer.roles.tuner, trainer.objective.terms()
+        self.begin(grad=True)
+        for i, batch in enumerate(self.batches):
+            for p in tuner.parameters().values():
+                p.grad = None
+            self.units = [float(objective.divisor(batch)) for _, objective in terms]
+            try:
+                self.micro_batch(i)
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error):
+                    raise MicroBatchTooLarge(str(error)) from None
+                raise
+            finally:
+                self.units = units
+            last = i == len(self.batches) - 1
+            if not trainer.gradient_checked:
+                trainer.gradient_checked = checks.check_gradient(tuner, not last or self._may_be_flat())
+            yield
+        self.pending.read()
+        rows = max(1, self.counts["rows"])
+        self.total /= rows
+        self.term_totals = [total / rows for total in self.term_totals]
 
     def begin(self, grad: bool) -> None:
         """Clear the sums, and gradients if there are to be new ones."""

@@ -46,11 +46,17 @@ class BatchSchedule:
     num_iterations: int = 1  # steps for each draw of rows
     clusters: tuple[int, ...] | None = None  # which rows begin alike (train/arrange.py)
     group_by_prefix: bool = False  # are the rows of a step to be of one cluster?
+    # (count, per_step, clock) -> which rows a step reads, where an estimator draws them itself
+    sampler: Callable[[int, int, Clock], list[int] | None] | None = None
 
     def draw(self, rows: Sequence[dict], clock: Clock) -> list[dict]:
         """The rows of a step's global batch, those that begin alike behind each other."""
         numbers = self.clusters if self.group_by_prefix else None
-        indices = draw(len(rows), clock, self.per_step, self.stop_at, self.num_iterations, numbers)
+        indices = None
+        if self.sampler is not None:
+            indices = self.sampler(len(rows), self.per_step, clock)
+        if indices is None:
+            indices = draw(len(rows), clock, self.per_step, self.stop_at, self.num_iterations, numbers)
         if self.clusters is not None:
             indices = adjacent(indices, self.clusters)
         drawn = [rows[i] for i in indices]

@@ -40,6 +40,8 @@ class Estimator:
     single_backward: ClassVar[bool] = False
     # does it keep a copy of what trains, so that the same tensors must train at every step?
     fixed_tensors: ClassVar[bool] = False
+    # does it promise privacy to each row? Then micro-batches are of one row, and only its steps read rows
+    private: ClassVar[bool] = False
 
     def step(self, closure: Closure, chain: Chain, clock: Clock) -> float:
         """closure(grad=True, only=all terms) -> loss of the global batch; with grad, p.grad holds its
@@ -64,6 +66,17 @@ class Estimator:
 
     def suits(self, objective: Any) -> None:
         """Raises RecipeError, before anything is computed, where this estimator cannot serve an objective."""
+
+    def suits_recipe(self, recipe: Any, methods: Any) -> None:
+        """Raises RecipeError, before anything is computed, where the rest of a recipe voids what this
+        estimator promises.
+        """
+
+    def draw(self, count: int, per_step: int, clock: Clock) -> list[int] | None:
+        """Which of `count` rows this step reads, where it draws them itself; per_step: how many on average.
+        None: those that come next.
+        """
+        return None
 
 
 def gradients(chain: Chain) -> dict[str, Params]:
