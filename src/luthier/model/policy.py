@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +130,7 @@ class Roles:
         self.device = next(policy.model.parameters()).device
         self.warn: Callable[[str], None] = lambda sentence: None  # shows the user a warning
         self.dropped: dict[str, str] = {}  # id of a row that a stage drops -> why, until it is written down
+        self.folder: Path | None = None  # of the run, where there is one
 
     @property
     def tuner(self) -> TunedModel:

@@ -24,7 +24,10 @@ from luthier.recipe.schedule import schedule
 from luthier.registry import build, cards, classes, did_you_mean, provides_of, submethods
 
 DEFAULT_EVALUATORS = ("loss", "accuracy", "labels", "generate", "forgetting")
-FIXED = frozenset("policy tuner clock renderer device warn players policies batch text".split())  # of roles
+# what roles have besides players
+FIXED = frozenset(
+    "policy tuner clock renderer device warn folder dropped players policies batch text".split()
+)
 NETWORK_ROLES = {"reference": ("outputs", "logprobs"), "teacher": ("outputs",)}  # what each is asked
 DRY_RUN = "dry-run"  # folder of a run that has not happened
 

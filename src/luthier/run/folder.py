@@ -38,12 +38,14 @@ from luthier.storage.failure import write_failure
 from luthier.storage.layout import (
     BEFORE,
     BEST,
+    DROPPED,
     FAILED,
     LOG,
     PAUSED,
     QUARANTINE,
     REPORT,
     ROWS,
+    STAGES,
     STATE,
     STATUS,
     log_entry,
@@ -54,7 +56,7 @@ from luthier.storage.layout import (
 from luthier.version import __version__
 
 # of a run, beside its checkpoints and what its methods declare; run.json goes last
-FILES = (REPORT, BEFORE, ROWS, LOG, QUARANTINE, PAUSED, FAILED, STATUS, "shown.json", "report.html")
+FILES = (REPORT, BEFORE, ROWS, DROPPED, LOG, QUARANTINE, PAUSED, FAILED, STATUS, "shown.json", "report.html")
 DEFAULTED = ("learning_rate", "num_train_epochs")  # keys whose defaults have changed
 PATTERNS = (
     "per_example-*.json",
@@ -184,7 +186,8 @@ def clear(folder: Path) -> None:
     """
     for path in checkpoints.numbered(folder):
         checkpoints.remove(path)
-    shutil.rmtree(folder / BEST, ignore_errors=True)
+    for name in (BEST, STAGES):
+        shutil.rmtree(folder / name, ignore_errors=True)
     patterns = [*PATTERNS]
     for kind in KINDS:
         for card in cards(kind):

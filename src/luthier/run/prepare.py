@@ -150,7 +150,7 @@ def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
     if shared:
         shared.renderer = shared.renderer or roles.renderer
         roles.renderer = shared.renderer
-    roles.warn = session.warn
+    roles.warn, roles.folder = session.warn, session.folder
     for sentence in describe(roles.policy.model):
         session.warn(sentence)
     if recipe.init_from is not None:

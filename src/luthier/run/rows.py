@@ -15,7 +15,7 @@ from luthier.model.policy import Roles
 from luthier.report.text import render_rows
 from luthier.run.session import Session
 from luthier.storage import files
-from luthier.storage.layout import DROPPED, QUARANTINE, RENDERING, ROWS
+from luthier.storage.layout import DROPPED, QUARANTINE, RENDERING, ROWS, STAGES
 from luthier.text.encode import Renderer
 from luthier.train import checks
 from luthier.train.trainer import Trainer
@@ -115,12 +115,17 @@ def _run_stages(session: Session, roles: Roles, path: Path) -> None:
     if any(stage.asks_model for stage in session.methods.stages):
         # a stage reads as training will: packed or not, as the network can be read
         checks.check_forward(roles.policy, sample_batch(roles, rows[:2]), session.warn)
-    dropped: list[dict] = []
-    for stage in session.methods.stages:
+    first, rows, dropped = _finished_stages(session, rows)
+    for number, stage in enumerate(session.methods.stages):
+        if number < first:
+            continue
         session.callback.stage(f"stage {stage.name}")
         out = list(stage(rows, roles))
         dropped += _dropped_rows(stage.name, rows, out, roles.dropped)
         rows = out
+        if session.main and stage.asks_model and number + 1 < len(session.methods.stages):
+            files.write_rows(_stage_file(session, number, "dropped"), dropped)
+            files.write_rows(_stage_file(session, number, "rows"), rows)
     if not rows:
         names = [stage.name for stage in session.methods.stages]
         raise RecipeError(f"no rows are left after the stages {names}")
@@ -129,6 +134,26 @@ def _run_stages(session: Session, roles: Roles, path: Path) -> None:
         if dropped:
             files.write_rows(session.folder / DROPPED, dropped)
     session.processes.wait_for_all()
+
+
+def _stage_file(session: Session, number: int, what: str) -> Path:
+    """Where the rows behind a stage are, or those that left up to there."""
+    folder = session.folder / STAGES
+    folder.mkdir(exist_ok=True)
+    return folder / f"{number}-{session.methods.stages[number].name}.{what}.jsonl"
+
+
+def _finished_stages(session: Session, rows: list[dict]) -> tuple[int, list[dict], list[dict]]:
+    """How many stages need not be run again, their rows, and those that left; of a run that ended amid its
+    stages. Several processes begin anew, lest one goes on from what another has just written.
+    """
+    if session.processes.count > 1 or not (session.folder / STAGES).is_dir():
+        return 0, rows, []
+    for number in reversed(range(len(session.methods.stages))):
+        path = _stage_file(session, number, "rows")
+        if path.is_file():
+            return number + 1, files.read_rows(path), files.read_rows(_stage_file(session, number, "dropped"))
+    return 0, rows, []
 
 
 def _dropped_rows(stage: str, before: list[dict], after: list[dict], reasons: dict[str, str]) -> list[dict]:

@@ -25,6 +25,7 @@ INLINE = ("data-*.jsonl", "eval_data-*.jsonl")  # rows given from Python
 RENDERING = "rendering.json"  # what else rows were rendered with: the date, template variables, system prompt
 QUARANTINE = "quarantine.jsonl"  # unusable rows, with reasons
 DROPPED = "dropped.jsonl"  # rows that stages left out: which, at which stage, why
+STAGES = "stages"  # what stages need to go on where they ended: rows so far, answers, gradients
 
 
 def constant_files(folder: Path) -> list[Path]:

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from luthier.processes import group
 from luthier.registry import Capability, Column, declared_words, family
+from luthier.storage.layout import STAGES
 
 SAMPLES = Capability(
     "samples",
@@ -90,6 +93,20 @@ class Stage:
         readable, bad, _ = roles.policy.architecture.encode_all(answered, roles.renderer)
         self.left(roles, len(bad), len(rows), bad[0]["reason"] if bad else "")
         return readable
+
+
+def workspace(roles: Any, name: str, folder: str | None = None) -> Path | None:
+    """Where a stage keeps what it needs to go on after it was killed: `folder`, else a place in the run's
+    folder; None where there is no run. Every process of a run has one of its own.
+    """
+    if folder is None and getattr(roles, "folder", None) is None:
+        return None
+    path = Path(folder).expanduser() if folder is not None else Path(roles.folder) / STAGES / name
+    index = group.current().index
+    if index:
+        path = path / f"process-{index}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def text_of(roles: Any, completion: Any) -> str:

@@ -12,10 +12,12 @@ import luthier
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.stages.curate.likert import Likert
+from luthier.methods.stages.curate.perplexity import Perplexity
 from luthier.methods.stages.select.diverse import far_apart
 from luthier.methods.stages.select.got_d import calibrated_gradient
 from luthier.methods.stages.select.k_center import farthest
 from luthier.methods.stages.select.kmq import budgets, k_means
+from luthier.methods.stages.select.random_rows import RandomRows
 from luthier.registry import build
 from luthier.storage import files
 
@@ -286,3 +288,30 @@ def test_whatever_leaves_has_its_line(base, tmp_path):
     names = [line["id"] for line in lines] + [str(row["id"]) for row in remaining]
     assert len(names) == len({*names}) == 12
     assert all(line["reason"] for line in lines)
+
+
+def test_stages_that_were_finished_are_read_back(base, tmp_path, monkeypatch):
+    """A run that ended amid its second stage goes on with the rows of the first, and its lines are there."""
+    rows = [{"prompt": f"say {i}", "completion": str(i)} for i in range(8)]
+    stages = ["perplexity", {"name": "k_center", "n": 6}, {"name": "random_rows", "n": 4}]
+    recipe = base | {"data": rows, "stages": stages, "max_steps": 1}
+    calls = []
+    perplexity = Perplexity.__call__
+
+    def counting(self, rows, roles):
+        calls.append(len(list(rows)))
+        return perplexity(self, rows, roles)
+
+    def killed(self, rows, roles):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Perplexity, "__call__", counting)
+    luthier.tune(recipe, folder=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(RandomRows, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            luthier.tune(recipe, folder=tmp_path / "cut")
+    luthier.tune(recipe, folder=tmp_path / "cut")
+    assert calls == [8, 8]
+    for name in ("rows.jsonl", "dropped.jsonl"):
+        assert files.read_rows(tmp_path / "cut" / name) == files.read_rows(tmp_path / "whole" / name)

@@ -21,6 +21,7 @@ from pydantic import Field
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.stages._base import Stage, text_of, without
+from luthier.methods.stages.curate._answers import answers
 from luthier.methods.stages.select._embedding import question
 from luthier.registry import build, stage
 
@@ -61,46 +62,49 @@ class Clear(Stage):
         rows = self.usable(rows, roles)
         if not rows:
             return []
-        sampled = self.write(roles.policy, rows, roles, self.samples, self.temperature)
-        answers = [text_of(roles, row["completions"][0]) for row in rows]
-        confidences = self.confidences(roles, rows, answers, sampled)
+        sampled = answers(
+            roles.policy, rows, roles, self.name, self.samples, self.max_new_tokens, self.temperature
+        )
+        current = [text_of(roles, row["completions"][0]) for row in rows]
+        confidences = self.confidences(roles, rows, current, sampled)
         bound = float("-inf")
         if self.drop_share:
             bound = sorted(confidences)[max(0, round(self.drop_share * len(rows)) - 1)]
         corrected = [False] * len(rows)
         if self.writer is not None:
             tuned = build("role", {"name": "model", "model": self.writer}).play("writer", roles.policy)
-            new = [texts[0] for texts in self.write(tuned, rows, roles, 1, 0.0)]
+            written = answers(tuned, rows, roles, self.name, 1, self.max_new_tokens, 0.0)
+            new = [texts[0] for texts in written]
             for place, value in enumerate(self.confidences(roles, rows, new, sampled)):
                 if value > self.least and value > confidences[place]:
-                    answers[place], confidences[place], corrected[place] = new[place], value, True
+                    current[place], confidences[place], corrected[place] = new[place], value, True
         chosen, out = [], []
         for place, row in enumerate(rows):
             if corrected[place] or confidences[place] > bound:
                 chosen.append(place)
             if corrected[place]:
                 turns = not isinstance(row["completions"][0], str)
-                text: Any = answers[place]
+                text: Any = current[place]
                 completion = [{"role": "assistant", "content": text}] if turns else text
                 row = {**without(row, "scores"), "completions": [completion]}
             out.append({**row, "confidence": confidences[place]})
         return self.drop(roles, out, chosen, f"their confidence is in the lower {self.drop_share:g}")
 
-    def confidences(self, roles, rows, answers: list[str], sampled: list[list[str]]) -> list[float]:
+    def confidences(self, roles, rows, texts: list[str], sampled: list[list[str]]) -> list[float]:
         """beta * agreement + (1 - beta) * what the model says of each answer."""
-        reflections = self.reflections(roles, rows, answers)
+        reflections = self.reflections(roles, rows, texts)
         values = []
-        for answer, texts, says in zip(answers, sampled, reflections, strict=True):
-            agreement = sum(overlap(answer, text) for text in texts) / len(texts)
+        for answer, others, says in zip(texts, sampled, reflections, strict=True):
+            agreement = sum(overlap(answer, other) for other in others) / len(others)
             values.append(self.beta * agreement + (1 - self.beta) * says)
         return values
 
-    def reflections(self, roles: Any, rows: list[dict], answers: list[str]) -> list[float]:
+    def reflections(self, roles: Any, rows: list[dict], texts: list[str]) -> list[float]:
         """What the model says of each answer, between 0 and 1: the mean worth of the letters."""
         letters, prompts = {}, []
         for letter in WORTH:
             letters[letter] = roles.renderer.tokenizer.encode(letter, add_special_tokens=False)[-1]
-        for row, answer in zip(rows, answers, strict=True):
+        for row, answer in zip(rows, texts, strict=True):
             text = QUESTION.replace("{question}", question(row)).replace("{answer}", answer)
             message: Any = [{"role": "user", "content": text}] if roles.renderer.note is None else text
             prompts.append(roles.renderer.prompt({"id": "clear", "prompt": message}))
@@ -117,19 +121,6 @@ class Clear(Stage):
             prompts, seeds=[0] * len(prompts), max_new_tokens=1, temperature=0.0, decoder=read
         )
         return [scores[tuple(prompt)] for prompt in prompts]
-
-    def write(self, who, rows, roles, n: int, temperature: float) -> list[list[str]]:
-        """n answers of each row, as text."""
-        renderer = roles.renderer
-        written = who.generate(
-            [renderer.prompt(row) for row in rows],
-            seeds=[roles.clock.derive_seed("clear", row["id"], at=0) for row in rows],
-            n=n,
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-            stop=renderer.stop_ids,
-        )
-        return [[renderer.answer(ids) for ids in answers] for answers in written]
 
 
 def overlap(one: str, other: str) -> float:

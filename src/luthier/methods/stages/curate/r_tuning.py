@@ -19,6 +19,7 @@ from pydantic import Field
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.stages._base import Stage, text_of, without
+from luthier.methods.stages.curate._answers import answers
 from luthier.registry import build, stage
 
 ASK = "Are you sure you accurately answered the question based on your internal knowledge?"
@@ -72,7 +73,7 @@ class RTuning(Stage):
     def right(self, rows: list[dict], roles: Any) -> list[bool]:
         """Is the greedy answer of each row right?"""
         judge = build("reward", self.reward)
-        written = self.write(rows, roles, n=1, temperature=0.0)
+        written = answers(roles.policy, rows, roles, self.name, 1, self.max_new_tokens, 0.0)
         labels = []
         for row, (text,) in zip(rows, written, strict=True):
             reference = {"answer": text_of(roles, row["completions"][0]), **row}
@@ -82,26 +83,15 @@ class RTuning(Stage):
 
     def entropies(self, rows: list[dict], roles: Any) -> list[bool]:
         """Does each row have an entropy of answers in the lower half?"""
-        written = self.write(rows, roles, n=self.samples, temperature=self.temperature)
+        written = answers(
+            roles.policy, rows, roles, self.name, self.samples, self.max_new_tokens, self.temperature
+        )
         values = []
         for texts in written:
             counts = Counter(text.strip() for text in texts).values()
             values.append(-sum(c / len(texts) * math.log(c / len(texts)) for c in counts))
         middle = sorted(values)[(len(values) - 1) // 2]
         return [value <= middle for value in values]
-
-    def write(self, rows: list[dict], roles: Any, n: int, temperature: float) -> list[list[str]]:
-        """n answers of each row, as text."""
-        renderer = roles.renderer
-        written = roles.policy.generate(
-            [renderer.prompt(row) for row in rows],
-            seeds=[roles.clock.derive_seed("r_tuning", row["id"], at=0) for row in rows],
-            n=n,
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-            stop=renderer.stop_ids,
-        )
-        return [[renderer.answer(ids) for ids in answers] for answers in written]
 
     def target(self, row: dict, answer: str, sure: bool, clock: Any) -> Any:
         """What the row teaches, in the form of its completion."""
