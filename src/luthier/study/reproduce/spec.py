@@ -19,10 +19,14 @@ from luthier.storage.bounded_yaml import read_yaml
 from luthier.storage.toy import OLD_PREFIX, PREFIX, is_toy
 
 HOLDS, FAILS, UNDECIDED, UNTESTABLE = "held", "not held", "undecided", "not testable here"
+SKIPPED = "skipped"  # not run now, as its model is not here
 BEFORE = "before"  # the arm that is the other arm before training
 TUNING_SEED = 1000  # of the runs that pick a learning rate; test seeds are 0, 1, 2, ...
 PILOT_SEEDS = 8
 MAX_SEEDS = 20
+# the model of second runs, NAME_real.yaml; it is no part of the repository
+REAL_MODEL = "build/smollm2"
+ROWS = "rows/"  # below the folder of claims: their real rows
 # of every arm, unless the file says otherwise
 DEFAULTS = {"save_steps": 100_000, "evaluate": ["loss", "accuracy"]}
 NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
@@ -130,6 +134,14 @@ class Claim(BaseModel):
             raise self.error(f"select: '{self.select}' must be `lowest METRIC` or `highest METRIC`")
         return match[1], match[2]
 
+    @property
+    def absent(self) -> str:
+        """What has to be brought before it can run, in a sentence; empty where everything is there."""
+        models = [{**self.shared, **keys}.get("model") for keys in self.arms.values()]
+        if REAL_MODEL in models and not (Path(REAL_MODEL) / "config.json").is_file():
+            return f"{REAL_MODEL} is not here; `python -m luthier.toy.real {REAL_MODEL}` brings it"
+        return ""
+
     def sweep_values(self, arm: str) -> list[float]:
         """The learning rates, or whatever is swept, of which an arm takes its best; empty where it has one or
         none.
@@ -143,7 +155,9 @@ class Claim(BaseModel):
         return [float(value) for value in values]
 
     def recipe(self, arm: str, seed: int, value: float | None = None) -> dict[str, Any]:
-        """The recipe keys of one run; value: of what is swept. The run's seed draws the rows of toy tasks."""
+        """The recipe keys of one run; value: of what is swept. The run's seed draws the rows of toy tasks;
+        files of rows lie beside the claims.
+        """
         keys = {**DEFAULTS, **self.shared, **self.arms[arm], "seed": seed}
         if value is not None:
             key, _, setting = self.sweep.partition(".")
@@ -204,12 +218,16 @@ def sweep_label(key: str) -> str:
 
 
 def _with_seed(data: Any, seed: int) -> Any:
-    """`data` whose toy tasks are drawn by a seed, where the file does not set another."""
+    """`data` whose toy tasks are drawn by a seed, where the file does not set another, and whose rows/NAME is
+    the file in the folder of claims.
+    """
     if isinstance(data, list):
         return [_with_seed(part, seed) for part in data]
     source = {"path": data} if isinstance(data, str) else data
     if isinstance(source, Mapping) and is_toy(source.get("path")):
         return {"seed": seed, **source}
+    if isinstance(source, Mapping) and str(source.get("path", "")).startswith(ROWS):
+        return {**source, "path": str(claims_folder() / source["path"])}
     return data
 
 
