@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import luthier
 from helpers.rows import SUMS
-from luthier.cli import app, method_names, recipe_words
+from luthier.cli import app
+from luthier.cli.options import method_names, recipe_words
 from luthier.model import loaded as use
 from luthier.recipe import catalogue
 from luthier.serve import export, inspect, source
@@ -517,7 +518,7 @@ def test_a_classifier_is_not_talked_to_and_not_compared_with_a_writer(tiny, tmp_
 
 
 def test_former_options_are_read_and_left_out_of_the_help(tiny):
-    from luthier.cli import FORMER_OPTIONS
+    from luthier.cli.commands import FORMER_OPTIONS
 
     for command, names in FORMER_OPTIONS.items():
         listed = luth(command, "--help").stdout

@@ -13,11 +13,11 @@ from peft import PeftModel
 import luthier
 from helpers.interop import IDS, ROWS, train
 from helpers.tuners import SMALL, TUNERS, base
+from helpers.tuners import put as attached
 from luthier.errors import RecipeError, Refused
 from luthier.interop.attach import TUNED
 from luthier.registry import find
 
-ONLY_HERE = {"control", "lt_sft", "pv_tuning", "self_tuning"}  # whose files say why
 FROM_ROWS = {"cofitune", "elastic", "lora_sb", "owlore", "spt"}
 
 
@@ -35,7 +35,7 @@ def kind_for(name: str) -> str:
 @pytest.mark.parametrize("name", TUNERS)
 def test_saved_read_back_and_resumed(name, tmp_path):
     kind = kind_for(name)
-    if name in ONLY_HERE:
+    if attached(name, base(kind)).why_not_elsewhere() is not None:
         with pytest.raises(RecipeError, match="works in luthier.tune only"):
             put(name, kind)
         return

@@ -522,7 +522,7 @@ def test_on_every_shape(name, kind, tmp_path):
     fresh, low = lambda: copy.deepcopy(_shaped(kind)), kind == "tied"
     if low:
         fresh = lambda: copy.deepcopy(_shaped(kind)).bfloat16()
-    if kind == "bert" and name in ("prompt", "control"):
+    if kind == "bert" and "soft_prompts" in find("tuner", name).requires:
         pytest.skip("soft vectors stand before text that a causal network reads")
     try:
         attached = put(name, fresh())

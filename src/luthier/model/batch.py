@@ -133,6 +133,16 @@ class Batch:
         return torch.arange(len(self.owner), device=self.ids.device) - before[self.owner]
 
     @cached_property
+    def prompt_places(self) -> Tensor:
+        """[L] the number of each token in its row's prompt, -1 where it is in a completion."""
+        place = torch.arange(len(self.ids), device=self.ids.device)
+        sizes = self.sent(torch.tensor(self.sizes))
+        first = (sizes.cumsum(0) - sizes)[self.segment]
+        root = self.parent < 0
+        root[self.completion] = False
+        return torch.where(root[self.segment], place - first, -1)
+
+    @cached_property
     def spans(self) -> Tensor:
         """[L] tokens of the longest sequence that a token is part of."""
         parents, above, below = self.parents, list(self.sizes), list(self.sizes)

@@ -154,6 +154,8 @@ class SideBySide(SequenceBatch):
         """(keys and values of the sequence that begins most like these tokens, how many tokens they share);
         the last token is always read, since its logits are needed. None and 0 where nobody has read enough.
         """
+        if self.attached.changes_inputs:
+            return None, 0  # what was an answer then is a prompt now
         source, most = self.prefixes.longest(tokens, adapter)
         row = None
         for i, own in enumerate(self.tokens):
@@ -201,7 +203,7 @@ class SideBySide(SequenceBatch):
         chunk = list(reading.tokens[reading.done : reading.done + CHUNK])
         cache = dynamic_cache(reading.layers)
         if reading.done:
-            inputs = {"input_ids": torch.tensor([chunk], device=self.device)}
+            inputs, _ = left_padded(self.model, self.attached, [chunk], begun=reading.done)
         else:
             inputs, _ = left_padded(self.model, self.attached, [chunk])
         reading.done += len(chunk)
@@ -500,7 +502,9 @@ class SeparateSequences(SequenceBatch):
     def written(self, reading: Reading) -> tuple[Writer, Tensor]:
         """(a writer that has read a prompt, its logits)"""
         writer, _ = self.architecture.writer(self.model, self.attached)
-        return writer, writer.begin([list(reading.tokens)], 1)
+        prompts = [list(reading.tokens)]
+        writer.announce(prompts, [])
+        return writer, writer.begin(prompts, 1)
 
     def join(self, reading):
         writer, reading.state = reading.state, None
@@ -546,7 +550,7 @@ def sequence_batch(
     """
     writer, _ = architecture.writer(model, attached)
     separate = SeparateSequences(architecture, model, attached)
-    if not isinstance(writer, Cached) or writer.prefix:
+    if not isinstance(writer, Cached) or writer.prefix or attached.follows_rows():
         return separate
     try:
         batch = SideBySide(model, attached, adapters, prefix_bytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from os.path import commonprefix
@@ -26,7 +26,7 @@ from luthier.kernels.decode_attention import ROOM, Decoding, split_layer
 from luthier.kernels.prepacked import prepacked
 from luthier.kernels.tolerance import logprob_tolerance
 from luthier.model.batch import pad
-from luthier.model.language_model import logits_at, prefix_mask, soft_first
+from luthier.model.language_model import embeddings_of, logits_at, prefix_mask, soft_first
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -63,6 +63,7 @@ def generate(
     hear: Callable[[list[list[int]]], object] | None = None,
     decoder: Callable[..., Tensor] | None = None,
     join: Callable[[Writer], Writer] | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
 ) -> list[list[list[int]]]:
     """n completions of each prompt as token ids, the stop token included where one was written.
 
@@ -71,9 +72,11 @@ def generate(
     written together. limit: tokens that the network can hold; a sequence ends there. hear: called after
     each token with what prompts written together have so far; where it returns true, they end there.
     decoder: changes the logits before each token (methods/decoders/_base.py). join: puts other networks
-    beside the writer, which then write together (`Joined`). Raises RecipeError for a prompt that leaves no
-    room.
+    beside the writer, which then write together (`Joined`). rows: whose prompts these are, for tuners that
+    read each row in its own way. Raises RecipeError for a prompt that leaves no room.
     """
+    if any(begun) and writer.attached.changes_inputs:
+        raise RecipeError("a text that was begun cannot be continued where the tuner changes prompts only")
     if join is not None:
         writer = join(writer)
     room = [max_new_tokens] * len(prompts)
@@ -98,6 +101,7 @@ def generate(
         pick = Picker(names, max_new_tokens, temperature, top_p, top_k, firsts)
         with prepacked(writer.model):
             texts = [list(prompts[i]) for i in chosen]
+            writer.announce(texts, [rows[i] for i in chosen] if rows else [])
             written = _write(writer, texts, n, ends, pick, set(stop), hear, decoder)
         for k, i in enumerate(chosen):
             out[i] = written[k * n : (k + 1) * n]
@@ -216,6 +220,15 @@ class Writer:
         """Places of the network's positions that a prompt of this length takes."""
         return prompt
 
+    def announce(self, prompts: list[list[int]], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Before `begin`: the prompts, and whose they are where that is known."""
+        self.attached.announce_prompts(prompts, rows)
+
+    def multiplied(self, count: int, n: int) -> None:
+        """From here on there are n sequences of each of `count` prompts."""
+        if n > 1:
+            self.attached.announce_selected(torch.arange(count, device=self.device).repeat_interleave(n))
+
     def begin(self, prompts: list[list[int]], n: int) -> Tensor:
         """Read B prompts -> [B * n, V] logits of the first token of n samples each."""
         raise NotImplementedError
@@ -230,10 +243,11 @@ class Writer:
 
 
 def left_padded(
-    model: Network, attached: Any, prompts: Sequence[Sequence[int]]
+    model: Network, attached: Any, prompts: Sequence[Sequence[int]], begun: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(what the network is handed of prompts padded on the left, their mask [R, W]); the tuner's soft vectors
-    stand in front of each prompt, after its padding.
+    stand in front of each prompt, after its padding. begun: tokens of each that were read before, as were the
+    soft vectors.
     """
     embeddings = model.get_input_embeddings()
     width = max(map(len, prompts))
@@ -244,9 +258,11 @@ def left_padded(
         marks.append(padding + [1] * len(prompt))
     ids = torch.tensor(padded, device=embeddings.weight.device)
     mask = torch.tensor(marks, device=ids.device)
-    if not attached.virtual:
+    if not attached.rewrites_inputs or begun and not attached.changes_inputs:
         return {"input_ids": ids}, mask
-    embed = embeddings(ids)
+    embed = embeddings_of(model, attached, ids, (mask.cumsum(1) - 1 + begun).where(mask > 0, -1))
+    if begun or not attached.virtual:
+        return {"inputs_embeds": embed}, mask
     soft = attached.soft().to(embed.dtype)
     embeds = []
     for e, prompt in zip(embed, prompts, strict=True):
@@ -268,13 +284,16 @@ class Cached(Writer):
         logits = self.read_prompts([prompt[common:] for prompt in prompts], common)
         self.position = self.position[:, -1:].repeat_interleave(n, 0)
         self.multiply(n)
+        self.multiplied(len(prompts), n)
         return logits.repeat_interleave(n, 0)
 
     def common_beginning(self, prompts: list[list[int]]) -> int:
         """Tokens of all prompts that are read once: of long ones with the same beginning, where the network
         looks back at all that it has read.
         """
-        if len(prompts) < 2 or self.prefix or self.attached.virtual or not self.bare:
+        if len(prompts) < 2 or self.prefix or not self.bare:
+            return 0
+        if self.attached.rewrites_inputs or self.attached.distinguishes_rows():
             return 0
         common = len(commonprefix(prompts))
         common = min(common, min(map(len, prompts)) - 1)
@@ -320,6 +339,7 @@ class Cached(Writer):
         return where
 
     def keep(self, rows):
+        self.attached.announce_selected(rows)
         self.cache.batch_select_indices(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
 
@@ -364,6 +384,7 @@ class Sharing(Cached):
             split_layer(layer, n)
 
     def keep(self, rows):
+        self.attached.announce_selected(rows)
         self.position = self.position[rows]
         self.decoding, prompts = self.decoding.keep(rows)
         for layer in self.cache.layers:
@@ -425,9 +446,11 @@ class Rereading(Writer):
             self.read += [torch.tensor(prompt, device=self.device)] * n
             sizes += [len(prompt)] * n
         self.first = torch.tensor(sizes, device=self.device)
+        self.multiplied(len(prompts), n)
         return self.logits()
 
     def keep(self, rows):
+        self.attached.announce_selected(rows)
         self.read, self.first = [self.read[i] for i in rows.tolist()], self.first[rows]
 
     def next(self, tokens):
@@ -435,7 +458,7 @@ class Rereading(Writer):
         return self.logits()
 
     def logits(self) -> Tensor:
-        inputs = soft_first(self.model, self.attached, *pad(self.read))
+        inputs = soft_first(self.model, self.attached, *pad(self.read), prompts=self.first)
         mask = inputs["attention_mask"]
         ends = mask.sum(1) - 1 + torch.arange(len(mask), device=mask.device) * mask.shape[1]
         if self.prefix:
@@ -462,6 +485,10 @@ class Joined(Writer):
 
     def needed(self, prompt):
         return max(writer.needed(prompt) for writer, _ in self.writers)
+
+    def announce(self, prompts, rows):
+        for writer, _ in self.writers:
+            writer.announce(prompts, rows)
 
     def begin(self, prompts, n):
         return self.each(lambda writer: writer.begin(prompts, n))
@@ -515,7 +542,9 @@ def _trial(writer: Writer) -> Tensor:
     """All log-probabilities of a short trial: prompts of unlike length, two samples each, two sequences left
     behind.
     """
-    logits = [writer.begin([[1], [1, 2, 3, 1, 2]], 2)]
+    prompts = [[1], [1, 2, 3, 1, 2]]
+    writer.announce(prompts, [])
+    logits = [writer.begin(prompts, 2)]
     logits.append(writer.next(torch.tensor([1, 2, 3, 2], device=writer.device)))
     writer.keep(torch.tensor([1, 2], device=writer.device))
     for token in (2, 1):
@@ -541,9 +570,11 @@ class EncoderDecoder(Writer):
         if n > 1:
             self.cache.batch_repeat_interleave(n)
             self.hidden, self.mask = self.hidden.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0)
+        self.multiplied(len(prompts), n)
         return logits.repeat_interleave(n, 0)
 
     def keep(self, rows):
+        self.attached.announce_selected(rows)
         self.cache.batch_select_indices(rows)
         self.hidden, self.mask = self.hidden[rows], self.mask[rows]
 

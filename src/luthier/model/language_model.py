@@ -169,25 +169,41 @@ def path(batch: Batch, segment: int) -> list[int]:
     return way
 
 
+def embeddings_of(model: Network, attached: Any, ids: Tensor, places: Tensor) -> Tensor:
+    """[...] ids, and their places in prompts (-1: in none) -> [..., width] as the tuned network reads them.
+    """
+    embed = model.get_input_embeddings()(ids)
+    if attached.changes_inputs:
+        embed = embed + attached.input_change(places).to(embed.dtype)
+    return embed
+
+
 def soft_first(
     model: Network,
     attached: Any,
     ids: Tensor,
     mask: Tensor | None = None,
     of: tuple[Batch, Tensor] | None = None,
+    prompts: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors
     [R, k + W].
 
-    of: a batch, and which of its rows [R] are read; None: no rows in particular.
+    of: a batch, and which of its rows [R] are read; None: no rows in particular. prompts: how many tokens [R]
+    of each are its prompt; None: all of them.
     """
     if of is not None:
         attached.announce_rows(*of)
     if mask is None:
         mask = torch.ones_like(ids)
-    if not attached.virtual:
+    if not attached.rewrites_inputs:
         return {"input_ids": ids, "attention_mask": mask}
-    embed = model.get_input_embeddings()(ids)
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if prompts is not None:
+        places = torch.where(places < prompts[:, None], places, -1)
+    embed = embeddings_of(model, attached, ids, places)
+    if not attached.virtual:
+        return {"inputs_embeds": embed, "attention_mask": mask}
     if of is None:
         soft = attached.soft().expand(len(ids), -1, -1)
     else:

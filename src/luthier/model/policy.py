@@ -105,7 +105,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[list[int]]]:
         """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k,
-        stop, decoder).
+        stop, decoder, rows).
         """
         context = self.context or nullcontext
         tokens = [list(prompt) for prompt in prompts]
@@ -115,6 +115,8 @@ class Policy(nn.Module):
             self.progress(max(map(len, written)), most, "tokens of each answer")
 
         how.setdefault("hear", hear)
+        if not self.attached.distinguishes_rows():
+            how.pop("rows", None)
         with context(), eval_mode(self.model):
             return self.architecture.generate(self.model, self.attached, tokens, **how)
 

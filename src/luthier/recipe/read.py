@@ -175,6 +175,14 @@ class Reading:
             value = NAMES.get(name, {}).get(value, value)
         if name == "roles" and isinstance(value, Mapping):
             value = self.read_roles(value)
+        if name == "learning_rate" and isinstance(value, Mapping):
+            rates = dict(value)
+            default = rates.pop("default", None)
+            self.out["learning_rates"] = rates
+            self.origins["learning_rates"] = self.sources.get(key, "python")
+            if default is None:
+                return
+            value = default
         if key in FORMER_KEYS and name != key:
             self.warnings.append(f"'{key}' is now called '{name}'")
         elif name != key:

@@ -25,7 +25,8 @@ from luthier.recipe.defaults import AUTO, RATE, TERM, DefaultRate, default_rate
 from luthier.recipe.read import as_spec, read
 from luthier.registry import Range, build, format_errors, spec
 
-HIDDEN = ("origins", "warnings", "_built")  # fields that are no keys
+# fields that are no keys of their own
+HIDDEN = ("learning_rates", "origins", "warnings", "_built")
 # keys that may change without making it another run
 NOT_THE_RUN = (
     "data",
@@ -90,8 +91,13 @@ class Recipe:
     estimator: Any = "backprop"  # how the gradient is computed
     # the optimizer: a name, or a chain of transforms such as [clip, adam, weight_decay]
     optim: Any = "adamw"
-    # learning rate of the optimizer; default: what the tuner declares, times what objective and optimizer do
+    # learning rate of the optimizer; default: what the tuner declares, times what objective and optimizer do;
+    # {default: 2e-4, lora_B: 2e-3} gives parameters and modules rates of their own by name
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Range(1e-5, 1e-2, log=True)] = RATE
+    # rates of single parameters or modules by name, of a `learning_rate` that is a mapping
+    learning_rates: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(
+        default_factory=dict
+    )
     # learning-rate schedule: constant, linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial,
     # warmup_stable_decay
     lr_scheduler_type: str = "linear"
@@ -210,13 +216,18 @@ class Recipe:
 
     def public(self) -> dict[str, Any]:
         """Every key and value as plain data."""
-        return {f.name: spec(getattr(self, f.name)) for f in fields(self) if f.name not in HIDDEN}
+        values = {f.name: spec(getattr(self, f.name)) for f in fields(self) if f.name not in HIDDEN}
+        if self.learning_rates:
+            values["learning_rate"] = {"default": self.learning_rate, **self.learning_rates}
+        return values
 
     def written(self) -> dict[str, Any]:
         """`public` without a learning rate that is a default: another tuner or objective has another."""
         values = self.public()
         if self.origins.get("learning_rate") == "default":
             del values["learning_rate"]
+            if self.learning_rates:
+                values["learning_rate"] = dict(self.learning_rates)
         return values
 
     def default_rate(self) -> DefaultRate:
@@ -306,9 +317,16 @@ class Recipe:
     def chain(self) -> tuple:
         """The transforms of the optimizer."""
         optim = self.methods()["optim"]
-        if isinstance(optim, list):
-            return tuple(optim)
-        return optim.chain()
+        chain = tuple(optim) if isinstance(optim, list) else optim.chain()
+        if self.learning_rates:
+            chain += (build("transform", {"name": "parameter_rates", "factors": self.rate_factors()}),)
+        return chain
+
+    def rate_factors(self) -> dict[str, float]:
+        """Name -> its learning rate divided by that of all other parameters."""
+        if not self.learning_rate:
+            raise RecipeError("learning_rate: beside rates of single parameters the default must not be 0")
+        return {name: rate / self.learning_rate for name, rate in self.learning_rates.items()}
 
     def plan_spec(self) -> Any:
         """The plan as a method; a list is a sequence of changes to this recipe."""

@@ -182,7 +182,7 @@ def _on_codes(name: str, model: Any) -> bool:
     if "quantized_weights" not in find("tuner", name).requires:
         _coded(model)
     attached = _put(name, model)
-    if attached.virtual:
+    if attached.rewrites_inputs:
         return True  # vectors before the text touch no weight
     model(IDS).logits.square().mean().backward()
     return any(p.grad is not None and bool(p.grad.any()) for p in attached.parameters().values())

@@ -171,7 +171,7 @@ def open_cache(
     model, attached, arch = policy.model, policy.attached, policy.architecture
     if not hasattr(arch, "laid_out"):
         return f"architecture '{arch.name}' does not support it"
-    if attached.virtual or getattr(arch, "neftune_noise_alpha", 0):
+    if attached.rewrites_inputs or getattr(arch, "neftune_noise_alpha", 0):
         return "the model's input changes at every step"
     config = model.config.get_text_config()
     lists = [

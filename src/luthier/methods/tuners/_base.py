@@ -4,7 +4,7 @@ trainable parameters and can be disabled, exchanged, merged and saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,14 @@ class Component:
         is. It holds until the next call, since backward may read again.
         """
 
+    def on_prompts(self, prompts: list[list[int]], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Before these B prompts are read to be continued: of which row each is, where that is known (rows
+        may be empty). It holds until `on_selected`.
+        """
+
+    def on_selected(self, index: Tensor) -> None:
+        """What is generated goes on with these of the sequences [B'], each perhaps several times."""
+
     def gradient_moments(self) -> dict[str, GradientMoments]:
         """Name of a tensor -> what is known of the gradients of the entries that `on_phase` has just named,
         for optimizers whose state can begin there.
@@ -150,6 +158,7 @@ class TunedModel(Component):
     """
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
+    changes_inputs = False  # is something added to the embeddings of prompts?
     # hidden states below all layers that train, cached by a run (train/hidden_cache.py)
     hidden_cache: Any = None
 
@@ -288,7 +297,28 @@ class TunedModel(Component):
         for component in self.components:
             component.on_rows(batch, rows)
 
-    # --- vectors before the text
+    def announce_prompts(self, prompts: list[list[int]], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writers say so before the network reads prompts (see `Component.on_prompts`)."""
+        for component in self.components:
+            component.on_prompts(prompts, rows)
+
+    def announce_selected(self, index: Tensor) -> None:
+        """Writers say so where sequences are multiplied or leave (see `Component.on_selected`)."""
+        for component in self.components:
+            component.on_selected(index)
+
+    # --- vectors before the text, and embeddings
+
+    @property
+    def rewrites_inputs(self) -> bool:
+        """Is the network handed embeddings, and not the tokens' own?"""
+        return bool(self.virtual) or self.changes_inputs
+
+    def input_change(self, places: Tensor) -> Tensor:
+        """Where `changes_inputs`: places [...] of tokens in their prompts, -1 for all other tokens ->
+        [..., width] what is added to their embeddings.
+        """
+        raise NotImplementedError
 
     def soft(self) -> Tensor:
         """[virtual, width] what stands before every sequence, where `virtual` is not 0."""
@@ -296,7 +326,9 @@ class TunedModel(Component):
 
     def distinguishes_rows(self) -> bool:
         """Are equal tokens of different rows read differently?"""
-        return self.follows_rows() or type(self).soft_rows is not TunedModel.soft_rows
+        own = type(self).soft_rows is not TunedModel.soft_rows
+        # a token of one row's prompt may be another's completion
+        return self.follows_rows() or own or self.changes_inputs
 
     def soft_rows(self, batch: Batch) -> Tensor:
         """[G, virtual, width] what stands before each row of a batch."""

@@ -42,6 +42,7 @@ from luthier.model.language_model import (
     LanguageModel,
     as_mask,
     distinct,
+    embeddings_of,
     own_logits,
     path,
     picked,
@@ -288,10 +289,10 @@ class Causal(LanguageModel):
         or noise come in.
         """
         ids, noisy = batch.ids[layout.source], self.neftune_noise_alpha > 0 and model.training
-        if not (attached.virtual or batch.mixed or noisy):
+        if not (attached.rewrites_inputs or batch.mixed or noisy):
             return {"input_ids": ids}
         table = model.get_input_embeddings()
-        embed = table(ids)
+        embed = embeddings_of(model, attached, ids, batch.prompt_places[layout.source])
         if batch.mixed:
             other, share = (x[layout.source] for x in batch.mixed)
             embed = torch.lerp(embed, table(other), share[..., None].to(embed.dtype))
@@ -346,10 +347,12 @@ class Causal(LanguageModel):
         pieces = batch.segments()
         way = path(batch, segment)
         places = torch.cat([pieces[s] for s in way])
-        inputs = soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[segment]]))
+        first = batch.parent.new_tensor([len(pieces[way[0]]) if len(way) > 1 else 0])
+        inputs = soft_first(
+            model, attached, batch.ids[places][None], of=(batch, batch.row[[segment]]), prompts=first
+        )
         if self.prefix:
             order = torch.arange(attached.virtual + len(places), device=places.device)
-            first = len(pieces[way[0]]) if len(way) > 1 else 0
             both = (order >= attached.virtual) & (order < attached.virtual + first)
             inputs["attention_mask"] = prefix_mask(model, torch.ones_like(both)[None], both[None])
         before = (places[:, None] == own).nonzero()[:, 0] - 1 + attached.virtual

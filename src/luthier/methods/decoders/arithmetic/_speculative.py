@@ -20,7 +20,7 @@ class Reader:
     def __init__(self, policy: Policy):
         from transformers import DynamicCache
 
-        if policy.attached.virtual:
+        if policy.attached.rewrites_inputs:
             raise RecipeError("speculative decoding does not support soft prompts: set draft: 0")
         self.policy, self.ids = policy, []
         self.cache: Any = DynamicCache()

@@ -45,7 +45,7 @@ class LatentSeek(Search):
     offset: float = 1.0  # subtracted from the reward
 
     def generate(self, roles, rows, prompts, **how):
-        if roles.policy.model.get_output_embeddings() is None or roles.policy.attached.virtual:
+        if roles.policy.model.get_output_embeddings() is None or roles.policy.attached.rewrites_inputs:
             raise RecipeError("decoder 'latentseek' needs a causal language model without soft prompts")
         how = {**how, "temperature": 0.0}
         how.pop("hear", None)

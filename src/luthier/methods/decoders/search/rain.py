@@ -235,7 +235,7 @@ class Walk:
     def probability(self, before: list[int], ids: list[int]) -> float:
         """Of a segment behind a text, per token (geometric mean)."""
         policy = self.roles.policy
-        if policy.model.get_output_embeddings() is None or policy.attached.virtual:
+        if policy.model.get_output_embeddings() is None or policy.attached.rewrites_inputs:
             raise RecipeError("decoder 'rain' needs a causal language model without soft prompts")
         text = self.prompt + before + ids
         tokens = torch.tensor([text], device=policy.model.get_input_embeddings().weight.device)

@@ -70,7 +70,7 @@ class Generate(Evaluator):
         how: dict[str, Any] = {"seeds": seeds, "max_new_tokens": self.max_new_tokens, "temperature": 0.0}
         how["stop"] = roles.renderer.stop_ids
         if self.decoder is None:
-            written = roles.policy.generate(prompts, **how)
+            written = roles.policy.generate(prompts, rows=rows, **how)
         else:
             written = build("decoder", self.decoder).generate(roles, rows, prompts, **how)
         samples = []

@@ -57,6 +57,7 @@ class Sampled(Evaluator):
             return {}
         written = roles.policy.generate(
             prompts,
+            rows=answerable,
             seeds=seeds,
             n=self.samples,
             max_new_tokens=self.max_new_tokens,

@@ -35,7 +35,7 @@ class ValueModel(Role):
 
     def parts(self, policy):
         own = next(policy.model.parameters())
-        network: Any = RewardModel().load(resolve_model(self.model), dtype=own.dtype)
+        network: Any = self.load(resolve_model(self.model), own.dtype)
         words = [len(m.get_input_embeddings().weight) for m in (network, policy.model)]
         if words[0] != words[1]:
             raise RecipeError(
@@ -45,6 +45,18 @@ class ValueModel(Role):
         if "score" in network.fresh:
             nn.init.zeros_(network.score.weight)
         return {"network": Critic(network.to(own.device))}
+
+    def load(self, path: str, dtype: torch.dtype) -> Any:
+        """The network with a head of one number."""
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+        config = AutoConfig.from_pretrained(path)
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise RecipeError(
+                f"roles.critic: role 'value_model' needs a network that has a form with a scalar head, and"
+                f" {config.model_type} has none in transformers"
+            )
+        return RewardModel().load(path, dtype=dtype)
 
     def play(self, name, policy):
         return brought(policy, name, "network")

@@ -92,7 +92,8 @@ class Rollout(Stage):
             return []
         stop = list(roles.renderer.stop_ids)
         how = {k: getattr(self, k) for k in ("n", "max_new_tokens", "temperature", "top_p", "top_k")}
-        written = self.answers(roles, prompts, seeds=self.seeds(answerable, roles.clock), stop=stop, **how)
+        how |= {"seeds": self.seeds(answerable, roles.clock), "stop": stop}
+        written = self.answers(roles, prompts, answerable, **how)
         out, old_logprobs = [], []
         for row, room, answers in zip(answerable, rooms, written, strict=True):
             old_logprobs.append([logprobs[:room] for _, logprobs in answers])
@@ -121,13 +122,13 @@ class Rollout(Stage):
             self.check(out)
         return out
 
-    def answers(self, roles, prompts, **how) -> list[list[tuple[list[int], list[float]]]]:
+    def answers(self, roles, prompts, rows, **how) -> list[list[tuple[list[int], list[float]]]]:
         """Of each prompt, the samples' token ids and, where another than the policy writes, their
         log-probabilities.
         """
         who = getattr(roles, self.sampler)
         if who is roles.policy:
-            return [[(ids, []) for ids in answers] for answers in who.generate(prompts, **how)]
+            return [[(ids, []) for ids in answers] for answers in who.generate(prompts, rows=rows, **how)]
         if not hasattr(who, "answers"):
             raise RecipeError(
                 f"stage 'rollout': role '{self.sampler}' cannot generate samples for the"

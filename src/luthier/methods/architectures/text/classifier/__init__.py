@@ -114,7 +114,7 @@ class Classifier(Architecture):
         completions = batch.segment[batch.targets].tolist()
         roots = sorted({parents[s] for s in completions})
         ids, mask = pad([batch.ids[pieces[s]] for s in roots], self.padding(model))
-        if attached.virtual:
+        if attached.rewrites_inputs:
             raise ValueError("a classifier does not support soft prompts")
         attached.announce_rows(batch, batch.row[roots])
         logits = model(input_ids=ids, attention_mask=mask).logits
