@@ -8,6 +8,7 @@ from luthier import registry
 from luthier.recipe import catalogue
 from luthier.recipe.defaults import default_epochs
 from luthier.recipe.recipe import DEFAULTS, Recipe
+from luthier.recipe.validate import dry_run
 from luthier.run.prepare import RunLength, describe_length
 
 
@@ -60,3 +61,25 @@ def test_few_rows_are_read_several_times():
     )
     written = Recipe.load({"learning_rate": 1e-3, "max_steps": 5})
     assert describe_length(written, RunLength(8, None, 5), 57) == "5 steps of 8 rows, learning rate 0.001"
+
+
+PAIR = {"id": "0", "prompt": "2+2=", "completions": [" 4", " 5"], "scores": [1.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "measured", "role"),
+    [
+        ({"objective": "dpo"}, True, "base"),
+        ({"objective": "dpo", "tuner": "full"}, True, "initial"),
+        # without a reference of its own: the base, which takes no memory, but no second network
+        ({"objective": "orpo"}, True, "base"),
+        ({"objective": "orpo", "tuner": "full"}, False, None),
+        ({"objective": "sft"}, False, None),
+        ({"objective": "orpo", "evaluate": ["loss"]}, False, None),
+    ],
+)
+def test_of_pairs_the_ranking_is_measured(recipe, measured, role):
+    """Loss and answers say nothing of what preference tuning is for: held-out pairs in the right order."""
+    methods = dry_run(Recipe.load({"model": "toy:lm-small", **recipe}), [PAIR])
+    assert ("preference" in [evaluator.name for evaluator in methods.evaluate]) is measured
+    assert getattr(methods.roles.get("reference"), "name", None) == role

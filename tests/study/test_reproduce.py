@@ -386,6 +386,18 @@ def test_a_claim_without_its_model_is_skipped(folder, monkeypatch):
     assert not (folder / "results").exists() and not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("name", [name for name in spec.claim_names(HOME) if name.endswith("_real")])
+def test_a_claim_on_the_real_model_reads_rows_beside_it(name):
+    claim = spec.read_claim(name, HOME)
+    for arm in claim.arms:
+        keys = claim.recipe(arm, 0)
+        assert keys["model"] == spec.REAL_MODEL
+        for key in ("data", "eval_data"):
+            source = keys[key]
+            path = Path(source["path"])
+            assert path.is_file() and path.parent.resolve() == HOME / "rows"
+
+
 def test_results_belong_to_claims():
     assert {p.stem for p in (HOME / "results").glob("*.json")} <= set(spec.claim_names(HOME))
 

@@ -142,8 +142,8 @@ class Recipe:
 
     # evaluation and output
 
-    # evaluators to run before and after; default: loss, accuracy, generate, forgetting, if the rows allow
-    # them
+    # evaluators to run before and after; default: loss, accuracy, generate, forgetting, and preference for
+    # pairs, if the rows allow them
     evaluate: list[Any] | None = None
     # held-out rows that metrics are measured on, the same for every seed; all: every one
     max_eval_samples: Count | Literal["all"] = 300

@@ -23,7 +23,7 @@ from luthier.recipe.recipe import Recipe
 from luthier.recipe.schedule import schedule
 from luthier.registry import build, cards, classes, did_you_mean, provides_of, submethods
 
-DEFAULT_EVALUATORS = ("loss", "accuracy", "labels", "generate", "forgetting")
+DEFAULT_EVALUATORS = ("loss", "accuracy", "labels", "preference", "generate", "forgetting")
 # what roles have besides players
 FIXED = frozenset(
     "policy tuner clock renderer device warn folder dropped players policies batch text".split()
@@ -142,11 +142,12 @@ def build_methods(recipe: Recipe) -> Methods:
     users = [objective, *built["stages"], *built["online_stages"], *(built["evaluate"] or ())]
     roles = dict(built["roles"])
     needed = any("reference" in requirements(user) for user in users if user is not None)
+    removable = "disable_adapter" in provides_of(built["tuner"])
+    if recipe.evaluate is None and objective is not None and removable:
+        # the default evaluators compare held-out pairs with the base, which takes no memory here
+        needed = needed or {"pairs", "logprobs"} <= requirements(objective)
     if needed and "reference" not in roles:
-        name = "initial"
-        if "disable_adapter" in provides_of(built["tuner"]):
-            name = "base"
-        roles["reference"] = build("role", name)
+        roles["reference"] = build("role", "base" if removable else "initial")
     return Methods(
         architecture=built["architecture"] or detect(recipe.model),
         tuner=built["tuner"],
