@@ -298,6 +298,7 @@ def _build_trainer(session: Session, roles: Roles, rows: list[dict], length: Run
             _clusters(session, roles, rows, length),
             _groups_by_prefix(roles),
             methods.estimator.draw,
+            max((stage.ahead for stage in methods.online_stages), default=0),
         ),
         session.processes,
         warn=session.warn,

@@ -81,9 +81,11 @@ def resume(session: Session, trainer: Trainer, checkpoint: Path | None) -> None:
         trainer.roles.tuner.load(moment.tensors)
         trainer.chain.load(moment.state)
         clock.step = clock.first = moment.step
+        processes, micro = session.processes, trainer.batches.micro
         if moment.draw is not None:
-            processes = session.processes
-            trainer.drawn_rows = share(moment.draw, trainer.batches.micro, processes.index, processes.count)
+            trainer.drawn_rows = share(moment.draw, micro, processes.index, processes.count)
+        for rows in moment.waiting:
+            trainer.waiting.append(share(rows, micro, processes.index, processes.count))
         trainer.totals = Totals(**moment.totals)
         session.warn(f"resuming from {checkpoint.name} (of {clock.total} steps)")
     if session.main:
@@ -101,11 +103,14 @@ def save(session: Session, trainer: Trainer) -> None:
     draw = None
     if clock.step % trainer.batches.num_iterations:
         draw = joined_shares(session.processes.gather(trainer.drawn_rows or []), trainer.batches.micro)
+    waiting = []
+    for rows in trainer.waiting:
+        waiting.append(joined_shares(session.processes.gather(rows), trainer.batches.micro))
     if not session.main:
         return
     if marks := session.base.finish():
         update_state(session.folder, base=marks)
     moment = checkpoints.Checkpoint(
-        trainer.roles.tuner.state(), trainer.chain.state, clock.step, draw, asdict(trainer.totals)
+        trainer.roles.tuner.state(), trainer.chain.state, clock.step, draw, asdict(trainer.totals), waiting
     )
     checkpoints.save(session.folder, moment, session.recipe.save_total_limit, constant_files(session.folder))

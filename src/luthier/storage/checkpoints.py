@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from luthier.storage import files, manifest
 
 STATE = "state.json"  # written last but for the manifest: with it a checkpoint is one
 DRAW = "draw.jsonl"  # rows of the current draw
+WAITING = "waiting.jsonl"  # {"draw", "row"}: rows of the draws that were sampled ahead
 FORMER_DRAW = "held.jsonl"  # as version 0.1 called it
 WINDOW = 2**28  # bytes of a file that are mapped at a time while it is read back
 
@@ -31,6 +32,7 @@ class Checkpoint:
     step: int
     draw: list[dict] | None  # rows of the current draw, where they outlive a step
     totals: dict  # tokens, seconds and so on, so far
+    waiting: list[list[dict]] = field(default_factory=list)  # rows of each draw that was sampled ahead
 
 
 def paths(folder: Path) -> list[Path]:
@@ -105,9 +107,15 @@ def save(folder: Path, moment: Checkpoint, limit: int, run_files: Iterable[Path]
         save_tensors(state, beside / "optimizer.safetensors")
         if moment.draw is not None:
             files.write_rows(beside / DRAW, moment.draw)
+        if moment.waiting:
+            waiting = []
+            for number, rows in enumerate(moment.waiting):
+                waiting += [{"draw": number, "row": row} for row in rows]
+            files.write_rows(beside / WAITING, waiting)
         meta = {
             "step": moment.step,
             "draw": moment.draw is not None,
+            "waiting": len(moment.waiting),
             "totals": moment.totals,
             "optimizer": leaves,
         }
@@ -146,7 +154,11 @@ def load(path: Path) -> Checkpoint:
     draw = None
     if meta["draw"]:
         draw = files.read_rows(draw_file(path))
-    return Checkpoint(tensors, state, meta["step"], draw, meta["totals"])
+    waiting: list[list[dict]] = [[] for _ in range(meta.get("waiting", 0))]
+    if waiting:
+        for line in files.read_rows(path / WAITING):
+            waiting[line["draw"]].append(line["row"])
+    return Checkpoint(tensors, state, meta["step"], draw, meta["totals"], waiting)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
 """The one training loop. A step is a function of (tensors, optimizer state, step number) and of nothing
-else.
+else; where samples are drawn ahead of their step, also of those that wait.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class BatchSchedule:
     group_by_prefix: bool = False  # are the rows of a step to be of one cluster?
     # (count, per_step, clock) -> which rows a step reads, where an estimator draws them itself
     sampler: Callable[[int, int, Clock], list[int] | None] | None = None
+    ahead: int = 0  # draws whose live stages run before the current one is trained on
 
     def draw(self, rows: Sequence[dict], clock: Clock) -> list[dict]:
         """The rows of a step's global batch, those that begin alike behind each other."""
@@ -155,6 +156,8 @@ class Trainer:
     hooks: Sequence[Callable[[Trainer, dict], None]] = ()  # called after every step with its log
     warn: Callable[[str], None] = print
     drawn_rows: list[dict] | None = None  # this process's rows of the current draw
+    # this process's rows of the draws behind it, which earlier weights have sampled
+    waiting: list[list[dict]] = field(default_factory=list)
     totals: Totals = field(default_factory=Totals)
     gradient_checked: bool = False  # has a gradient reached what is trained?
     # of sums and metrics that all processes know, in one order
@@ -214,10 +217,25 @@ class Trainer:
         clock, batches = self.roles.clock, self.batches
         self.roles.tuner.begin_step(clock)
         if self.drawn_rows is None or clock.step % batches.num_iterations == 0:
+            now = clock.step // batches.num_iterations
+            last = min(now + batches.ahead, (max(clock.total, clock.step + 1) - 1) // batches.num_iterations)
+            for number in range(now + len(self.waiting), last + 1):
+                self.waiting.append(self._sampled_rows(number))
+            self.drawn_rows = self.waiting.pop(0)
+
+    def _sampled_rows(self, number: int) -> list[dict]:
+        """This process's rows of a draw, behind the live stages: with the chance of the draw's own step, and
+        the policy as it is now.
+        """
+        clock = self.roles.clock
+        now, clock.step = clock.step, number * self.batches.num_iterations
+        try:
             rows = self._own_rows(clock)
-            for stage in batches.live:
+            for stage in self.batches.live:
                 rows = list(stage(rows, self.roles))
-            self.drawn_rows = rows
+        finally:
+            clock.step = now
+        return rows
 
     def closure(self) -> LossClosure:
         """The loss of this step, for the estimator."""
@@ -263,6 +281,10 @@ class Trainer:
         if self.batches.live:
             sums = sample_sums(self.drawn_rows or [])
             metrics |= averages(self.processes.sum_named(sums, self.sample_names))
+            if self.batches.ahead:
+                draws = clock.step // self.batches.num_iterations
+                sampled_at = max(draws - self.batches.ahead, 0) * self.batches.num_iterations
+                metrics["staleness"] = float(clock.step - sampled_at)
         return {
             "step": clock.step + 1,
             "loss": loss,

@@ -55,6 +55,8 @@ class Stage:
 
     # False: works on the rows alone, and can be tried before a model is loaded
     asks_model: ClassVar[bool] = True
+    # draws that are sampled before the current one is trained on; of a live stage that samples
+    ahead: ClassVar[int] = 0
 
     def __call__(self, rows: Sequence[dict], roles: Any) -> Iterable[dict]:
         """rows: in canonical form. roles: who may be asked; the policy as it is now."""

@@ -52,11 +52,18 @@ class Rollout(Stage):
     top_k: Annotated[int, Field(ge=0)] = 0  # sample among this many most likely tokens; 0 = all
     # store the sampler's log-probability of each token, at temperature 1 as objectives use it
     old: bool = False
+    # draws that wait while another one is trained on: how stale samples may be; under `online_stages`, with
+    # `old: true`
+    ahead: Annotated[int, Field(ge=0)] = 0
     # role that samples: the policy, or another, e.g. `roles: {sampler: {name: vllm, ...}}`
     sampler: str = "policy"
     # number of the draw; another number gives other samples (the rounds of a plan share one seed)
     draw: int = 0
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old: true`
+
+    def __post_init__(self):
+        if self.ahead and not self.old:
+            raise ValueError("ahead: samples of earlier weights need their log-probabilities; set old: true")
 
     @property
     def active_requires(self):
