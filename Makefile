@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
+export PYTHONDONTWRITEBYTECODE :=  # hundreds of processes import the package: each file is compiled once
 
 .PHONY: demo demo-real test tests test-fast test-all test-hostile test-peft check docs wheel wheel-test image clean
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,21 +56,27 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 
 
-def for_types_only(tree: ast.Module) -> set[int]:
+def for_types_only(nodes: list[ast.AST]) -> set[int]:
     """Nodes below `if TYPE_CHECKING`."""
     out = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             out |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
     return out
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def read(path: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """What a file imports, and the names that it chooses; parsed once."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return list(imports(path, nodes)), list(stored_names(nodes))
+
+
+def imports(path: Path, nodes: list[ast.AST]) -> Iterator[str]:
     """Modules of luthier that a file imports at run time, within functions too."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped = for_types_only(tree)
+    skipped = for_types_only(nodes)
     package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
-    for node in ast.walk(tree):
+    for node in nodes:
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
@@ -98,7 +105,7 @@ def floor_of(module: str) -> str:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_a_file_imports_only_from_floors_below(path):
     own = floor_of(module_of(path))
-    for module in imports(path):
+    for module in read(path)[0]:
         other = floor_of(module)
         if other != own:
             assert FLOORS.index(other) < FLOORS.index(own), f"{own} may not import {module}"
@@ -108,16 +115,16 @@ def test_a_file_imports_only_from_floors_below(path):
 def test_no_files_import_in_a_circle():
     graph = {}
     for module, path in MODULES.items():
-        graph[module] = {other for other in imports(path) if other in MODULES and other != module}
+        graph[module] = {other for other in read(path)[0] if other in MODULES and other != module}
     while graph:  # take away what imports nothing that is left, until nothing is left
         leaves = {module for module, others in graph.items() if not others & graph.keys()}
         assert leaves, f"these import each other: {', '.join(sorted(graph))}"
         graph = {module: others for module, others in graph.items() if module not in leaves}
 
 
-def stored_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+def stored_names(nodes: list[ast.AST]) -> Iterator[tuple[str, int]]:
     """Names that the code chooses: functions, classes, parameters, variables, attributes."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name, node.lineno
         elif isinstance(node, ast.arg):
@@ -130,5 +137,5 @@ def stored_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_names_are_nouns(path):
-    for name, line in stored_names(ast.parse(path.read_text(encoding="utf-8"))):
+    for name, line in read(path)[1]:
         assert name.strip("_") not in PARTICIPLES, f"line {line}: '{name}' says nothing by itself"

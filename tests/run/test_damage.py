@@ -65,8 +65,10 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_damage_is_survived_with_a_sentence(finished, tmp_path, name, command):
+def test_damage_is_survived_with_a_sentence(finished, tmp_path, monkeypatch, name, command):
     recipe, source = finished
+    # what both models can do elsewhere is measured on hundreds of rows and reads no file of the run
+    monkeypatch.setattr("luthier.serve.inspect.EVALUATORS", ("loss", "accuracy"))
     for kind, damage in DAMAGES.items():
         home = tmp_path / kind
         path = Path(shutil.copytree(source, home / "runs" / "r")) / name
