@@ -7,6 +7,7 @@ import json
 import pytest
 
 import luthier
+from luthier.data import load
 from luthier.data.load import load_data
 from luthier.data.split import former_split, sample, split
 
@@ -98,3 +99,19 @@ def test_a_sample_is_the_same_rows_in_their_order_whatever_comes_later():
     assert sample(some, 10) is some
     more = sample([*rows, {"id": "50", "prompt": "q 50"}], 11)
     assert len([row for row in some if row in more]) >= 9
+
+
+def test_of_many_rows_no_more_than_enough_are_held_out(monkeypatch):
+    """Metrics read some hundred rows; nobody would learn from the rest of a twentieth of a large file.
+    A share that is written stays, and so do the sides of a run that began under the former default.
+    """
+    assert load.default_share(60_000) * 60_000 == pytest.approx(2000)
+    assert load.default_share(10_000) == 0.05
+    monkeypatch.setattr(load, "MOST", 20)
+    rows = rows_of(800)
+    open_share = load_data(luthier.Recipe(data=rows))
+    written = load_data(luthier.Recipe(data=rows, eval_data=0.05))
+    assert 16 <= len(open_share.held_out) <= 24
+    assert 32 <= len(written.held_out) <= 48
+    before = load_data(luthier.Recipe(data=rows), fingerprint=written.fingerprint)
+    assert (before.rows, before.held_out) == (written.rows, written.held_out)

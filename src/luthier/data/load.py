@@ -29,6 +29,7 @@ from luthier.storage.toy import current_row, former_row
 
 HELD_OUT_SHARE = 0.05  # of the rows, where the data bring none that are meant for it; of few rows a tenth
 FEW = 16  # rows up to which a tenth is held out
+MOST = 2000  # rows that are held out unless a recipe says how many: more would tell nothing that these do not
 # columns that are read of every row, whatever its format
 READ_COLUMNS = (
     ("prefix", str, "text"),
@@ -73,8 +74,8 @@ class Data:
 def load_data(recipe: Recipe, quarantine: Path | None = None, fingerprint: str = "") -> Data:
     """The recipe's rows in canonical form, split, with the bad ones apart (and written to `quarantine`).
 
-    fingerprint: of the rows of a run that began earlier. Where version 0.1 split them into these, they stay
-    so.
+    fingerprint: of the rows of a run that began earlier. Where an earlier default or version 0.1 split them
+    into these, they stay so.
     Raises RecipeError where there is no data, or an eval_data that makes no sense, and as `load_rows` does.
     """
     if recipe.data is None:
@@ -108,10 +109,12 @@ def load_data(recipe: Recipe, quarantine: Path | None = None, fingerprint: str =
 
 
 def default_share(rows: int) -> float:
-    """The share of so many rows that is held out: of few a tenth, of fewer than ten less than a row."""
+    """The share of so many rows that is held out: of few a tenth, of fewer than ten less than a row, and of
+    many no more than MOST.
+    """
     if rows < ENOUGH:
         return HELD_OUT_SHARE
-    return max(HELD_OUT_SHARE, min(0.1, FEW / rows))
+    return max(min(HELD_OUT_SHARE, MOST / rows), min(0.1, FEW / rows))
 
 
 def own_held_out(data: Any) -> list[Source]:
@@ -125,13 +128,16 @@ def own_held_out(data: Any) -> list[Source]:
 
 
 def _former_data(loaded: LoadedRows, fraction: float, fingerprint: str) -> Data | None:
-    """The rows as version 0.1 split them, if they then have this fingerprint."""
+    """The rows as an earlier default share or version 0.1 split them, if they then have this fingerprint."""
     if not fingerprint:
         return None
-    rows, held_out = former_split(loaded.rows, fraction)
-    data = Data(rows, held_out, loaded.bad, fingerprint_of(rows, held_out), loaded.format, list(loaded.notes))
-    if fingerprint in (data.fingerprint, data.former_fingerprint()):
-        return data
+    for divided in (split, former_split):
+        rows, held_out = divided(loaded.rows, fraction)
+        data = Data(
+            rows, held_out, loaded.bad, fingerprint_of(rows, held_out), loaded.format, list(loaded.notes)
+        )
+        if fingerprint in (data.fingerprint, data.former_fingerprint()):
+            return data
     return None
 
 
