@@ -106,3 +106,31 @@ def test_what_is_no_text_is_refused(template):
 def test_what_is_long_in_a_row_may_be_written(chat):
     long = "x" * 5_000_000
     assert long in chat.render({"prompt": []}, [{"role": "user", "content": long}])
+
+
+def test_the_threads_own_time_is_read_for_long_renderings_only(monkeypatch):
+    """It is a call of the system that may take longer than a row. One that is long is still stopped by it,
+    and one that slept is not.
+    """
+    now = {"wall": 0.0, "thread": 0.0, "reads": 0}
+
+    def thread_time():
+        now["reads"] += 1
+        return now["thread"]
+
+    monkeypatch.setattr(template_limits.time, "perf_counter", lambda: now["wall"])
+    monkeypatch.setattr(template_limits.time, "thread_time", thread_time)
+    budget = template_limits.Budget(1000)
+    budget.step()
+    assert now["reads"] == 0
+    for wall in (0.2, 5.0, 60.0):  # slept
+        now["wall"] = wall
+        budget.step()
+    now["thread"] = template_limits.SMALL_WORK_SECONDS + 0.1
+    with pytest.raises(template_limits.TemplateLimit, match="5 s of computing"):
+        budget.step()
+    budget.cpu_start = 0.0
+    budget.spend(template_limits.SMALL_WORK)
+    now["thread"] = template_limits.MAX_SECONDS + 0.1
+    with pytest.raises(template_limits.TemplateLimit, match="1 s of computing"):
+        budget.step()

@@ -32,6 +32,8 @@ STEP = 100  # a turn of a loop or a call, in characters
 ELEMENT = 20  # an element of a list, in characters
 READ = 8  # characters that are compared or searched, for one that is written
 MAX_SECONDS = 1.0  # of the thread's own time, and a row is rendered several times
+# before it counts: reading the thread's own time may take longer than rendering, so that only long ones pay
+UNTIMED_SECONDS = 0.1
 SMALL_WORK = 200_000  # characters: what has done less may have waited for a collection of garbage,
 SMALL_WORK_SECONDS = 5.0  # and has so long
 MAX_TEMPLATE = 200_000  # characters of a template
@@ -56,8 +58,8 @@ class Budget:
         self.all = MAX_WORK + TIMES_COPIED * characters
         self.left = self.all
         self.longest = MAX_WRITTEN + TIMES_WRITTEN * characters
-        self.cpu_start = time.thread_time()
-        self.deadline = time.perf_counter() + MAX_SECONDS
+        self.cpu_start: float | None = None
+        self.deadline = time.perf_counter() + UNTIMED_SECONDS
         # id -> (characters as text, levels) of lists and mappings; `alive` keeps the numbers theirs
         self.sizes: dict[int, tuple[int, int]] = {}
         self.alive: list[Any] = []
@@ -78,7 +80,12 @@ class Budget:
         machine may have slept meanwhile.
         """
         self.spend(STEP)
-        if time.perf_counter() > self.deadline:
+        if time.perf_counter() <= self.deadline:
+            return
+        if self.cpu_start is None:
+            self.cpu_start = time.thread_time()
+            self.deadline = time.perf_counter() + MAX_SECONDS
+        else:
             limit = MAX_SECONDS
             if self.all - self.left < SMALL_WORK:
                 limit = SMALL_WORK_SECONDS
