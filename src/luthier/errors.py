@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+NO_ROWS = "no_rows"  # code of a run whose stages leave nothing to train on
 MAX_MESSAGE = 3000  # characters
 ENDLESS = re.compile(r"\S{300,}")  # a word that nobody reads
 # as Python, torch, its CUDA and CPU allocators, oneDNN, safetensors and C++ write it

@@ -21,7 +21,7 @@ ROWS = load(SUMS).rows
 
 
 def report(folder: str, **after) -> SimpleNamespace:
-    return SimpleNamespace(folder=folder, before={}, after=after, metrics=after)
+    return SimpleNamespace(folder=folder, before={}, after=after, metrics=after, stats={}, notes=[])
 
 
 def played(plan, recipe, reports):

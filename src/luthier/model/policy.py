@@ -131,6 +131,7 @@ class Roles:
         self.players: dict[str, Any] = players
         self.device = next(policy.model.parameters()).device
         self.warn: Callable[[str], None] = lambda sentence: None  # shows the user a warning
+        self.stage_metrics: dict[str, float] = {}  # what stages measure on the rows before training
         self.dropped: dict[str, str] = {}  # id of a row that a stage drops -> why, until it is written down
         self.folder: Path | None = None  # of the run, where there is one
 

@@ -45,6 +45,7 @@ from luthier.storage.layout import (
     QUARANTINE,
     REPORT,
     ROWS,
+    STAGE_METRICS,
     STAGES,
     STATE,
     STATUS,
@@ -56,7 +57,20 @@ from luthier.storage.layout import (
 from luthier.version import __version__
 
 # of a run, beside its checkpoints and what its methods declare; run.json goes last
-FILES = (REPORT, BEFORE, ROWS, DROPPED, LOG, QUARANTINE, PAUSED, FAILED, STATUS, "shown.json", "report.html")
+FILES = (
+    REPORT,
+    BEFORE,
+    ROWS,
+    STAGE_METRICS,
+    DROPPED,
+    LOG,
+    QUARANTINE,
+    PAUSED,
+    FAILED,
+    STATUS,
+    "shown.json",
+    "report.html",
+)
 DEFAULTED = ("learning_rate", "num_train_epochs")  # keys whose defaults have changed
 PATTERNS = (
     "per_example-*.json",

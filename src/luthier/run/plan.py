@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.load import sample_rows
-from luthier.errors import RecipeError
+from luthier.errors import NO_ROWS, RecipeError
 from luthier.processes import group
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate
@@ -76,17 +76,31 @@ def _perform_runs(
 ) -> Report:
     """The report that stands for the whole, with the folders of all runs."""
     runs: list[str] = []
+    last: Report | None = None
     play = plan.recipes(recipe)
     request = next(play)
     while True:
-        reports = []
+        reports: list[Report] = []
+        empty: RecipeError | None = None
         for one in request if isinstance(request, list) else [request]:
             run = run_folder(folder, len(runs))
             callback.stage(f"run {len(runs)}")
-            reports.append(perform(replace(one, output_dir=None), run, callback, overwrite=False))
+            try:
+                last = perform(replace(one, output_dir=None), run, callback, overwrite=False)
+            except RecipeError as error:
+                if error.code != NO_ROWS:
+                    raise
+                empty = error
+                break
+            reports.append(last)
             runs.append(str(run))
         try:
-            request = play.send(reports if isinstance(request, list) else reports[0])
+            if empty is None:
+                request = play.send(reports if isinstance(request, list) else reports[0])
+            else:  # a plan that does not expect it lets it pass
+                request = play.throw(empty)
         except StopIteration as end:
-            final = end.value or reports[-1]
+            final = end.value or last
+            if group.current().main:
+                (run_folder(folder, len(runs)) / FAILED).unlink(missing_ok=True)
             return replace(final, runs=runs)

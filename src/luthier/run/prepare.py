@@ -33,6 +33,7 @@ from luthier.run.rows import (
     load_rows,
     sample_batch,
     short_batches,
+    stage_metrics,
     writes_samples,
 )
 from luthier.run.session import Session
@@ -111,7 +112,8 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     before = resume.evaluate_start(session, trainer, eval_rows, checkpoint)
     _warn_if_solved(session, before)
     resume.resume(session, trainer, checkpoint)
-    stats = {**training.stats, **parameters, "unusable": training.unusable + held_out.unusable}
+    unusable = training.unusable + held_out.unusable
+    stats = {**training.stats, **stage_metrics(session.folder), **parameters, "unusable": unusable}
     return Prepared(session, trainer, held_out.rows, eval_rows, before, stats, memory_need, length, shared)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from luthier.clock import Clock
 from luthier.data.checks import glued_words
 from luthier.data.quarantine import too_many, write_quarantine
-from luthier.errors import RecipeError, Refused
+from luthier.errors import NO_ROWS, RecipeError, Refused
 from luthier.methods.formats._base import text_of_parts
 from luthier.model.policy import Roles
 from luthier.report.text import render_rows
 from luthier.run.session import Session
 from luthier.storage import files
-from luthier.storage.layout import DROPPED, QUARANTINE, RENDERING, ROWS, STAGES
+from luthier.storage.layout import DROPPED, QUARANTINE, RENDERING, ROWS, STAGE_METRICS, STAGES
 from luthier.text.encode import Renderer
 from luthier.train import checks
 from luthier.train.trainer import Trainer
@@ -75,6 +75,12 @@ def load_rows(session: Session, roles: Roles, checkpoint: Path | None) -> tuple[
     return training, held_out
 
 
+def stage_metrics(folder: Path) -> dict[str, Any]:
+    """{"stages": what the stages measured}, also in a run that goes on; empty where they measured nothing."""
+    path = folder / STAGE_METRICS
+    return {"stages": files.read_object(path)} if path.is_file() else {}
+
+
 def keep_rendering(session: Session, renderer: Renderer) -> None:
     """Write down what the rows are rendered with beside the recipe, so that a resumed run and whoever talks
     to the model later renders the same: the date, where the template prints it; the `chat_template_kwargs`
@@ -116,6 +122,8 @@ def _run_stages(session: Session, roles: Roles, path: Path) -> None:
         # a stage reads as training will: packed or not, as the network can be read
         checks.check_forward(roles.policy, sample_batch(roles, rows[:2]), session.warn)
     first, rows, dropped = _finished_stages(session, rows)
+    if first:
+        roles.stage_metrics.update(stage_metrics(session.folder).get("stages", {}))
     for number, stage in enumerate(session.methods.stages):
         if number < first:
             continue
@@ -124,12 +132,16 @@ def _run_stages(session: Session, roles: Roles, path: Path) -> None:
         dropped += _dropped_rows(stage.name, rows, out, roles.dropped)
         rows = out
         if session.main and stage.asks_model and number + 1 < len(session.methods.stages):
+            if roles.stage_metrics:
+                files.write_json(session.folder / STAGE_METRICS, roles.stage_metrics)
             files.write_rows(_stage_file(session, number, "dropped"), dropped)
             files.write_rows(_stage_file(session, number, "rows"), rows)
     if not rows:
         names = [stage.name for stage in session.methods.stages]
-        raise RecipeError(f"no rows are left after the stages {names}")
+        raise RecipeError(f"no rows are left after the stages {names}", NO_ROWS)
     if session.main:
+        if roles.stage_metrics:
+            files.write_json(session.folder / STAGE_METRICS, roles.stage_metrics)
         files.write_rows(path, rows)
         if dropped:
             files.write_rows(session.folder / DROPPED, dropped)

@@ -24,6 +24,7 @@ CODES = "quantized.safetensors"  # a quantized base's weights
 INLINE = ("data-*.jsonl", "eval_data-*.jsonl")  # rows given from Python
 RENDERING = "rendering.json"  # what else rows were rendered with: the date, template variables, system prompt
 QUARANTINE = "quarantine.jsonl"  # unusable rows, with reasons
+STAGE_METRICS = "stage_metrics.json"  # what the stages measured on the rows
 DROPPED = "dropped.jsonl"  # rows that stages left out: which, at which stage, why
 STAGES = "stages"  # what stages need to go on where they ended: rows so far, answers, gradients
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from luthier.errors import NotFinite, NothingMoves, Refused
+from luthier.errors import NO_ROWS, NotFinite, NothingMoves, Refused
 from luthier.kernels import _switch, elementwise
 from luthier.kernels.tolerance import logprob_tolerance
 from luthier.model.batch import Batch
@@ -51,7 +51,7 @@ def check_trainable(attached: Any) -> dict[str, int]:
 def check_supervised(rows: int, supervised: float, tokens: float) -> None:
     """Raises Refused for data in which no token is supervised."""
     if not rows:
-        raise Refused("no rows are left to train on", "no_rows")
+        raise Refused("no rows are left to train on", NO_ROWS)
     if not supervised:
         raise Refused(
             f"none of the {tokens:.0f} tokens is supervised, so nothing would be learned; check"

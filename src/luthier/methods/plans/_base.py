@@ -1,8 +1,9 @@
 """The kind's protocol: several runs as one. A plan is a generator that yields recipes and receives reports.
 
 Its only state is the reports of finished runs, so a stopped plan is replayed: finished runs return at once.
-Before anything is computed it is executed with empty reports, whose metrics are all missing; it must handle
-them.
+Where the stages of a run leave no rows, its error (code `no_rows`) is thrown at the yield: a plan for which
+that is an end catches it. Before anything is computed it is executed with empty reports, whose metrics are
+all missing; it must handle them.
 """
 
 from __future__ import annotations

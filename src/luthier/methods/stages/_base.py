@@ -81,6 +81,10 @@ class Stage:
         self.left(roles, len(names), len(rows), why)
         return chosen_rows
 
+    def measure(self, roles: Any, **metrics: float) -> None:
+        """Numbers about the rows for the run's report, under `stages`; of stages before training only."""
+        getattr(roles, "stage_metrics", {}).update(metrics)
+
     def warn(self, roles: Any, sentence: str) -> None:
         """Say something about the rows; of a live stage, which meets rows at every step, only the
         first time.
