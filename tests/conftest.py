@@ -32,7 +32,12 @@ MARKERS = {
     "study": "long",
     "studio": "long",
 }  # folder -> marker of its tests
-LONG_FILES = ("contracts/test_tuners", "toy/test_models", "contracts/test_recipes", "studio/test_page")
+LONG_FILES = (  # a minute or more of a core
+    *("contracts/test_tuners", "toy/test_models", "contracts/test_recipes", "run/test_resume"),
+    *("contracts/test_objectives", "train/test_distributed", "study/test_compare", "studio/test_page"),
+    *("test_cli", "contracts/test_outside_package", "run/test_damage", "contracts/test_quantizers"),
+    *("study/test_search", "contracts/test_interop", "contracts/test_architectures"),
+)
 
 
 def pytest_collection_modifyitems(items):

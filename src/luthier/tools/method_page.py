@@ -94,11 +94,13 @@ def learning_rate(card: registry.Card, cls: type) -> list[str]:
 
 
 def rate_of(path: Path | None) -> tuple[str, float | None]:
-    """The model and the learning rate of a recipe; None where it has none."""
+    """The model and the learning rate of a recipe, of several the default one; None where it has none."""
     if path is None:
         return "", None
     recipe = read_yaml(path)
     rate = recipe.get("learning_rate")
+    if isinstance(rate, dict):  # parameter groups have rates of their own
+        rate = rate.get("default")
     if rate is None:
         return "", None
     return str(recipe.get("model")), float(rate)
@@ -136,19 +138,26 @@ def snippet(card: registry.Card) -> str:
 
 def recipe_of(card: registry.Card) -> Path | None:
     """The recipe that is named after a method, else the shortest that uses it; relative to the clone."""
-    users = recipes().get((card.kind, card.name), [])
-    named = [path for path in users if path.stem == card.name]
-    return next(iter(named or users), None)
+    method = (card.kind, card.name)
+    for path in recipe_paths():  # to read them all takes seconds, and most methods have one of their name
+        if path.stem == card.name and method in methods_of(path):
+            return path
+    return next(iter(recipes().get(method, [])), None)
+
+
+@cache
+def recipe_paths() -> list[Path]:
+    """Recipes of the clone, the shortest first."""
+    paths = recipes_folder().rglob("*.yaml")
+    return sorted(paths, key=lambda path: (path.stat().st_size, path.name))
 
 
 @cache
 def recipes() -> dict[tuple[str, str], list[Path]]:
     """(kind, name) of a method -> recipes of the clone that name it, the shortest first."""
     users: dict[tuple[str, str], list[Path]] = {}
-    root = recipes_folder()
-    paths = sorted(root.rglob("*.yaml"), key=lambda path: (path.stat().st_size, path.name))
-    for path in paths:
-        for method in sorted(set(methods_of(path))):
+    for path in recipe_paths():
+        for method in sorted(methods_of(path)):
             users.setdefault(method, []).append(path)
     return users
 
@@ -161,7 +170,8 @@ def recipes_folder() -> Path:
     return Path(__file__).resolve().parents[3] / folder
 
 
-def methods_of(path: Path) -> Iterator[tuple[str, str]]:
+@cache
+def methods_of(path: Path) -> frozenset[tuple[str, str]]:
     """(kind, name) of every method that a recipe names. Nothing of a file that is no valid recipe."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an old name is still that method
@@ -170,11 +180,13 @@ def methods_of(path: Path) -> Iterator[tuple[str, str]]:
             recipe = Recipe.load(path)
             built = {"objective": recipe.aim(), **recipe.methods()}
         except RecipeError:
-            return
+            return frozenset()
     named = read_yaml(path)
+    methods: list[tuple[str, str]] = []
     for key, value in built.items():
         if key in named:
-            yield from names_in(value)
+            methods += names_in(value)
+    return frozenset(methods)
 
 
 def names_in(value: Any) -> Iterator[tuple[str, str]]:
