@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from luthier.errors import RecipeError
+from luthier.recipe.published import is_published
 from luthier.storage.toy import is_toy
 
 Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [KEY=VALUE]...",
-        help="A recipe (or the folder of a run, or toy:TASK), and KEY=VALUE changes.",
+        help="A recipe (or the folder of a run, toy:TASK, or recipe:NAME), and KEY=VALUE changes.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -52,7 +53,7 @@ def recipe_words(words: list[str] | None, **options: str | None) -> tuple[Path |
     changes += [w for w in words or () if w not in files]
     if not files:
         return None, changes
-    if is_toy(files[0]):
+    if is_toy(files[0]) or is_published(files[0]):
         return files[0], changes
     path = Path(files[0])
     if path.is_dir():

@@ -18,6 +18,7 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.recipe.aliases import METHOD_KEYS, NAMES
+from luthier.recipe.published import published
 from luthier.recipe.recipe import Recipe
 from luthier.registry import Coverage, cards, coverage_of, did_you_mean, find, format_value, names, page
 from luthier.registry.describe import EXCEPTIONS
@@ -127,8 +128,8 @@ def all_papers() -> tuple[dict[str, str], ...]:
 
 
 def implemented(own: bool = False) -> dict[str, dict[str, Coverage]]:
-    """Short name of a paper -> 'kind/method' of whatever declares it, and 'claim/name' of the claims that try
-    it -> what that has of the paper.
+    """Short name of a paper -> 'kind/method' of whatever declares it, 'claim/name' of the claims that try it,
+    and 'recipe/name' of published recipes -> what that has of the paper.
     """
     by: dict[str, dict[str, Coverage]] = defaultdict(dict)
     for c in cards(own=own):
@@ -143,6 +144,11 @@ def implemented(own: bool = False) -> dict[str, dict[str, Coverage]]:
         coverage = coverage_of(rows, **words)
         for row in rows:
             by[row][f"claim/{path.stem}"] = coverage.get(row, Coverage())
+    for name, pipeline in published().items():
+        rows = pipeline.row.split()
+        coverage = coverage_of(rows, covers=pipeline.covers, omits=pipeline.omits, tests=pipeline.tests)
+        for row in rows:
+            by[row][f"recipe/{name}"] = coverage.get(row, Coverage())
     return dict(by)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from luthier.errors import Damaged, RecipeError, quoted, shortened
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS, FORMER_ROLES, METHOD_KEYS, NAMES, QUANTIZATION
 from luthier.recipe.in_memory import own_splits, rows_in_memory
+from luthier.recipe.published import is_published, resolve
 from luthier.registry import classes, did_you_mean, find, former_names, names
 from luthier.storage import files
 from luthier.storage.bounded_yaml import MAX_CHARACTERS, load_yaml
@@ -25,10 +26,15 @@ def read(source: Any, changes: Any, defaults: Mapping[str, Any]) -> Reading:
     """Keys and values of a recipe as `Recipe.load` takes them. defaults: every key of a recipe -> its
     default.
     """
-    values, name = read_source(source)
+    left = list(read_changes(changes))
+    if is_published(source):
+        name = source
+        values, left = resolve(source, left)
+    else:
+        values, name = read_source(source)
     origins = dict.fromkeys(values, name)
     # short keys first: tuner=lora must not undo tuner.r=16
-    for key, value in sorted(read_changes(changes), key=lambda change: change[0].count(".")):
+    for key, value in sorted(left, key=lambda change: change[0].count(".")):
         put(values, key, value, defaults)
         origins[key.split(".")[0]] = "command line"
     reading = Reading(paths_as_text(values), origins, defaults)

@@ -181,7 +181,7 @@ class Recipe:
         """Read a recipe.
 
         Args:
-            source: a YAML file, YAML text, a mapping, a `Recipe`, or toy:TASK.
+            source: a YAML file, YAML text, a mapping, a `Recipe`, toy:TASK, or recipe:NAME.
             changes: ["learning_rate=1e-4", "tuner.r=16"] or a mapping.
 
         Raises:

@@ -2,8 +2,9 @@
 `--check` fails where they differ, `--site FOLDER` writes a whole docs folder for the site, with a page for
 every method.
 
-In the repository: docs/methods/<kind>.md, docs/papers.md, docs/claims.md, and between two marks the table of
-keys in docs/recipes.md and the toy tasks in docs/toy.md. Everything else in docs/ is written by hand.
+In the repository: docs/methods/<kind>.md, docs/papers.md, docs/claims.md, docs/published.md, and between two
+marks the table of keys in docs/recipes.md and the toy tasks in docs/toy.md. Everything else in docs/ is
+written by hand.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from luthier import compat, registry
 from luthier.recipe.catalogue import all_papers, papers
+from luthier.recipe.published import published
 from luthier.study.reproduce.page import page as claims_page
 from luthier.tools.method_page import escape, site_page
 
@@ -39,6 +43,7 @@ def pages() -> dict[str, str]:
     out["papers.md"] = tidy(papers_page())
     out["claims.md"] = tidy(claims_page())
     out["compat.md"] = tidy(compat_page())
+    out["published.md"] = tidy(published_page())
     return out
 
 
@@ -164,10 +169,36 @@ def coverage_lines(part: dict[str, Any]) -> list[str]:
 
 
 def paper_link(source: str) -> str:
-    """A method ("tuner/ssf") or a claim ("claim/ssf") as a link from docs/."""
+    """A method ("tuner/ssf"), a claim ("claim/ssf") or a published recipe ("recipe/tulu-3") as a link from
+    docs/.
+    """
     kind, _, name = source.partition("/")
-    page = "claims.md" if kind == "claim" else f"methods/{kind}.md"
+    page = {"claim": "claims.md", "recipe": "published.md"}.get(kind, f"methods/{kind}.md")
     return f"[{source}]({page}#{name})"
+
+
+def published_page() -> str:
+    """The pipelines of papers: stages, settings, the rows that they need, and what is not there."""
+    lines = [
+        "# Published recipes",
+        "",
+        "Pipelines of papers with the authors' settings. `luthier tune recipe:NAME` runs one on a toy model"
+        " and toy rows, in minutes; with `--model` and `--data FOLDER` it runs on yours: the folder has a"
+        " file for each kind of rows (`sft.jsonl`, or .parquet, .csv, a folder), or `data.sft=FILE` names"
+        " each. Changes are made as in any recipe (`learning_rate=1e-5`); `luthier explain recipe:NAME`"
+        " prints every value.",
+        "",
+    ]
+    for name, pipeline in published().items():
+        lines += [f'## <a id="{name}"></a>{name}', ""]
+        lines += [f"{escape(pipeline.title)} ({link(pipeline.paper)}).", ""]
+        lines += ["| rows | what they hold | the authors' | in their stead |", "| - | - | - | - |"]
+        for kind, rows in pipeline.rows.items():
+            toy = rows.toy["path"]
+            lines.append(f"| `{kind}` | {cell(rows.holds)} | {cell(rows.source)} | `{toy}` |")
+        lines += ["", f"There: {escape(pipeline.covers)}", "", f"Not there: {escape(pipeline.omits)}", ""]
+        lines += ["```yaml", yaml.safe_dump(pipeline.recipe, sort_keys=False, width=110).rstrip(), "```", ""]
+    return "\n".join(lines)
 
 
 def keys() -> str:

@@ -1,11 +1,14 @@
 """One run after another; each starts from the adapter of the last.
 
 A run is a set of changes to the recipe. A run with only `init_from` and `evaluate` trains nothing:
-`{init_from: {merge: average, of: all}, evaluate: [loss]}` merges the runs before it.
+`{init_from: {merge: average, of: all}, evaluate: [loss]}` merges the runs before it. `run:0`, anywhere in a
+run, is the folder of the first run: `{name: reward_model, model: run:0}` scores by the reward model that it
+trained.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from luthier.errors import RecipeError
@@ -13,6 +16,7 @@ from luthier.methods.plans._base import Plan
 from luthier.recipe.recipe import key_of
 from luthier.registry import plan
 
+EARLIER = re.compile(r"run:(\d+)")  # the folder of an earlier run
 MEASURES_ONLY = {"init_from", "evaluate", "eval_data"}
 
 
@@ -33,7 +37,7 @@ class Sequence(Plan):
     def recipes(self, recipe):
         folders, last, before = [], recipe.init_from, None
         for number, run in enumerate(self.runs):
-            changes = {key_of(key): value for key, value in run.items()}
+            changes = {key_of(key): with_folders(value, folders) for key, value in run.items()}
             init_from = changes.get("init_from", last)
             if isinstance(init_from, dict) and init_from.get("of") == "all":
                 if not folders:
@@ -53,3 +57,20 @@ class Sequence(Plan):
             report = yield changed
             folders.append(report.folder)
             last, before = report.folder, now
+
+
+def with_folders(value: Any, folders: list[str]) -> Any:
+    """A value in which every `run:N` is the folder of the N-th run. Raises RecipeError where that is no run
+    before this one.
+    """
+    if isinstance(value, dict):
+        return {key: with_folders(inner, folders) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_folders(inner, folders) for inner in value]
+    match = EARLIER.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    number = int(match[1])
+    if number >= len(folders):
+        raise RecipeError(f"'{value}' in run {len(folders)} of the plan: only runs before it can be named")
+    return folders[number]
