@@ -20,19 +20,24 @@ parameters).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, reduce
 from operator import add
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.methods.estimators._base import FORWARD_ONLY, Estimator
+from luthier.clock import Clock
+from luthier.methods.estimators._base import FORWARD_ONLY, Closure, Estimator
 from luthier.methods.estimators.zeroth_order._by_layer import perturbed_by_layer, places
 from luthier.methods.transforms._base import LazyGradients
 from luthier.registry import estimator
+
+if TYPE_CHECKING:
+    from luthier.train.optimizer import Chain
 
 PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the way stays in the cache
 
@@ -90,33 +95,43 @@ class MeZO(Estimator):
         for probe in range(self.n_probes):
 
             def aside(group, slot, p, probe=probe):
-                return direction(
-                    clock,
-                    probe,
-                    group.name,
-                    slot,
-                    p,
-                    self.noise,
-                    self.eps,
-                    p.dtype if p.dtype in WIDE else torch.float32,
-                )
+                dtype = p.dtype if p.dtype in WIDE else torch.float32
+                z = direction(clock, probe, group.name, slot, p, self.noise, self.eps, dtype)
+                return self.masked(z, chain, group.name, slot, p)
 
             with perturbed_by_layer(chain, aside) as flip:
                 losses.append(closure(grad=False))
                 flip()
                 losses.append(closure(grad=False))
-            slopes.append((losses[-2] - losses[-1]) / (2 * self.eps * self.n_probes))
+            slopes.append(self.slope(*losses[-2:]) / self.n_probes)
+        slopes = self.chosen(slopes, closure, chain, clock)
         param_groups = {s.name: s for s in chain.param_groups()}
 
         def estimate(name: str) -> dict[str, Tensor]:
             moving = {k: p for k, p in param_groups[name].params.items() if p.requires_grad}
-            return {
-                k: reduce(add, (direction(clock, i, name, k, p, self.noise, g) for i, g in enumerate(slopes)))
-                for k, p in moving.items()
-            }
+            return {k: self.combined(slopes, chain, clock, name, k, p) for k, p in moving.items()}
 
         chain.step(LazyGradients(param_groups, estimate))
         return sum(losses) / len(losses)
+
+    def slope(self, above: float, below: float) -> float:
+        """What a direction counts, from the losses on both of its sides."""
+        return (above - below) / (2 * self.eps)
+
+    def masked(self, z: Tensor, chain: Chain, group: str, slot: str, p: Tensor) -> Tensor:
+        """The direction of a tensor p, or the part of it that may move; z is given away."""
+        return z
+
+    def chosen(self, slopes: list[float], closure: Closure, chain: Chain, clock: Clock) -> list[float]:
+        """What is made of the slopes before the step."""
+        return slopes
+
+    def combined(
+        self, slopes: Sequence[float], chain: Chain, clock: Clock, group: str, slot: str, p: Tensor
+    ) -> Tensor:
+        """The sum of the directions of a tensor, each times its slope, in fp32."""
+        parts = (direction(clock, i, group, slot, p, self.noise, g) for i, g in enumerate(slopes))
+        return self.masked(reduce(add, parts), chain, group, slot, p)
 
 
 def direction(
