@@ -128,6 +128,11 @@ class Private(Estimator):
                     f"estimator '{self.name}' accounts for one set of trainable parameters, but tuner"
                     f" '{tuner.name}' changes which ones are trainable during training; use another tuner"
                 )
+            if reads_rows(tuner):
+                raise RecipeError(
+                    f"estimator '{self.name}' promises that rows are read by its steps alone, but tuner"
+                    f" '{tuner.name}' starts from rows of its own choice; use another tuner or start"
+                )
         if recipe.num_iterations > 1:
             raise RecipeError(f"estimator '{self.name}' draws rows for each step: num_iterations must be 1")
         if recipe.compares_evaluations:
@@ -256,6 +261,16 @@ class Private(Estimator):
             for key in params:
                 params[key] = sums[f"{group}.{key}"]
         return out
+
+
+def reads_rows(tuner: Any) -> bool:
+    """May a tuner start from training rows? One that reads public rows (init_data) does not."""
+    if not hasattr(tuner, "init_rows"):
+        return False
+    start = getattr(tuner, "init_lora_weights", None)
+    if start is not None:
+        return start in ("eva", "corda", "lora_ga") and getattr(tuner, "init_data", None) is None
+    return bool(getattr(tuner, "reads", True))
 
 
 def moving(chain: Chain) -> dict[str, Tensor]:
