@@ -100,7 +100,7 @@ def _perform_runs(
             else:  # a plan that does not expect it lets it pass
                 request = play.throw(empty)
         except StopIteration as end:
-            final = end.value or last
+            final: Any = end.value or last
             if group.current().main:
                 (run_folder(folder, len(runs)) / FAILED).unlink(missing_ok=True)
             return replace(final, runs=runs)
