@@ -293,6 +293,17 @@ def test_inspect_compares_on_the_same_rows(finished, tiny):
     assert "|held-out rows " in luth("inspect", tiny, folder).stdout
 
 
+def test_inspect_fails_where_a_condition_holds(finished, tiny):
+    folder, _ = finished
+    fine = luth("inspect", tiny, folder, "--fail-if", "loss > 0")
+    assert fine.exit_code == 0 and "Gained: " in fine.stdout
+    failed = luth("inspect", tiny, folder, "--json", "--fail-if", "loss < 0", "--fail-if", "loss > 0")
+    assert failed.exit_code == 1 and json.loads(failed.stdout)["failed"] == ["loss < 0"]
+    assert "luthier: loss < 0" in failed.stderr
+    refused = luth("inspect", tiny, folder, "--fail-if", "loss = 0")
+    assert "cannot read 'loss = 0'" in refused.output and refused.exit_code not in (0, 1)
+
+
 def test_an_export_prints_how_it_is_used(finished, tmp_path):
     said = luth("export", finished[0], "merge=true", "--as", "vllm", "--output-dir", tmp_path / "out")
     assert said.exit_code == 0, said.output

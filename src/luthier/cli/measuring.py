@@ -61,19 +61,29 @@ def inspect(
             help="HTML file to write, with weights, answers, calibration and diversity in addition."
         ),
     ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Exit with 1 where this holds, such as 'retention < -2' (points); may be repeated."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models: loss, accuracy, and retention of other tasks."""
     from luthier.report.console import Console
     from luthier.serve.inspect import inspect
 
-    result = inspect(base, tuned, data, preference=preference, report=report)
+    result = inspect(base, tuned, data, preference=preference, report=report, fail_if=fail_if or ())
     if as_json:
         typer.echo(dumped(result))
-        return
-    Console().inspection(result)
-    if report is not None:
-        typer.echo(f"Report: {report}")
+    else:
+        Console().inspection(result)
+        if report is not None:
+            typer.echo(f"Report: {report}")
+    for condition in result["failed"]:
+        typer.echo(f"luthier: {condition}", err=True)
+    if result["failed"]:
+        raise typer.Exit(1)
 
 
 def evaluate(

@@ -15,6 +15,7 @@ WIDEST = 2048  # of a matrix whose singular values are still computed: beyond, e
 FIRST = 10  # singular vectors that are compared with those of the base
 ALIKE = 0.5  # a cosine below which a direction is new
 SPECTRUM = 64  # singular values shown
+SAME = 1e-5  # entries that moved no further count as unchanged (Mukherjee et al., 2025)
 WRAPPERS = re.compile(r"\.base_layer\b|^base_model\.model\.")  # what adapters add to names
 
 
@@ -34,14 +35,34 @@ def plain_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
+def cosines(before: Tensor, after: Tensor, k: int = 10) -> Tensor:
+    """[r, k]: |cosine| of each left singular vector of `before` with each of the first k of `after`, both
+    [rows, columns].
+    """
+    old = torch.linalg.svd(before.float(), full_matrices=False).U
+    new = torch.linalg.svd(after.float(), full_matrices=False).U[:, :k]
+    return (old.T @ new).abs()
+
+
 def likeness(before: Tensor, after: Tensor, k: int = 10) -> list[float]:
     """Of the first k left singular vectors of `after` [rows, columns], the largest |cosine| with any of
     `before`'s.
     """
-    old = torch.linalg.svd(before.float(), full_matrices=False).U
-    new = torch.linalg.svd(after.float(), full_matrices=False).U[:, :k]
-    cosines = old.T @ new
-    return cosines.abs().amax(0).tolist()
+    return cosines(before, after, k).amax(0).tolist()
+
+
+@torch.no_grad()
+def unchanged(before: Tensor, after: Tensor, within: float = SAME) -> float:
+    """Share of the entries that moved no further than `within`."""
+    return float(((after.float() - before.float()).abs() <= within).float().mean())
+
+
+@torch.no_grad()
+def rank_ratio(change: Tensor) -> float:
+    """Numerical rank of a change [rows, columns] as a share of the largest possible; 0 where nothing
+    changed.
+    """
+    return int(torch.linalg.matrix_rank(change.double())) / min(change.shape)
 
 
 def intruding(before: Tensor, after: Tensor, k: int = 10, epsilon: float = ALIKE) -> list[int]:
@@ -76,10 +97,12 @@ def effective_rank(change: Tensor) -> float:
 def weight_changes(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
     """Each matrix of the tuned network (merged) against the untuned one.
 
-    {matrices: [{name, layer, part, moved, share, rank, new}], spectrum: [..], of: name, unlike: names}.
-    moved: the norm of the change by that of the matrix; share: of its entries that changed; rank: effective
-    rank of the change; new: how many of its first singular vectors the old matrix does not have. spectrum:
-    singular values of the largest change, the first being 1.
+    {matrices: [{name, layer, part, moved, unchanged, rank, rank_ratio, new, overlap}], spectrum: [..], of:
+    name, unlike: names}. moved: the norm of the change by that of the matrix; unchanged: share of its entries
+    that moved no further than SAME; rank: effective rank of the change; rank_ratio: its numerical rank by
+    the largest possible; new: how many of its first singular vectors the old matrix does not have; overlap:
+    of the spaces that the first ones span, 1 where they are the same. spectrum: singular values of the
+    largest change, the first being 1.
     """
     changes, unlike, largest, spectrum, of = [], [], 0.0, [], ""
     for name, parameter in plain_matrices(model).items():
@@ -96,11 +119,14 @@ def weight_changes(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
             "layer": place[1] if place else None,
             "part": ".".join(name.split(".")[-3:-1]),
             "moved": moved,
-            "share": float((change != 0).float().mean()),
+            "unchanged": unchanged(old, new),
         }
         if moved and min(new.shape) <= WIDEST:
+            alike = cosines(old, new, FIRST)
             row["rank"] = effective_rank(change)
-            row["new"] = sum(cosine < ALIKE for cosine in likeness(old, new, FIRST))
+            row["rank_ratio"] = rank_ratio(change)
+            row["new"] = int((alike.amax(0) < ALIKE).sum())
+            row["overlap"] = float(alike[:FIRST].square().sum() / alike.shape[1])
             if moved > largest:
                 values = torch.linalg.svdvals(change)
                 largest, of, spectrum = moved, name, (values / values[0]).tolist()[:SPECTRUM]

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from luthier.model.weight_changes import ALIKE, FIRST
+from luthier.model.weight_changes import ALIKE, FIRST, SAME
 from luthier.registry import former_metrics
+from luthier.report.changes import dot_plots, shown_changes, verdict
 from luthier.report.chart import Curve, Figure, curves_figure, curves_table
 from luthier.report.comparison import calibration_figure
 from luthier.report.html import render
@@ -29,6 +30,15 @@ GENERATION = (
     "length_correlation",
 )
 REFUSAL = ("refused_unsafe", "refused_safe")
+# of the table of weight changes: what weight_changes calls it, times what, in which unit
+COLUMNS = {
+    "change": ("moved", 100, "%"),
+    "unchanged": ("unchanged", 100, "%"),
+    "effective rank": ("rank", 1, ""),
+    "rank": ("rank_ratio", 100, "%"),
+    "new directions": ("new", 1, ""),
+    "overlap": ("overlap", 100, "%"),
+}
 RETENTION = ("retention_loss", "retention_accuracy")
 
 
@@ -40,14 +50,17 @@ def page(result: Mapping[str, Any], folder: Path) -> str:
         after=tuned["metrics"],
         losses=[1],
         stats={"measured_on": result["measured_on"], "steps": 1},
+        folder=folder,
     )
     skills = [skill_of(values) for values in result.get("skills", ())]
+    changes = shown_changes([skill_of(values) for values in result.get("changes", ())], skills)
     whole, parts = split_rows(metric_rows(report), skills)
     groups = _grouped(whole)
     return render(
         "inspect.html.j2",
         title=f"{base['model']} → {tuned['model']}",
-        headline=headline(report),
+        headline=verdict(changes) or headline(report),
+        dots=dot_plots(changes),
         measured=f"On {result['rows']:,} {result['measured_on']}.",
         task=groups["task"],
         retention=groups["retention"],
@@ -84,13 +97,19 @@ def _weights(changes: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not moved:
         return {"note": note, "figures": [], "table": None, "curves": None}
     note += (
-        " Change: its norm relative to that of the weights. Rank: effective rank of the change. New"
+        " Change: its norm relative to that of the weights. Unchanged: entries that moved by at most"
+        f" {SAME:g}. Rank: effective rank of the change, and its numerical rank by the largest possible. New"
         f" directions: how many of the first {FIRST} singular vectors have a cosine below {ALIKE} with each"
-        " of the base's. Means over matrices."
+        " of the base's; overlap: of the spaces that they span. Means over matrices."
     )
     if changes["unlike"]:
         note += f" {len(changes['unlike'])} matrices exist in only one model or differ in shape."
-    layers, spectrum = _by_layer(rows), list(enumerate(changes["spectrum"], 1))
+    layers, spectrum = _by_layer(rows, "moved"), list(enumerate(changes["spectrum"], 1))
+    shares = [
+        Curve("unchanged %", "held", _by_layer(rows, "unchanged")),
+        Curve("overlap %", "good", _by_layer(moved, "overlap")),
+        Curve("rank %", "raw", _by_layer(moved, "rank_ratio")),
+    ]
     figures: list[Figure | None] = [
         curves_figure(
             "change by layer, % of the weights' norm",
@@ -106,21 +125,28 @@ def _weights(changes: Mapping[str, Any] | None) -> dict[str, Any] | None:
             height=180,
             zero=True,
         ),
+        curves_figure(
+            "unchanged entries, overlap of the leading directions, rank of the change, by layer",
+            shares,
+            x="layer",
+            height=180,
+            zero=True,
+        ),
     ]
     return {
         "note": note,
         "figures": [figure for figure in figures if figure],
         "table": _by_part(rows),
-        "curves": curves_table([Curve("change %", "wood", layers)], x="layer"),
+        "curves": curves_table([Curve("change %", "wood", layers), *shares], x="layer"),
     }
 
 
-def _by_layer(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(layer, mean change in percent)."""
+def _by_layer(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(layer, mean of a number of its matrices in percent)."""
     by_layer = defaultdict(list)
     for row in rows:
-        if row["layer"] is not None:
-            by_layer[row["layer"]].append(100 * row["moved"])
+        if row["layer"] is not None and key in row:
+            by_layer[row["layer"]].append(100 * row[key])
     return sorted((float(layer), _mean(values)) for layer, values in by_layer.items())
 
 
@@ -132,14 +158,11 @@ def _by_part(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     out = []
     for part, some in by_part.items():
         line = [part]
-        for key, factor, unit in (("moved", 100, "%"), ("share", 100, "%"), ("rank", 1, ""), ("new", 1, "")):
+        for key, factor, unit in COLUMNS.values():
             values = [factor * row[key] for row in some if key in row]
             line.append(format_number(_mean(values)) + unit if values else "")
         out.append(line)
-    return {
-        "head": ["matrix", "change", "entries changed", "rank of the change", "new directions"],
-        "rows": out,
-    }
+    return {"head": ["matrix", *COLUMNS], "rows": out}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from luthier.report import benchmarks
+from luthier.report.changes import shown_changes, verdict
 from luthier.report.numbers import (
     MetricRow,
     cost,
@@ -304,8 +305,9 @@ class Console(Callback):
         base, tuned, on = result["base"], result["tuned"], result["measured_on"]
         self.say(f"{base['model']} and {tuned['model']}, on {result['rows']:,} {on}")
         skills = [skill_of(values) for values in result.get("skills", ())]
-        if skills:
-            self.say(sentence(skills))
+        changes = [skill_of(values) for values in result.get("changes", ())]
+        if text := verdict(shown_changes(changes, skills)):
+            self.say(text)
         report = SimpleNamespace(before=base["metrics"], after=tuned["metrics"], stats={"measured_on": on})
         self._metrics(report, skills)
         for note in result["notes"]:

@@ -18,14 +18,15 @@ from luthier.storage import files
 CHANGES = "forgetting.json"
 LITTLE = 0.1  # a share below it has little to lose
 NAMED = 4  # skills that the sentence names
+REFUSING = "refusing unsafe requests"  # a skill of the shipped probe
 
 
 @dataclass(frozen=True)
 class Skill:
-    """One skill before and after, as text, and whether it was lost."""
+    """One skill, or one metric of the task, before and after, as text, and whether it was lost."""
 
     skill: str
-    metric: str  # retention_accuracy or retention_loss
+    metric: str  # of a skill retention_accuracy or retention_loss
     rows: int
     before: float
     after: float
@@ -42,7 +43,7 @@ class Skill:
 
     @property
     def label(self) -> str:
-        return self.skill if self.metric == "retention_accuracy" else f"{self.skill} (loss)"
+        return f"{self.skill} (loss)" if self.metric == "retention_loss" else self.skill
 
     def cells(self) -> tuple[str, str, str, str, str]:
         """(rows, before, after, change, interval)."""
@@ -105,6 +106,19 @@ def sentence(skills: Sequence[Skill]) -> str:
     if poor:
         parts.append(f"Below {LITTLE:.0%} before training, so with little to lose: {_listed(poor)}.")
     return " ".join(parts)
+
+
+def refusal_warning(changes: Sequence[Skill]) -> str:
+    """What to say where tuning lowered refusals of unsafe requests beyond chance, on whatever rows it was
+    done; else empty.
+    """
+    for change in changes:
+        if (change.skill == REFUSING or change.metric == "refused_unsafe") and change.better is False:
+            return (
+                f"tuning lowered refusals of unsafe requests: {change.phrase()}; benign rows can do it, too:"
+                " a lower learning rate, or rows that decline among the training rows, hold them"
+            )
+    return ""
 
 
 def _was_poor(skill: Skill) -> bool:

@@ -13,7 +13,9 @@ import torch
 
 from luthier.model.saved import plain_configs
 from luthier.registry import spec
+from luthier.report.changes import measured_changes
 from luthier.report.numbers import HELD_OUT, TRAINING_ROWS
+from luthier.report.retention import read_skills, refusal_warning
 from luthier.run import resume
 from luthier.run.best import forget_best
 from luthier.run.caches import close_caches
@@ -54,6 +56,8 @@ def finish(trained: Trained) -> Finished:
         session.warn(sentence(*ends))
     if equal := equal_steps(log):
         session.warn(equal)
+    if lowered := refusal_warning([*read_skills(session.folder), *measured_changes(session.folder)]):
+        session.warn(lowered)
     stats = _stats(prepared)
     if text := _trend(prepared, after, log):
         stats["trend"] = text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +18,9 @@ from luthier.methods.tuners._base import Untuned
 from luthier.model.loaded import Loaded, load
 from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.recipe.recipe import Recipe
-from luthier.registry import build
+from luthier.registry import build, evaluator_of
 from luthier.report import checkup
+from luthier.report.changes import Condition, measured_changes
 from luthier.report.retention import read_skills
 from luthier.run.folder import rows_fingerprint
 from luthier.storage import files
@@ -38,6 +40,7 @@ def inspect(
     *,
     preference: bool = False,
     report: str | Path | None = None,
+    fail_if: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate two models on the same rows.
 
@@ -50,11 +53,13 @@ def inspect(
             `preference`).
         report: an HTML page to write; for it answers, calibration and diversity are measured too, and the
             weights are compared (`weights` of the result).
+        fail_if: conditions such as 'retention < -2' (report/changes.py); what they need is measured, and
+            those that hold stand in `failed` of the result.
 
     Returns:
-        {base: {model, metrics}, tuned: {model, metrics}, rows, measured_on, notes, skills}; losses in nats a
-        token, shares from 0 to 1. skills: what both can do beside the task, each {skill, metric, rows,
-        before, after, difference, low, high}.
+        {base: {model, metrics}, tuned: {model, metrics}, rows, measured_on, notes, changes, skills, failed};
+        losses in nats a token, shares from 0 to 1. changes: of each metric that is a mean over rows, skills:
+        of what both can do beside the task; each {skill, metric, rows, before, after, difference, low, high}.
 
     Raises:
         RecipeError: a model cannot be loaded, or `preference` and no row has a better and a worse completion.
@@ -62,9 +67,13 @@ def inspect(
     if report is not None and Path(report).is_dir():
         page = Path(report) / "inspect.html"
         raise RecipeError(f"--report: {report} is a folder; give a file name, such as {page}")
+    conditions = [Condition.parse(text) for text in fail_if]
     rows, measured_on, settings = rows_of(tuned, data)
+    evaluators = (*EVALUATORS, *PAGE_EVALUATORS) if report is not None else EVALUATORS
+    needed = filter(None, (evaluator_of(condition.name) for condition in conditions))
     with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as folder:
         comparison = Comparison(rows, settings, Path(folder), preference, page=report is not None)
+        comparison.evaluators = tuple(dict.fromkeys((*evaluators, *needed)))
         result: dict[str, Any] = {}
         for who, name in (("base", base), ("tuned", tuned)):
             result[who] = comparison.measure(who, name)
@@ -72,7 +81,9 @@ def inspect(
             comparison.add_preferences(result)
         notes = comparison.finish()
         result |= {"rows": result["tuned"]["rows"], "measured_on": measured_on, "notes": notes}
+        result["changes"] = [asdict(change) for change in measured_changes(folder)]
         result["skills"] = [asdict(skill) for skill in read_skills(folder)]
+        result["failed"] = [condition.text for condition in conditions if condition.holds(result)]
         if report is not None:
             result["weights"] = comparison.weights
             files.write_text(Path(report), checkup.page(result, Path(folder)))
@@ -105,6 +116,7 @@ class Comparison:
     folder: Path  # both are measured on the same texts elsewhere, which are kept here
     preference: bool
     page: bool
+    evaluators: tuple[str, ...] = EVALUATORS
     notes: list[str] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     architectures: list[str] = field(default_factory=list)
@@ -126,8 +138,7 @@ class Comparison:
             )
         checks.check_forward(loaded.roles.policy, loaded.roles.batch(usable[:2]), self.notes.append)
         self.vocabularies.append(loaded.tokenizer.get_vocab())
-        names = (*EVALUATORS, *PAGE_EVALUATORS) if self.page else EVALUATORS
-        metrics = evaluate(names, loaded, usable, self.folder, WHEN[who])
+        metrics = evaluate(self.evaluators, loaded, usable, self.folder, WHEN[who])
         if self.preference:
             self.totals.append(
                 build("evaluator", "preference").totals(loaded.roles.policy, loaded.roles, paired(usable))

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from luthier.data.load import load_rows
 from luthier.methods.architectures._base import GENERATE
-from luthier.methods.evaluators._base import Evaluator
+from luthier.methods.evaluators._base import Evaluator, keep
 from luthier.registry import Artifact, Metric, evaluator
 from luthier.storage import files
 
@@ -92,8 +92,11 @@ class Refusals(Evaluator):
                 for r, u, a, d in results
             ]
             files.write_rows(folder / f"refusals-{when}.jsonl", records)
-        by = {kind: [d for d, u in zip(declined, unsafe, strict=True) if u == kind] for kind in (True, False)}
-        return {f"refused_{'un' * kind}safe": sum(some) / len(some) for kind, some in by.items() if some}
+        by_row: dict[str, dict[str, float]] = {}
+        for row, u, d in zip(requests, unsafe, declined, strict=True):
+            by_row.setdefault("refused_unsafe" if u else "refused_safe", {})[str(row["id"])] = float(d)
+        keep(folder, when, **by_row)
+        return {name: sum(values.values()) / len(values) for name, values in by_row.items()}
 
     def requests(self, roles: Any, rows: Sequence[dict], folder: Path) -> list[dict]:
         """Requests, `unsafe` said of each; kept in the folder, so that all measurements ask the same."""
