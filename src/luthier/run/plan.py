@@ -65,6 +65,8 @@ def _make_room(recipe: Recipe, folder: Path, overwrite: bool) -> None:
                 "another_run",
             )
         clear(folder)
+    if folder.is_dir():
+        files.remove_leftovers(folder)
     if overwrite and (folder / REPORT).is_file():
         for run in run_folders(folder):
             shutil.rmtree(run)
