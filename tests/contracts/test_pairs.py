@@ -100,7 +100,14 @@ ONLINE = {
         {"name": "advantages", "baseline": "critic"},
     ],
     "supervised_share": [{"name": "sasr", "n": 2, "max_new_tokens": 2, "reward": "length"}],
+    "reward_moments": [
+        {"name": "rollout", "n": 1, "max_new_tokens": 2},
+        {"name": "score", "reward": "length"},
+        "normalize_rewards",
+    ],
 }
+BY_STAGE = {"reward_moments"}  # roles that no objective asks
+OF_ONE_TUNER = {"parameter_rates"}  # its settings name parameters of a tuner
 REMOTE = {c.name for c in cards("role") if ".remote." in c.module}  # their models are behind an address
 
 
@@ -121,7 +128,7 @@ VALUES = {
     "role": ["none", *sorted(set(names("role")) - REMOTE)],
     "estimator": names("estimator"),
     "architecture": list(FAMILIES),
-    "optim": [*names("optimizer"), *(f"[{name}]" for name in names("transform"))],
+    "optim": [*names("optimizer"), *(f"[{name}]" for name in names("transform") if name not in OF_ONE_TUNER)],
 }
 
 
@@ -167,7 +174,7 @@ def objective_for(role: str, estimator: str, architecture: str) -> tuple[Any, fr
     """The plainest objective that asks a role, suits an estimator and can be asked of an architecture, and
     what it requires. Where none does it all: one that asks the role and suits the estimator.
     """
-    asked = set() if role == "none" else {player_of(role)}
+    asked = set() if role == "none" else {player_of(role)} - BY_STAGE
     available = {*build("architecture", architecture.split("/")[0]).provides, *asked}
     available |= {"completions", "pairs", "scores", "source", "reference", "teacher"}
     if role == "none" or find("role", role).answers == "outputs":

@@ -57,6 +57,7 @@ class Role:
     answers: ClassVar[Literal["outputs", "logprobs", "text"]] = "outputs"
     constant: ClassVar[bool] = False  # does it say the same of a row at every step of a run?
     per_run: ClassVar[bool] = False  # does what it says depend on what the run began with?
+    starts_from_rows: ClassVar[bool] = False  # does it read training rows before the first step?
 
     def parts(self, policy: Any) -> dict[str, Part]:
         """Parts that this role brings, by name. policy: before anything is brought."""

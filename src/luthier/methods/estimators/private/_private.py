@@ -133,6 +133,12 @@ class Private(Estimator):
                     f"estimator '{self.name}' promises that rows are read by its steps alone, but tuner"
                     f" '{tuner.name}' starts from rows of its own choice; use another tuner or start"
                 )
+        for name, role in methods.roles.items():
+            if role.starts_from_rows:
+                raise RecipeError(
+                    f"estimator '{self.name}' promises that rows are read by its steps alone, but role"
+                    f" '{role.name}' (roles.{name}) starts from rows of its own choice"
+                )
         if recipe.num_iterations > 1:
             raise RecipeError(f"estimator '{self.name}' draws rows for each step: num_iterations must be 1")
         if recipe.compares_evaluations:

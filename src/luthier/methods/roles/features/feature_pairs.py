@@ -36,6 +36,8 @@ FEATURE_PAIRS = Capability(
 class FeaturePairs(Role):
     """[size, 2 * width], and the first token of each answer."""
 
+    starts_from_rows = True
+
     size: Annotated[int, Field(ge=2)] = 2048  # number of stored pairs
 
     def parts(self, policy):

@@ -46,6 +46,8 @@ GENERATOR = Capability(
 class Generator(Role):
     """Cross attention from a class to its neighbours, trained along with the policy."""
 
+    starts_from_rows = True
+
     base_classes: list[str]  # classes of the rows, as their answers name them
     new_classes: list[str]  # classes that no row has
     k: Annotated[int, Field(ge=1)] = 3  # number of nearest classes that are attended to

@@ -35,6 +35,8 @@ MEMORY = Capability(
 class Memory(Role):
     """Features [size, width] with their classes."""
 
+    starts_from_rows = True
+
     size: Annotated[int, Field(ge=1)] = 4096  # number of stored features
 
     def parts(self, policy):

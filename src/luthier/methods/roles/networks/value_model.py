@@ -56,7 +56,13 @@ class ValueModel(Role):
                 f"roles.critic: role 'value_model' needs a network that has a form with a scalar head, and"
                 f" {config.model_type} has none in transformers"
             )
-        return RewardModel().load(path, dtype=dtype)
+        network = RewardModel().load(path, dtype=dtype)
+        if not hasattr(network, "score"):
+            raise RecipeError(
+                f"roles.critic: role 'value_model' needs a head that is applied to every token, and"
+                f" {type(network).__name__} ({config.model_type}) has one for whole texts"
+            )
+        return network
 
     def play(self, name, policy):
         return brought(policy, name, "network")
