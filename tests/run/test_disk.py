@@ -136,6 +136,13 @@ def test_checkpoints_without_run_json_are_nobodys(stopped, tmp_path):
     luthier.tune(recipe | {"overwrite": True}, folder=run)
 
 
+def test_leftovers_of_a_kill_of_a_plan_are_cleared(shallow, tmp_path):
+    (tmp_path / "report.json.999999999.part").write_text("{")
+    plan = [{"max_steps": 1}, {"max_steps": 1}]
+    luthier.tune(recipe_of(shallow) | {"plan": plan}, folder=tmp_path)
+    assert not list(tmp_path.glob("*.part")) and (tmp_path / "report.json").is_file()
+
+
 def test_leftovers_of_a_kill_are_cleared(stopped, tmp_path):
     recipe, source, whole = stopped
     run = Path(shutil.copytree(source, tmp_path / "run"))
