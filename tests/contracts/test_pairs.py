@@ -103,7 +103,7 @@ ONLINE = {
     "reward_moments": [
         {"name": "rollout", "n": 1, "max_new_tokens": 2},
         {"name": "score", "reward": "length"},
-        "normalize_rewards",
+        {"name": "normalize_rewards"},
     ],
 }
 BY_STAGE = {"reward_moments"}  # roles that no objective asks
@@ -177,8 +177,11 @@ def objective_for(role: str, estimator: str, architecture: str) -> tuple[Any, fr
     asked = set() if role == "none" else {player_of(role)} - BY_STAGE
     available = {*build("architecture", architecture.split("/")[0]).provides, *asked}
     available |= {"completions", "pairs", "scores", "source", "reference", "teacher"}
-    if role == "none" or find("role", role).answers == "outputs":
+    plays_network = role != "none" and player_of(role) in ("reference", "teacher")
+    if role == "none" or plays_network and find("role", role).answers == "outputs":
         available.add("reference_outputs")
+    for stage in ONLINE.get(player_of(role), []) if role != "none" else []:
+        available |= {*card("stage", stage["name"]).provides}
     asking, suiting = [], []
     for spec, objective, needed in objectives():
         if not asked <= needed:

@@ -42,7 +42,8 @@ class VerifiedRetrieval(Decoder):
         return lambda logits, prompts, responses: logits
 
     def generate(self, roles, rows, prompts, **how):
-        n, seeds, stop = how.pop("n", 1), how.pop("seeds"), list(how.get("stop") or ())
+        n, seeds = how.pop("n", 1), how.pop("seeds")
+        stop: Ids = list(how.get("stop") or ())
         out = []
         for row, prompt, seed in zip(rows, prompts, seeds, strict=True):
             passages = row.get("passages")

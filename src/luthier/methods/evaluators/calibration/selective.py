@@ -57,8 +57,9 @@ class Selective(Evaluator):
             "selective_risk": sum(answered) / len(answered),
             "abstention_threshold": lowest,
         }
-        if len(set(ratings)) > 1 and len(set(labels)) > 1:
-            out["judge_correlation"] = float(correlation(torch.tensor(ratings), torch.tensor(labels)))
+        agreement = correlation(torch.tensor(ratings), torch.tensor(labels))
+        if agreement is not None and len(set(ratings)) > 1 and len(set(labels)) > 1:
+            out["judge_correlation"] = float(agreement)
         return out
 
 
