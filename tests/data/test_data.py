@@ -262,7 +262,6 @@ def test_each_bad_row_has_its_line_and_its_reason(tmp_path):
             {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]},
             "cannot be parsed",
         ),
-        ({"text": "a", "label": None, "labels": []}, "label is missing"),
         ({"question": "a", "answer": {"b": 1}}, "answer is an object"),
     ],
 )
@@ -275,6 +274,13 @@ def test_reasons_of_each_format(raw, reason):
         except BadRow as why:
             reasons.append(str(why))
     assert any(reason in r for r in reasons), reasons
+
+
+def test_an_empty_list_of_labels_is_no_class_unless_a_label_is_null_beside_it():
+    reader = build("format", "labelled")
+    assert reader.row({"text": "a", "labels": []})["label"] == []
+    with pytest.raises(BadRow, match="label is missing"):
+        reader.row({"text": "a", "label": None, "labels": []})
 
 
 def test_too_many_bad_rows_end_in_one_sentence(tmp_path):

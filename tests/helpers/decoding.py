@@ -21,6 +21,10 @@ class TableWriter(Writer):
 
     def __init__(self, table: Table):
         self.table, self.model, self.device = table, nn.Linear(1, 1), torch.device("cpu")
+        self.attached = SimpleNamespace(changes_inputs=False)
+
+    def announce(self, prompts, rows):
+        """No tuner reads along."""
 
     def begin(self, prompts, n):
         self.texts = [tuple(prompt) for prompt in prompts for _ in range(n)]

@@ -98,7 +98,10 @@ def test_clipping_holds_no_second_copy_of_the_gradients():
     ) ** 0.5 == pytest.approx(0.1, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in TRANSFORMS if find("transform", n).pointwise])
+POINTWISE = [n for n in TRANSFORMS if find("transform", n).pointwise and n != "parameter_rates"]
+
+
+@pytest.mark.parametrize("name", POINTWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_pointwise_may_go_in_pieces(name, dtype, monkeypatch):
     """Bit for bit what the whole tensor gives, its state and the ages of entries that began anew among it."""

@@ -14,6 +14,7 @@ from luthier.registry import did_you_mean, transform
 
 @transform(
     example={"factors": {"A": 2.0}},
+    contract={"promises": "its settings name parameters of a tuner"},
     use_when="parts of a tuner need rates of their own: a prompt beside a low-rank pair, a head beside a"
     " prompt.",
     costs="nothing.",
