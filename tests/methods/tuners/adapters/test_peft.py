@@ -20,6 +20,9 @@ def test_plain_peft_and_transformers_load_it(name, tmp_path):
         train(attached)
     attached.save(tmp_path)
     if not (tmp_path / "adapter_config.json").is_file():
+        if not (tmp_path / "model.safetensors").is_file():  # a form of its own, and a sentence that says so
+            assert attached.why_not_elsewhere()
+            return
         assert torch.equal(
             plain(type(attached.model).from_pretrained(tmp_path).eval()), plain(attached.model)
         )
