@@ -194,7 +194,7 @@ class Console(Callback):
             self.bar.update(self.task, advance=steps, status=self._status())
         elif not sentence and self._line_is_due():
             self.last_printed = self.done
-            self.silence = 2 * (time.perf_counter() - self.began)
+            self.silence = max(self.silence, 2 * (time.perf_counter() - self.began))
             self.say(f"step {self.done}/{self.total}  {self._status()}")
 
     def _line_is_due(self) -> bool:
