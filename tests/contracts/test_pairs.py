@@ -107,7 +107,8 @@ ONLINE = {
     ],
 }
 BY_STAGE = {"reward_moments"}  # roles that no objective asks
-OF_ONE_TUNER = {"parameter_rates"}  # its settings name parameters of a tuner
+# their settings name parameters of a tuner
+OF_ONE_TUNER = {name for name in names("transform") if "promises" in find("transform", name).contract}
 REMOTE = {c.name for c in cards("role") if ".remote." in c.module}  # their models are behind an address
 
 

@@ -182,7 +182,8 @@ def published_page() -> str:
     lines = [
         "# Published recipes",
         "",
-        "Pipelines of papers with the authors' settings. `luthier tune recipe:NAME` runs one on a toy model"
+        "Pipelines of papers, with the authors' settings where these are known: under `Not there` stands"
+        " which are not. `luthier tune recipe:NAME` runs one on a toy model"
         " and toy rows, in minutes; with `--model` and `--data FOLDER` it runs on yours: the folder has a"
         " file for each kind of rows (`sft.jsonl`, or .parquet, .csv, a folder), or `data.sft=FILE` names"
         " each. Changes are made as in any recipe (`learning_rate=1e-5`); `luthier explain recipe:NAME`"

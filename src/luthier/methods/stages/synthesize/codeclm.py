@@ -64,7 +64,8 @@ class Draft:
     costs="for each seed two replies, and for each instruction and iteration two answers and two judgements.",
     covers="use case and skills, basic instructions, self-rubrics with one drawn action a step, the gap of"
     " scores in both orders, the better answer.",
-    omits="a judge other than the writer.",
+    omits="a judge other than the writer; with `writer: null` the model that is tuned writes for itself, and"
+    " no gap of two models is measured.",
     contract={"gives": "a tiny model writes no metadata"},
     tests=[
         "methods/stages/synthesize/test_codeclm.py::test_easy_instructions_are_rewritten_and_hard_ones_stay",

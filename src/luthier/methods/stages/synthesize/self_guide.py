@@ -38,7 +38,8 @@ SHOTS = 3  # earlier inputs beside the examples
     costs="two replies for each new row, and more where filters reject.",
     covers="inputs by label or with earlier inputs in context, filters of length, copies and labels, answers"
     " in context.",
-    omits="the search for temperatures and the number of rows: `luthier search`.",
+    omits="the search for temperatures and the number of rows: `luthier search`; that a model gains by its"
+    " own rows is not tested.",
     contract={"gives": "a tiny model writes the same input again, or none"},
     tests=[
         "methods/stages/synthesize/test_self_guide.py::test_filters_leave_exactly_what_is_valid",
