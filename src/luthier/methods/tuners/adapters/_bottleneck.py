@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from luthier.methods.tuners._base import TunedModel
     from luthier.model.network import Network
 
-Activation = Literal["relu", "gelu", "silu", "tanh"]
+Activation = Literal["relu", "gelu", "silu", "tanh", "linear"]
+FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda h: h}
 SUBLAYERS = {"o": "attention", "down": "feed-forward"}  # a sublayer's last matrix -> the sublayer
 
 
@@ -41,7 +42,7 @@ def through(
     h: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, non_linearity: str
 ) -> Tensor:
     """up(f(down(h)))"""
-    f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}[non_linearity]
+    f = FUNCTIONS[non_linearity]
     return F.linear(f(F.linear(h, down, down_bias)), up, up_bias)
 
 
@@ -69,6 +70,10 @@ class Bottleneck(Delta):
         attached.warnings += warnings
         return attached
 
+    def ends(self) -> tuple[str, ...]:
+        """With target_modules auto: what the matrices are that have an adapter."""
+        return self.places
+
     def put(self, model: Network) -> TunedModel:
         """On a network whose modules the settings name."""
         return super().attach(model)
@@ -82,15 +87,15 @@ class Bottleneck(Delta):
             place = layer_of(f"{name}.")
             if place is not None:
                 layers.setdefault(place, set()).add(part_of(name))
-        names, warnings, kind = part_names(model, *self.places), [], type(model).__name__
+        names, warnings, kind = part_names(model, *self.ends()), [], type(model).__name__
         if not names:
             raise RecipeError(
                 f"tuner '{self.name}' does not know the modules of {kind}; name those that end its sublayers"
                 " in target_modules"
             )
-        for part in self.places:
+        for part in SUBLAYERS:
             without = sum(part not in parts for parts in layers.values())
-            if without:
+            if without and part in self.ends():
                 warnings.append(
                     f"tuner '{self.name}' finds no matrix that ends {SUBLAYERS[part]} in {without} of the"
                     f" {len(layers)} layers of {kind} and puts no adapter there; name the modules in"
