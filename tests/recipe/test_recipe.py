@@ -250,3 +250,16 @@ def test_sums_of_objectives():
 def test_paths_are_read_as_text(tmp_path):
     made = Recipe.load({"data": {"path": tmp_path / "rows.jsonl"}, "output_dir": tmp_path})
     assert made.output_dir == str(tmp_path) and str(tmp_path / "rows.jsonl") in str(made.data)
+
+
+@pytest.mark.parametrize("key", ["model", "output_dir", "init_from", "chat_template"])
+def test_a_path_that_the_system_refuses_is_one_sentence(key):
+    keys = {"model": "toy:lm-small", "data": "toy:arithmetic"} | {key: "a" * 5000}
+    with pytest.raises(RecipeError, match=rf"^{key}: a+\.\.\. cannot be read \(File name too long\)"):
+        validate(Recipe.load(keys))
+
+
+@pytest.mark.parametrize("changes", [{"objective": "0.5*sft + 1..2*dpo"}, {"stages": -1.0, "r": 2}])
+def test_what_is_no_sum_and_no_list_is_one_sentence(changes):
+    with pytest.raises(RecipeError, match="^(objective: '0|recipe: stages: input should be a valid list)"):
+        validate(Recipe.load({"model": "toy:lm-small", "data": "toy:arithmetic", **changes}))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -76,3 +78,12 @@ def test_the_holder_of_a_lock_is_who_holds_it(tmp_path):
 def test_a_disk_that_has_no_room_is_known_beforehand(tmp_path):
     assert files.reserve(tmp_path / "small", 1000)
     assert not files.reserve(tmp_path / "large", 1 << 60) and not (tmp_path / "large").exists()
+
+
+def test_whoever_has_a_folder_clears_what_a_kill_left(tmp_path):
+    """A comparison and a search write into their own folder too, not only into those of their runs."""
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True)
+    half = tmp_path / f"status.json.{int(process.stdout)}.part"
+    half.write_text("{")
+    with files.exclusive(tmp_path):
+        assert not half.exists()

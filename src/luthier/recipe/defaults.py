@@ -22,7 +22,7 @@ ROWS = 3000  # rows that a run reads at least, repeated ones counted, unless tha
 MOST = 10  # epochs
 AUTO = "auto"
 
-TERM = r"\s*(?:([\d.]+(?:[eE][+-]?\d+)?)\s*\*\s*)?([A-Za-z]\w*)\s*"
+TERM = r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*)?([A-Za-z]\w*)\s*"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.compat.lazy_imports import import_models
-from luthier.errors import RecipeError, out_of_memory
+from luthier.errors import RecipeError, out_of_memory, shortened
 from luthier.registry import did_you_mean
 from luthier.storage.toy import is_toy, toy_name, toy_package
 
@@ -28,6 +28,15 @@ def resolve_model(name: str) -> str:
         if model not in toy.models():
             raise RecipeError(f"model: no toy model is named '{model}'{did_you_mean(model, toy.models())}")
         return str(toy.path(model))
+    try:
+        return _resolve_path(name)
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        reason = error.strerror or type(error).__name__
+        raise RecipeError(f"model: {shortened(name)} cannot be read ({reason})") from None
+
+
+def _resolve_path(name: str) -> str:
+    """As `resolve_model`, of what is no toy."""
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():

@@ -287,7 +287,8 @@ class Reading:
         if isinstance(objective, dict) or objective in names("objective"):
             places["objective"] = settings_of("objective", name_of(objective))
         for key in ("online_stages", "stages"):
-            for i, value in enumerate(self.out.get(key) or ()):
+            stages = self.out.get(key)
+            for i, value in enumerate(stages if isinstance(stages, (list, tuple)) else ()):
                 if name_of(value) in names("stage"):
                     places[f"{key}.{i}"] = settings_of("stage", name_of(value))
         return places

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from luthier.errors import RecipeError, quoted
+from luthier.errors import RecipeError, quoted, shortened
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS
 from luthier.recipe.defaults import AUTO, RATE, TERM, DefaultRate, default_rate
 from luthier.recipe.read import as_spec, read
@@ -194,6 +194,7 @@ class Recipe:
             recipe = _ADAPTER.validate_python(reading.out)
         except ValidationError as error:
             raise RecipeError(f"recipe: {format_errors(error)}") from None
+        recipe.check_paths()
         origins = {key: reading.origins.get(key, "default") for key in DEFAULTS}
         changed = {}
         if "learning_rate" not in reading.out:
@@ -211,6 +212,18 @@ class Recipe:
         changed = Recipe.load(rest, changes)
         origins = {k: v for k, v in self.origins.items() if k in rest}
         return replace(changed, origins={**changed.origins, **origins})
+
+    def check_paths(self) -> None:
+        """Refuse a path that the system cannot even be asked about: too long, or behind a closed folder."""
+        for key in ("output_dir", "init_from", "chat_template"):
+            value = getattr(self, key)
+            if not isinstance(value, (str, Path)) or "{" in str(value):  # text of a template
+                continue
+            try:
+                Path(value).expanduser().exists()
+            except (OSError, RuntimeError, ValueError) as error:  # also: ~nobody, a NUL byte
+                reason = getattr(error, "strerror", None) or error
+                raise RecipeError(f"{key}: {shortened(str(value))} cannot be read ({reason})") from None
 
     # ------------------------------------------------------------------------------------------ writing
 

@@ -105,7 +105,6 @@ def open_folder(
         yield FolderState()
         return
     with files.exclusive(folder) as lock:
-        files.remove_leftovers(folder)
         state = _read_state(folder, recipe, data, overwrite)
         warnings = []
         if state is None:

@@ -99,7 +99,7 @@ def check_folder_name(folder: Path) -> None:
 @contextmanager
 def exclusive(folder: Path) -> Iterator[FolderLock]:
     """A folder for oneself, made if it is not there: while one process has it, another is refused. The lock's
-    file holds the process id.
+    file holds the process id. What a killed process left half written in the folder is cleared.
     """
     try:
         with disk_errors(folder):
@@ -115,6 +115,7 @@ def exclusive(folder: Path) -> Iterator[FolderLock]:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
+            remove_leftovers(folder)
         try:
             yield lease
         finally:
