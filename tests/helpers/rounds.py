@@ -61,7 +61,7 @@ def encode(row: dict) -> Encoded:
 
 def roles_of(policy: Any, names: Sequence[str], seed: int = 0, **players: Any) -> SimpleNamespace:
     """What stages and objectives ask; names: the texts of the answers."""
-    write = lambda ids, special=False: " ".join(names[i] for i in ids)
+    write = lambda ids, special=False: " ".join([names[i] for i in ids])
     renderer = SimpleNamespace(
         prompt=lambda row: row["prompt"], stop_ids=[], max_length=None, text=write, answer=write, note=""
     )
@@ -193,3 +193,57 @@ def expected_reward(policy: Table, reward: Any, rows: Sequence[dict], names: Seq
         scores = torch.tensor(reward.scores(row, list(names)))
         total += float(probabilities[row["prompt"][-1]] @ scores)
     return total / len(rows)
+
+
+class Scripted(nn.Module):
+    """A policy that answers texts by a function; its tokens are characters."""
+
+    architecture = SimpleNamespace(
+        encode=lambda row, renderer: encode_text(row),
+        encode_all=lambda rows, renderer: (list(rows), [], {}),
+    )
+
+    def __init__(self, reply: Any, likely: Any):
+        super().__init__()
+        self.reply, self.likely, self.prompts = reply, likely, []
+        self.attached = SimpleNamespace(tensors=lambda parts=True: {})
+        self.eval_mode = nullcontext
+
+    def logprobs(self, batch: Any) -> Tensor:
+        return torch.tensor([float(self.likely(chr(int(i)))) for i in batch.labels[batch.targets]])
+
+    def generate(self, prompts, *, seeds, n=1, **how):
+        out = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            text = "".join(map(chr, prompt))
+            self.prompts.append(text)
+            out.append([list(map(ord, self.reply(text, seed + k))) for k in range(n)])
+        return out
+
+
+def encode_text(row: dict) -> Encoded:
+    answers = [list(map(ord, c)) if isinstance(c, str) else c for c in row["completions"]]
+    return Encoded(list(map(ord, text_prompt(row))), answers, [[True] * len(c) for c in answers])
+
+
+def text_prompt(row: dict) -> str:
+    """A prompt with what an assistant has begun."""
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = "".join(f"<{turn['role']}>{turn['content']}" for turn in prompt)
+    return prompt + row.get("prefix", "")
+
+
+def scripted(reply: Any, likely: Any = lambda character: -1.0, seed: int = 0, **players: Any) -> Any:
+    """Roles of a policy that is a function. reply: (prompt, seed) -> text; likely: a character ->
+    its log-probability.
+    """
+    write = lambda ids, special=False: "".join(map(chr, ids))
+    roles = roles_of(Scripted(reply, likely), [], seed, **players)
+    roles.renderer = SimpleNamespace(
+        prompt=lambda row: list(map(ord, text_prompt(row))),
+        **{"stop_ids": [], "max_length": None, "text": write, "answer": write, "note": ""},
+    )
+    roles.text = write
+    roles.batch = lambda rows: bandit.collate(rows, encode_text)
+    return roles
