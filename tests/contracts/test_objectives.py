@@ -216,7 +216,9 @@ def test_every_tuner_takes_two_steps_on_an_objective_of_every_family(tuner):
             chain.step(chain_gradients(chain))
             roles.tuner.end_step(roles.clock)
         after = roles.tuner.tensors()
-        assert any(k not in before or not torch.equal(t, before[k]) for k, t in after.items()), name
+        moved = any(k not in before or not torch.equal(t, before[k]) for k, t in after.items())
+        # a policy that is its own reference to the bit is where this one wants it
+        assert moved or (name == "kl" and float(loss.detach()) == pytest.approx(0.0, abs=1e-6)), name
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

@@ -195,11 +195,19 @@ def published_page() -> str:
         lines += [f"{escape(pipeline.title)} ({link(pipeline.paper)}).", ""]
         lines += ["| rows | what they hold | the authors' | in their stead |", "| - | - | - | - |"]
         for kind, rows in pipeline.rows.items():
-            toy = rows.toy["path"]
-            lines.append(f"| `{kind}` | {cell(rows.holds)} | {cell(rows.source)} | `{toy}` |")
+            stead = in_stead(rows.toy)
+            lines.append(f"| `{kind}` | {cell(rows.holds)} | {cell(rows.source)} | {stead} |")
         lines += ["", f"There: {escape(pipeline.covers)}", "", f"Not there: {escape(pipeline.omits)}", ""]
         lines += ["```yaml", yaml.safe_dump(pipeline.recipe, sort_keys=False, width=110).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def in_stead(rows: Any) -> str:
+    """What a pipeline reads at toy scale, in a cell: names of toy rows, or how many rows its file holds."""
+    if isinstance(rows, dict):
+        return f"`{rows['path']}`"
+    named = [in_stead(part) for part in rows if "path" in part]
+    return ", ".join(named) if named else f"{len(rows)} rows of its file"
 
 
 def keys() -> str:

@@ -43,3 +43,30 @@ def test_what_the_inner_ones_require_is_required():
 
     assert "answer" in requires_of(build("reward", {"name": "weighted", "of": [LENGTH, "exact_match"]}))
     assert "answer" in requires_of(build("reward", {"name": "gate", "reward": LENGTH, "by": "exact_match"}))
+
+
+def test_a_part_alone_is_read():
+    part = {"name": "part", "tag": "answer", "reward": LENGTH, "otherwise": -5.0}
+    thoughts = ("short", "a much longer thought, said twice, said twice")
+    texts = [f"<think>{thought}</think><answer>x y</answer>" for thought in thoughts]
+    assert scores(part, *texts) == [2.0, 2.0], "other thoughts, the same reward"
+    wrong = ["no tags", "<answer>x", "</answer>x<answer>", "<answer>x</answer><answer>y</answer>"]
+    assert scores(part, *wrong) == [-5.0] * 4
+
+
+def test_shaped_verdicts_never_cross():
+    class Extreme:
+        def scores(self, row, texts):
+            return [float(text.split()[0]) for text in texts]
+
+    judge = build("reward", {"name": "shaped", "reward": LENGTH, "by": LENGTH, "alpha": 0.5})
+    verdict = type("Verdict", (), {"scores": lambda self, row, texts: [float(t.split()[1]) for t in texts]})
+    object.__setattr__(judge, "reward", Extreme())
+    object.__setattr__(judge, "by", verdict())
+    wrong = judge.scores(ROW, [f"{x} 0" for x in (-60, -1, 0, 1, 60)])
+    right = judge.scores(ROW, [f"{x} 1" for x in (-60, -1, 0, 1, 60)])
+    assert max(wrong) <= 0 <= min(right) and wrong[2] == -0.5 and right[2] == 0.5
+    assert max(wrong[:4]) < min(right[1:]), "any that a model says within reason"
+    assert wrong == sorted(wrong) and right == sorted(right)
+    assert judge.scores(ROW, ["2 1"]) == [pytest.approx(1 / (1 + 2.718281828 ** (-0.5 * 2)))]
+    assert judge.scores(ROW, ["-1e9 1", "1e9 0"]) == [0.0, 0.0], "no overflow"
