@@ -81,6 +81,7 @@ def test_bootstrap_covers_the_mean_of_both_sources():
 def test_holm_is_the_known_table():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.2, 0.01, 0.01]) == pytest.approx([0.2, 0.03, 0.03])
 
 
 def test_front_and_hypervolume():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from luthier.methods.evaluators._base import per_example_file
 from luthier.report.chart import Figure, scatter_figure
@@ -63,6 +62,8 @@ def _cell(value: float) -> dict[str, float]:
 
 def _cells(run: Path, metrics: Sequence[str], values: Sequence[float]) -> list[dict[str, float]]:
     """{mean, low, high} of each metric; the interval over rows, where values by row were saved."""
+    from scipy.stats import bootstrap
+
     path = per_example_file(run, "after")
     by_row = files.read_object(path) if path.is_file() else {}
     cells = []

@@ -201,7 +201,7 @@ def paired_change(before: Mapping[str, float], after: Mapping[str, float], level
     has a width even where no row changed; of other values Student's t. Raises ValueError where there are no
     rows or other ones.
     """
-    from scipy.stats import norm, t
+    from scipy.special import ndtri, stdtrit  # scipy.stats computes the same, and takes 0.7 s to import
 
     if not after or before.keys() != after.keys():
         raise ValueError("the rows before and after are not the same")
@@ -214,10 +214,10 @@ def paired_change(before: Mapping[str, float], after: Mapping[str, float], level
         lost = (changes.count(-1.0) + 1) / (size + 2)
         centre = gained - lost
         error = ((gained + lost - centre**2) / (size + 2)) ** 0.5
-        half = float(norm.ppf((1 + level) / 2)) * error
+        half = float(ndtri((1 + level) / 2)) * error
         return Change(*means, difference, max(-1.0, centre - half), min(1.0, centre + half))
     if size < 2:
         return Change(*means, difference, -math.inf, math.inf)
     variance = sum((change - difference) ** 2 for change in changes) / (size - 1)
-    half = float(t.ppf((1 + level) / 2, size - 1)) * (variance / size) ** 0.5
+    half = float(stdtrit(size - 1, (1 + level) / 2)) * (variance / size) ** 0.5
     return Change(*means, difference, difference - half, difference + half)
