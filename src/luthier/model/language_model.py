@@ -285,8 +285,10 @@ def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple
         return probe.to(output.device)[None, :, None].repeat(1, 1, output.shape[-1])
 
     hook = module.register_forward_hook(put_probe)
+    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
     try:
-        with _before_head(model, lambda hidden: hidden[:1, :1]):
+        # a network that draws (dropout) goes on afterwards as if nobody had measured it
+        with torch.random.fork_rng(devices), _before_head(model, lambda hidden: hidden[:1, :1]):
             answers = model(**inputs, use_cache=False).logits.float()[0]
     finally:
         hook.remove()

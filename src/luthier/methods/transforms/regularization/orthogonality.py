@@ -35,10 +35,11 @@ class Orthogonality(Transform):
         if not {"A", "B"} <= grads.keys():
             return grads
         a, b = group.params["A"], group.params["B"]
-        return {**grads, "A": grads["A"] + self.weight * pull(a), "B": grads["B"] + self.weight * pull(b.T).T}
+        by_b = pull(b.mT).mT
+        return {**grads, "A": grads["A"] + self.weight * pull(a), "B": grads["B"] + self.weight * by_b}
 
 
 @torch.no_grad()
 def pull(rows: Tensor) -> Tensor:
-    """The gradient of |R R' - 1|^2 with respect to R [r, n]."""
-    return 4 * (rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)) @ rows
+    """The gradient of |R R' - 1|^2 with respect to R [..., r, n]."""
+    return 4 * (rows @ rows.mT - torch.eye(rows.shape[-2], device=rows.device, dtype=rows.dtype)) @ rows

@@ -4,7 +4,8 @@ drawn anew, and afterwards all parts together are one ordinary adapter.
 Random masks split `up`, and with `split: both` also `down`, into `parts` of as many numbers each. A pass in
 training takes one part, and its gradient reaches that part alone; with `split: up`, the paper's hierarchical
 form, `down` is used whole and the gradient of one drawn part of it counts. Evaluation and everything after
-training use the sum of the parts, so nothing is merged and nothing costs more.
+training use the sum of the parts, so nothing is merged and nothing costs more. The consistency of two passes
+is objective `r_drop` with `likelihood: first`.
 
 Departs: the draws are those of dropout, for each layer and micro-batch.
 """
@@ -33,12 +34,14 @@ from luthier.registry import Range, tuner
     starting_rate="the paper takes 1e-3.",
     default_rate=1e-3,
     covers="disjoint parts that cover every number, drawn for each layer and pass; hierarchical and full"
-    " splits, over parallel and sequential adapters.",
-    omits="the consistency of two passes as a term of the loss; its image data sets.",
+    " splits, over parallel and sequential adapters; the consistency of two passes is objective `r_drop`.",
+    omits="its image data sets.",
     tests=[
         "methods/tuners/adapters/test_mosa.py::test_parts_are_disjoint_and_their_sum_is_the_adapter",
         "methods/tuners/adapters/test_mosa.py::test_gradients_stay_in_the_part_that_was_drawn",
         "methods/tuners/adapters/test_mosa.py::test_one_part_trains_as_the_plain_adapter",
+        "methods/objectives/supervised/test_r_drop.py"
+        "::test_it_is_the_likelihoods_and_the_divergence_of_two_passes",
     ],
 )
 class MoSA(SublayerAdapter):
