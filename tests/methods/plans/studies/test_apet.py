@@ -36,9 +36,7 @@ def test_apet_compares_structures_by_model(recipe):
             size = one.tuner.get("n") or 10 * one.tuner["r"]
             after = 0.3 + size / 200 + (one.tuner["name"] == "lora") * (0.2 if one.model == "small" else 0.1)
         moving = {} if one.tuner == "full" else {"moving": size}
-        report = SimpleNamespace(
-            folder="x", before=before, after={"accuracy": after}, stats=moving, notes=[]
-        )
+        report = SimpleNamespace(folder="x", before=before, after={"accuracy": after}, stats=moving, notes=[])
         return report
 
     def played(before):

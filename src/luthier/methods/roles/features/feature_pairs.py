@@ -55,7 +55,5 @@ class Pairs(Features):
             batch = roles.batch(rows[i : min(i + 16, len(self.rows))])
             with eval_mode(roles.policy.model):
                 both = [features(batch, who(batch)) for who in (roles.reference, roles.policy)]
-            self.remember(
-                of_rows(batch), batch.labels[batch.targets][batch.place == 0], torch.cat(both, 1)
-            )
+            self.remember(of_rows(batch), batch.labels[batch.targets][batch.place == 0], torch.cat(both, 1))
         self.after_step(roles.clock)

@@ -84,9 +84,7 @@ class BalancedRollout(Stage):
 
     def samples(self, rows: Sequence[dict], roles: Any, temperature: float, place: int) -> list[dict]:
         draw = self.draw * (len(self.temperatures) + 1) + place
-        rollout = Rollout(
-            n=self.n, max_new_tokens=self.max_new_tokens, temperature=temperature, draw=draw
-        )
+        rollout = Rollout(n=self.n, max_new_tokens=self.max_new_tokens, temperature=temperature, draw=draw)
         return rollout(rows, roles)
 
     def probe(self, rows: Sequence[dict], roles: Any, temperature: float, place: int) -> list[list[Answer]]:
