@@ -7,13 +7,13 @@ from typing import Annotated
 
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
-from luthier.methods.stages._base import Stage, text_of
+from luthier.methods.stages._base import REWARDS, Stage, text_of
 from luthier.registry import nested_list, stage
 
 
 @stage(
     requires=[COMPLETIONS],
-    provides=[SCORES],
+    provides=[SCORES, REWARDS],
     removes=[PAIRS],
     use_when="completions need scores from a reward: rules, verifiers or a reward model.",
     costs="one call of each reward for each completion.",
@@ -38,6 +38,10 @@ class Score(Stage):
             raise ValueError(
                 f"names: {self.names} must have one distinct name for each of the {len(self.reward)} rewards"
             )
+
+    @property
+    def active_provides(self):
+        return self.provides if len(self.reward) > 1 else self.provides - {REWARDS}
 
     def __call__(self, rows, roles):
         weights = self.reward_weights or [1.0] * len(self.reward)
