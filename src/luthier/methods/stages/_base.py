@@ -57,6 +57,8 @@ class Stage:
     asks_model: ClassVar[bool] = True
     # draws that are sampled before the current one is trained on; of a live stage that samples
     ahead: ClassVar[int] = 0
+    # does it make one row, or none, of each row by itself? Then what a private run promises for rows holds
+    row_by_row: ClassVar[bool] = False
 
     def __call__(self, rows: Sequence[dict], roles: Any) -> Iterable[dict]:
         """rows: in canonical form. roles: who may be asked; the policy as it is now."""

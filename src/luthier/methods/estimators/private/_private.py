@@ -116,8 +116,9 @@ class Private(Estimator):
 
     def suits_recipe(self, recipe, methods):
         self.key()
-        if methods.stages or methods.online_stages:
-            stage = [*methods.stages, *methods.online_stages][0]
+        for stage in (*methods.stages, *methods.online_stages):
+            if stage.row_by_row:
+                continue
             raise RecipeError(
                 f"estimator '{self.name}' promises privacy for rows as its steps read them, which stage"
                 f" '{stage.name}' would process before; process the rows in a run of its own, each by itself"
@@ -273,6 +274,8 @@ def reads_rows(tuner: Any) -> bool:
     """May a tuner start from training rows? One that reads public rows (init_data) does not."""
     if not hasattr(tuner, "init_rows"):
         return False
+    if getattr(tuner, "starts_from_rows", False):
+        return True
     start = getattr(tuner, "init_lora_weights", None)
     if start is not None:
         return start in ("eva", "corda", "lora_ga") and getattr(tuner, "init_data", None) is None

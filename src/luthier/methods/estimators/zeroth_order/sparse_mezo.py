@@ -60,7 +60,7 @@ class SparseMeZO(MeZO):
 
     def threshold(self, p: torch.Tensor) -> torch.Tensor:
         """The size up to which weights of a tensor move."""
-        if self.sparsity == 0:  # however large weights become
+        if self.sparsity == 0 or not p.numel():  # however large weights become
             return torch.full((), torch.inf, device=p.device)
         count = max(1, round((1 - self.sparsity) * p.numel()))
         return p.detach().abs().float().flatten().kthvalue(count).values

@@ -20,6 +20,7 @@ from luthier.registry import estimator
     example={"n_probes": 4},
     use_when="`mezo` diverges, and you would rather make three more forward passes than find a smaller rate.",
     costs="as `mezo`, and three more forward passes a step.",
+    contract={"moves": "no step is one of the three that it chooses from"},
     starting_rate="that of `mezo`, or larger.",
     covers="the best of the weights as they are, a step and its opposite, on the step's own batch.",
     omits="forward gradients; blocks; the hybrid of zeroth and first order; the benchmark itself.",

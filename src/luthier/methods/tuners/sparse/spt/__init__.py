@@ -57,6 +57,7 @@ class SPT(Sparse):
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.LayerNorm, RMSNorm)
     on_quantized: ClassVar[bool] = False  # sensitivities are gradients of dense weights
+    starts_from_rows: ClassVar[bool] = True  # where the entries are, follows from rows
 
     budget: Annotated[int, Field(ge=1)] | None = None  # trainable parameters; null: use density
     # a module where its parameters are at most alpha per sensitive entry; 0 = never

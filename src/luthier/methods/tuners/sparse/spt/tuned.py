@@ -50,8 +50,10 @@ class SPTModel(PeftTunedModel):
         for name in plan:
             if name.endswith(".bias"):
                 scores[name] = biases[name].cpu()
-            else:
-                scores[name] = weights[name if name in weights else name.removesuffix(".weight")].cpu()
+                continue
+            layer = name if name in weights else name.removesuffix(".weight")
+            if layer in weights:  # what no loss depends on, such as a pooler that is not read, has no score
+                scores[name] = weights[layer].cpu()
         plan, places = self.settings.planned(scores)
         self.follow(plan)
         for name, at in places.items():
