@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ import luthier
 from helpers.published import logged, tune_toy
 from luthier import toy
 from luthier.methods.rewards.verifiers.efficiency import Efficiency
+from luthier.recipe.published import find_published
 from luthier.registry import build
+from luthier.storage.files import read_rows
 from luthier.toy import bandit
 
 
@@ -43,3 +47,30 @@ def test_acecode_prefers_the_fast_of_two_right_programs(monkeypatch):
 def test_acecode_at_toy_scale(tmp_path):
     report = tune_toy("acecode", tmp_path)
     assert len(logged(report.folder, "loss")) == 3 and logged(report.folder, "value_loss")
+
+
+@pytest.mark.long
+def test_refactoring_at_toy_scale(tmp_path):
+    """A small network writes programs with an extracted function; a heavy KL holds PPO at them."""
+    heavy = {"plan": [{}, {"online_stages": [{}, {}, {"kl_coef": 1e3}]}]}
+    report = tune_toy("rl-refactoring", tmp_path, changes=heavy)
+    row = find_published("rl-refactoring").rows["pairs"].toy[0]
+    model = luthier.load(report.runs[0])
+    text = model.generate(row["prompt"], max_new_tokens=64)
+    start = luthier.load("toy:seq2seq").generate(row["prompt"], max_new_tokens=64)
+    before, after = build("reward", "extract_method").scores(row, [start, text])
+    assert after > before, text
+    difference = model.logprobs([row]) - luthier.load(report.runs[1]).logprobs([row])
+    assert difference.abs().max() < 0.5
+
+
+@pytest.mark.long
+def test_tests_that_pass_are_learned(tmp_path):
+    """Of five rows one fails and one never calls; what is left is learned and parses."""
+    report = tune_toy("text-to-testcase", tmp_path)
+    rows = find_published("text-to-testcase").rows["tests"].toy
+    model, judge = luthier.load(report.folder), build("reward", "test_case")
+    written = [judge.scores(row, [model.generate(row["prompt"], max_new_tokens=24)])[0] for row in rows]
+    assert sum(score > 0 for score in written) >= 4, written
+    learned = [row["prompt"] for row in read_rows(Path(report.folder) / "rows.jsonl")]
+    assert set(learned) <= {row["prompt"] for row in rows[:3]}

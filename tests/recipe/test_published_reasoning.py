@@ -45,3 +45,27 @@ def test_qwen_math_at_toy_scale(tmp_path):
     assert losses[-1] < losses[0]
     recipe = json.dumps(luthier.Recipe.load(Path(report.runs[3]) / "recipe.yaml").written(), default=str)
     assert str(report.runs[2]) in recipe
+
+
+@pytest.mark.long
+def test_exams_in_the_given_form(tmp_path):
+    """Topic, solution and answer become likely, by an adapter on coded weights; the answers score in full."""
+    rows = find_published("zno-cot-tuning").rows["exams"].toy
+    report = tune_toy("zno-cot-tuning", tmp_path, changes={"eval_data": rows})
+    losses = logged(report.folder, "loss")
+    assert losses[-1] < 0.5 * losses[0]
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    for row in rows:
+        assert build("reward", "matching").scores(row, [row["completion"]]) == [1.0]
+
+
+@pytest.mark.long
+def test_solutions_then_judgements_then_solutions(tmp_path):
+    """Three runs, each from the last; the second tells right from wrong, by likelihood."""
+    rows = find_published("math-ft-ssft-reranking").rows["judgements"].toy
+    report = tune_toy("math-ft-ssft-reranking", tmp_path, changes={"eval_data": rows})
+    assert len(report.runs) == 3
+    judge = luthier.load(report.runs[1])
+    for row, other in zip(rows, [rows[1], rows[0]] * 2):
+        wrong = {**row, "completion": other["completion"]}
+        assert judge.logprobs([row]).sum() > judge.logprobs([wrong]).sum()

@@ -1,7 +1,9 @@
 """Best of n: several answers are sampled, and one is returned by its reward, by vote, or by both.
 
 `vote` is self-consistency (Wang et al., 2023, arXiv:2203.11171): the answer that most texts give, where
-`answer` says what of a text counts. `weighted_vote` sums rewards in place of counts.
+`answer` says what of a text counts. `weighted_vote` sums rewards in place of counts. With `clusters`, only
+the answers that most texts give come to that vote (solution-cluster re-ranking, Liu et al., 2023,
+arXiv:2310.10047): one cluster is the plain vote, all are the weighted one; a verifier reads fewer texts.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class BestOfN(Search):
     by: Literal["reward", "vote", "weighted_vote"] = "reward"  # how one is chosen
     # for votes: what of a text is its answer (`extract` of reward exact_match)
     answer: Literal["none", "last_number", "after"] = "last_number"
+    # with weighted_vote: of the answers, ordered by votes, how many are weighed; null: all
+    clusters: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of the samples, where greedy answers are asked for
     decoder: Any = None  # how each answer is written, e.g. iterative_deepening
 
@@ -50,19 +54,23 @@ class BestOfN(Search):
 
     def best(self, roles: Any, row: Any, texts: list[list[int]]) -> list[int]:
         """One of several answers."""
-        weights = [1.0] * len(texts)
-        if self.by != "vote":
-            weights = self.scores(roles, row, texts)
         if self.by == "reward":
+            weights = self.scores(roles, row, texts)
             return texts[max(range(len(texts)), key=weights.__getitem__)]
         extract = ExactMatch(extract=self.answer)
+        answers = [extract.answer(roles.renderer.answer(ids)) for ids in texts]
         votes: dict[Any, float] = defaultdict(float)
-        answers = []
-        for ids, weight in zip(texts, weights, strict=True):
-            answer = extract.answer(roles.renderer.answer(ids))
-            answers.append(answer)
+        for answer in answers:
             if answer is not None:
-                votes[answer] += weight
+                votes[answer] += 1
         if not votes:
             return texts[0]
+        if self.by == "weighted_vote":
+            # the largest groups first; of equal ones that which was written first
+            largest = sorted(votes, key=lambda answer: -votes[answer])[: self.clusters]
+            members = [k for k, answer in enumerate(answers) if answer in largest]
+            weights = self.scores(roles, row, [texts[k] for k in members])
+            votes = dict.fromkeys(largest, 0.0)
+            for k, weight in zip(members, weights, strict=True):
+                votes[answers[k]] += weight
         return texts[answers.index(max(votes, key=votes.__getitem__))]

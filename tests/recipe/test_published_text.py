@@ -1,0 +1,115 @@
+"""Published pipelines for instructions, editing, plans and languages, at toy scale."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import luthier
+from helpers.published import logged, tune_toy
+from luthier import toy
+from luthier.data.load import load_rows
+from luthier.recipe.published import find_published
+from luthier.storage.files import read_rows
+
+
+def rows_of(folder: str | Path) -> list[dict]:
+    return list(read_rows(Path(folder) / "rows.jsonl"))
+
+
+def mean_logprob(folder: str | Path, rows: list[dict]) -> float:
+    return luthier.load(folder).logprobs(rows).mean().item()
+
+
+@pytest.mark.long
+def test_octo_planner_merges_two_domains(tmp_path):
+    """The merged adapter is better at each domain than the other domain's adapter."""
+    report = tune_toy("octo-planner", tmp_path)
+    first, second, merged = report.runs
+    for own, other, task in ((first, second, "language/new"), (second, first, "arithmetic/new")):
+        rows = load_rows({"path": f"toy:{task}", "n": 24}).rows
+        alone, wrong, both = (mean_logprob(folder, rows) for folder in (own, other, merged))
+        assert wrong < both and both - wrong > 0.3 * (alone - wrong), task
+
+
+@pytest.mark.long
+def test_coedit_follows_the_instruction(tmp_path):
+    words = "Red Fox Dog Sun Sea Owl Bee Tea".split()
+    rows = []
+    for a in words:
+        for b in words:
+            rows.append({"prompt": f"Make small: {a} {b}", "completion": f"{a} {b}".lower()})
+            rows.append({"prompt": f"Turn round: {a} {b}", "completion": f"{b} {a}"})
+    report = tune_toy("coedit", tmp_path, {"edits": rows}, {"max_steps": 60})
+    model = luthier.load(report.folder)
+    right = [
+        model.generate(row["prompt"], max_new_tokens=12).strip() == row["completion"] for row in rows[::9]
+    ]
+    assert sum(right) > 0.7 * len(right)
+
+
+@pytest.mark.long
+def test_opt_iml_mixes_under_a_cap_and_holds_out(tmp_path):
+    """No row of a dropped group is trained on, and a task counts no more than the cap: 48 to 32."""
+    report = tune_toy("opt-iml", tmp_path)
+    counts = Counter(row["task"] for row in rows_of(report.folder))
+    assert counts.keys() == {"language", "arithmetic"}
+    share = counts["language"] / counts.total()
+    assert abs(share - 48 / 80) < 0.12, "not 96 to 32"
+    assert logged(report.folder, "loss")[-1] < logged(report.folder, "loss")[0]
+
+
+@pytest.mark.long
+def test_anytasktune_leaves_out_what_breaks_its_schema(tmp_path):
+    """Answers that are no JSON object leave; each sub-task's model is the better one at its own rows."""
+    own = load_rows({"path": "toy:tools/new", "n": 32}).rows
+    broken = [{"prompt": f"Call {k}:", "completion": " not json"} for k in range(4)]
+    other = [{"prompt": f"Color {k}:", "completion": f' {{"color": {k}}}'} for k in range(12)]
+    report = tune_toy(
+        "anytasktune", tmp_path, {"first": [*toy.rows("tools", "new", 32), *broken], "second": other}
+    )
+    learned = rows_of(report.runs[0])
+    assert learned and not any(row["prompt"].startswith("Call ") for row in learned)
+    first, second = (luthier.load(folder) for folder in report.runs)
+    assert first.logprobs(own).mean() > second.logprobs(own).mean()
+    assert second.logprobs(other).mean() > first.logprobs(other).mean()
+
+
+@pytest.mark.long
+def test_a_chatbot_by_adapters_alone(tmp_path):
+    """Two adapters without weights of the base, which load and answer in their own way."""
+    report = tune_toy("vietnamese-lora-chat", tmp_path)
+    for folder in report.runs:
+        assert (Path(folder) / "adapter_model.safetensors").is_file()
+        assert not (Path(folder) / "model.safetensors").exists()
+    rows = load_rows({"path": "toy:language/new", "n": 16}).rows
+    assert mean_logprob(report.runs[0], rows) > mean_logprob(report.runs[1], rows)
+
+
+@pytest.mark.long
+def test_legal_texts_first(tmp_path):
+    """More texts of the field before SFT: the answers are likelier than after SFT alone."""
+    answers = toy.rows("language", "new", 64)
+    texts = [{"text": f"{row['prompt']}{row['completion']}"} for row in answers]
+    both = tune_toy("nyayaanumana-inlegalllama", tmp_path / "both", {"corpus": texts, "cases": answers})
+    alone = tune_toy(
+        "nyayaanumana-inlegalllama",
+        tmp_path / "alone",
+        {"corpus": texts, "cases": answers},
+        {"plan": [{"max_steps": 1}, {}]},
+    )
+    test = load_rows({"path": "toy:language/new_test", "n": 24}).rows
+    assert mean_logprob(both.runs[1], test) > mean_logprob(alone.runs[1], test)
+
+
+@pytest.mark.long
+def test_few_rows_of_the_right_length(tmp_path):
+    """Of the long rows those of another length, or of none, leave both runs; chat stays in the first."""
+    report = tune_toy("min-tuning-long-output", tmp_path)
+    rows = find_published("min-tuning-long-output").rows["long"].toy
+    good = {row["prompt"] for row in rows[:3]}
+    first, second = (rows_of(folder) for folder in report.runs)
+    assert {row["prompt"] for row in second} <= good
+    assert {row["prompt"] for row in first if "threshold" in row} <= good and len(first) > 20
