@@ -12,6 +12,7 @@ from helpers.published import logged, tune_toy
 from luthier import toy
 from luthier.data.load import load_rows
 from luthier.recipe.published import find_published
+from luthier.registry import build
 from luthier.storage.files import read_rows
 
 
@@ -113,3 +114,16 @@ def test_few_rows_of_the_right_length(tmp_path):
     first, second = (rows_of(folder) for folder in report.runs)
     assert {row["prompt"] for row in second} <= good
     assert {row["prompt"] for row in first if "threshold" in row} <= good and len(first) > 20
+
+
+@pytest.mark.long
+def test_lifted_pairs_hold_in_another_field(tmp_path):
+    """Words that were never trained on: lifted, their formula is likelier than unlifted."""
+    pairs = find_published("nl2tl").rows["lifted"].toy
+    report = tune_toy("nl2tl", tmp_path, changes={"eval_data": pairs})
+    row = {"id": "r", "prompt": "valve shut until tank full", "completions": ["( v1 U t2 )"]}
+    row["propositions"] = [["valve shut", "v1"], ["tank full", "t2"]]
+    (lifted,) = build("stage", "lift")([row], None)
+    model = luthier.load(report.runs[0])
+    assert model.logprobs([lifted]).mean() > model.logprobs([row]).mean()
+    assert model.logprobs([lifted]).mean() > -0.5
