@@ -27,6 +27,12 @@ def chat(
         str | None,
         typer.Option(help="System prompt (default: the one that all rows of the run had); '' for none."),
     ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An image that the first prompt is about; repeat it for several."
+        ),
+    ] = None,
     chat_template_kwargs: Annotated[
         str | None,
         typer.Option(help="Variables for the chat template, e.g. '{enable_thinking: false}'."),
@@ -43,6 +49,7 @@ def chat(
         model,
         prompt,
         system=system,
+        images=image or (),
         chat_template_kwargs=options,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

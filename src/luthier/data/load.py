@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.files import too_long
+from luthier.data.images import images_in_files, place_images
 from luthier.data.lines import BadLine
 from luthier.data.quarantine import bad_row, check_bad_rows, write_quarantine
 from luthier.data.recognise import every_format, format_of_row, matching_formats, recognise_format
@@ -215,6 +216,7 @@ def load_source(
         try:
             row = format_of_row(raw, file_format, bool(source.format)).row(raw)
             check_columns(row)
+            row = place_images(row)
         except BadRow as why:
             bad.append(bad_row(where, str(why), raw))
             continue
@@ -237,6 +239,7 @@ def read_raw_rows(source: Source, max_row_chars: int) -> tuple[list[tuple[str, d
     bad: list[dict] = []
     columns: set[str] = set()
     too_big = too_long(max_row_chars)
+    folder = folder_of(source)
     for where, raw in islice(read_source(source, max_row_chars), source.limit):
         if isinstance(raw, BadLine):
             bad.append(bad_row(where, raw.reason, raw.raw))
@@ -249,13 +252,24 @@ def read_raw_rows(source: Source, max_row_chars: int) -> tuple[list[tuple[str, d
             bad.append(bad_row(where, problem, raw))
         else:
             columns.update(raw)
-            raw_rows.append((where, apply_names(plain_value(raw), source)))
+            try:
+                raw_rows.append((where, apply_names(plain_value(images_in_files(raw, folder)), source)))
+            except BadRow as why:
+                bad.append(bad_row(where, str(why), raw))
     for theirs in source.columns.values():
         if raw_rows and theirs not in columns:
             raise RecipeError(
                 f"{source.label} has no column '{theirs}', which columns: maps{did_you_mean(theirs, columns)}"
             )
     return raw_rows, bad
+
+
+def folder_of(source: Source) -> Path | None:
+    """The folder that paths in a source's rows are relative to; None of rows in memory."""
+    if not isinstance(source.path, str):
+        return None
+    path = Path(source.path).expanduser()
+    return path if path.is_dir() else path.parent
 
 
 def check_columns(row: dict) -> None:

@@ -194,6 +194,7 @@ def assemble(
     clock = Clock(seed=recipe.seed)
     torch.manual_seed(clock.derive_seed("model"))
     model, tokenizer = loaded or load_model(recipe, parts, network or {}, folder)
+    parts.architecture.check_network(model)
     if parts.quantizer is not None and not coded(model):
         limit = recipe.max_length or min(2048, max_positions(model))
         plain = parts.architecture.renderer(tokenizer, model.config, max_length=limit)
@@ -205,10 +206,10 @@ def assemble(
     if token_ids and new_tokens is not None:
         token_names = list(token_modules(model))
         tuner = with_tokens(tuner, token_names, new_tokens.train, token_ids)
-        attached = attach(tuner, model)
+        attached = attach(tuner, model, parts.architecture)
         check_tokens_train(attached, token_names)
     else:
-        attached = attach(tuner, model)
+        attached = attach(tuner, model, parts.architecture)
     if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
         elementwise.install_dropout(model)
     most = max_positions(model) - attached.virtual
@@ -265,10 +266,13 @@ def max_positions(model: Network) -> float:
     return most - skipped
 
 
-def attach(tuner: Any, model: Network) -> Any:
+def attach(tuner: Any, model: Network, architecture: Any) -> Any:
     """The tuner on the model. Modules that no checkpoint held (a new classifier's head) are trained along and
     saved with it.
     """
+    all_linear = getattr(tuner, "target_modules", None) == "all-linear"
+    if all_linear and tuner.exclude_modules is None:
+        tuner = replace(tuner, exclude_modules=architecture.left_out(model))
     if model.fresh and any(f.name == "modules_to_save" for f in fields(tuner)):
         tuner = replace(tuner, modules_to_save=sorted({*(tuner.modules_to_save or ()), *model.fresh}))
     new = {}
@@ -301,7 +305,7 @@ def try_attach(recipe: Recipe, parts: Methods, rows: list[dict]) -> Any:
         with torch.device("meta"):
             model = parts.architecture.auto_class().from_config(config, trust_remote_code=False)
         model.fresh = []
-        return attach(parts.tuner, model)
+        return attach(parts.tuner, model, parts.architecture)
     except RecipeError:
         raise
     except Exception:  # whatever a network or a tuner raises that needs weights

@@ -12,6 +12,7 @@ import torch
 from luthier import compat
 from luthier.compat import caller
 from luthier.compat.transformers import quiet
+from luthier.data.images import with_images
 from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, is_continued, text_of_parts
@@ -80,7 +81,8 @@ class Loaded:
 
         Args:
             prompt: text, which is continued as it is, or messages, which go through the chat template; a list
-                of either gives a list of answers.
+                of either gives a list of answers. The content of a message may have parts {"type": "image",
+                "image": a path, bytes or a PIL image}, where the network reads images.
             max_new_tokens: tokens of an answer at most.
             temperature: of sampling; 0 takes the likeliest token.
             seed: of the random draws.
@@ -107,6 +109,7 @@ class Loaded:
             if isinstance(text, list) and is_continued(text):
                 row |= {"prompt": text[:-1], "prefix": text_of_parts(text[-1]["content"])}
             try:
+                row = with_images(row)
                 prompts.append(renderer.prompt(row))
             except BadRow as why:
                 raise RecipeError(f"the prompt cannot be read: {why}") from None
@@ -128,12 +131,12 @@ class Loaded:
         answers = [renderer.answer(ids) for (ids,) in written]
         return answers if several else answers[0]
 
-    def ask(self, text: str, before: Sequence[dict] = (), **how: Any) -> str:
+    def ask(self, text: str, before: Sequence[dict] = (), *, images: Sequence[Any] = (), **how: Any) -> str:
         """An answer in the form the model was tuned on: after earlier turns, or to the text as it is (\\n is
-        a line break).
+        a line break). images: paths or PIL images that the text is about.
         """
-        if self.turns:
-            return self.generate([*before, {"role": "user", "content": text}], **how)
+        if self.turns or images:
+            return self.generate([*before, user_turn(text, images)], **how)
         prompt = text.replace("\\n", "\n")
         if not prompt.endswith(self.ends):
             prompt += self.ends
@@ -154,6 +157,14 @@ class Loaded:
             rows = read.rows
         self.roles.policy.eval()
         return self.roles.policy.logprobs(self.roles.batch(rows)).float().cpu()
+
+
+def user_turn(text: str, images: Sequence[Any]) -> dict:
+    """What a user says, about images."""
+    if not images:
+        return {"role": "user", "content": text}
+    parts = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 # ---------------------------------------------------------------------------------------------- loading

@@ -187,7 +187,7 @@ def _save(prepared: Prepared) -> None:
     session.callback.stage("saving")
     with files.disk_errors(folder):
         roles.tuner.save(folder)
-        roles.renderer.tokenizer.save_pretrained(folder)
+        roles.renderer.save(folder)
         if session.methods.quantizer is not None:
             files.write_json(folder / files.QUANTIZATION, spec(session.methods.quantizer))
         stop = []

@@ -313,7 +313,7 @@ def sample_batch(roles: Roles, rows: list[dict]) -> Any:
     answered = []
     for row in rows:
         if not row.get("completions"):
-            row = {**row, "completions": [roles.renderer.prompt(row)[-8:]]}
+            row = {**row, "completions": [roles.renderer.words(roles.renderer.prompt(row))[-8:]]}
         answered.append(row)
     return roles.batch(answered)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.model.loaded import Loaded, load
+from luthier.model.loaded import Loaded, load, user_turn
 from luthier.report.text import visible
 
 HELP = """\
 /help            this list
 /reset           start over: the conversation so far is forgotten (also /new)
 /system TEXT     set the system prompt and start over; without TEXT there is none
+/image PATH      show an image with the next prompt, to a model that reads images
 /compare MODEL   let another model answer too, such as the base model; without MODEL it stops
 /quit            leave"""
 
@@ -23,10 +25,11 @@ class Conversation:
     def __init__(self, loaded: Loaded, system: str, how: Mapping[str, Any]):
         self.loaded, self.system, self.how = loaded, system, dict(how)
         self.turns: list[dict] = []
+        self.images: list[str] = []  # of the next prompt
 
     def reset(self, system: str | None = None) -> None:
         """Forget the conversation; with another system prompt, where one is given."""
-        self.turns = []
+        self.turns, self.images = [], []
         if system is not None:
             self.system = system
 
@@ -35,8 +38,9 @@ class Conversation:
         before = list(self.turns)
         if self.system:
             before.insert(0, {"role": "system", "content": self.system})
-        answer = self.loaded.ask(text, before, **self.how).strip()
-        self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        images, self.images = self.images, []
+        answer = self.loaded.ask(text, before, images=images, **self.how).strip()
+        self.turns += [user_turn(text, images), {"role": "assistant", "content": answer}]
         return visible(answer)
 
 
@@ -47,13 +51,15 @@ def chat(
     ask: Callable[[str], str] = input,
     say: Callable[[str], Any] = print,
     system: str | None = None,
+    images: Sequence[str] = (),
     chat_template_kwargs: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> None:
     """Answer one prompt, or talk until the other side has nothing more to say (an empty end of input, or
     /quit).
 
-    system: the system prompt; by default the one that all rows of the run had. chat_template_kwargs: for the
+    system: the system prompt; by default the one that all rows of the run had. images: paths of images that
+    the first prompt is about. chat_template_kwargs: for the
     chat template, beside the run's own. how: as in `Loaded.generate`.
     """
     settings: dict[str, Any] = {}
@@ -61,6 +67,7 @@ def chat(
         settings["chat_template_kwargs"] = dict(chat_template_kwargs)
     loaded = load(name, **settings)
     talk = Conversation(loaded, loaded.system if system is None else system, how)
+    talk.images += images
     if prompt is not None:
         say(talk.answer(prompt))
         return
@@ -101,6 +108,12 @@ def command(
         for conversation in (talk, *others.values()):
             conversation.reset(system)
         say("· a new conversation")
+    elif word == "/image":
+        if not Path(rest).expanduser().is_file():
+            raise RecipeError(f"there is no file {rest}")
+        for conversation in (talk, *others.values()):
+            conversation.images.append(str(Path(rest).expanduser()))
+        say(f"· {rest} goes with the next prompt")
     elif word == "/compare":
         others.clear()
         if rest:

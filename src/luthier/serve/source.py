@@ -77,8 +77,8 @@ class Source:
         """The tokenizer, with a chat template that asks as the model was tuned to be asked: what the run
         handed the template (`chat_template_kwargs`) is its default.
         """
-        with self.template_of_run() as tokenizer:
-            tokenizer.save_pretrained(folder)
+        with self.template_of_run():
+            self.loaded.roles.renderer.save(folder)
 
     @contextmanager
     def template_of_run(self) -> Iterator[Any]:

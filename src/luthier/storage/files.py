@@ -258,12 +258,17 @@ def reserve(path: Path, size: int) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all. Raises DiskError."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Whole or not at all. Raises DiskError."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # processes of one run may write the same at once
         beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(beside, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

@@ -20,7 +20,7 @@ def advice(renderer: Renderer, problem: BadRow, row: dict) -> str:
     """A sentence that says how rows such as this one can be used; "" where nothing was found to help."""
     words = []
     remedy = ""
-    if not (isinstance(problem, Lost) and problem.part in MEDIA):
+    if not (isinstance(problem, Lost) and problem.part in ("media", *MEDIA)):
         remedy = working_remedy(renderer, row)
     if remedy:
         words.append(f"set {remedy}")

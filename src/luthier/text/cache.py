@@ -9,7 +9,9 @@ from collections import OrderedDict
 
 from luthier.text.encoded import Encoded
 
-COLUMNS = ("prompt", "prefix", "tools", "chat_template_kwargs")  # what decides how a prompt is encoded
+# what decides how a prompt is encoded
+COLUMNS = ("prompt", "prefix", "images", "tools", "chat_template_kwargs")
+MOST = (1 << 31) - 1  # of a number in four bytes
 
 
 def row_key(kind: str, row: dict) -> bytes:
@@ -37,8 +39,8 @@ class EncodingCache:
 
     def store(self, key: bytes, encoded: Encoded) -> None:
         """Add an encoding as arrays: a list of Python numbers takes ten times the space."""
-        prompt = array("i", encoded.prompt)
-        completions = [array("i", completion) for completion in encoded.completions]
+        prompt = compact(encoded.prompt)
+        completions = [compact(completion) for completion in encoded.completions]
         supervised = list(map(bytes, encoded.supervised))
         self.entries[key] = (prompt, completions, supervised, encoded.scales)
         self.tokens += token_count(self.entries[key])
@@ -52,6 +54,11 @@ class EncodingCache:
         ids = [completion.tolist() for completion in completions]
         marks = [list(map(bool, flags)) for flags in supervised]
         return Encoded(prompt.tolist(), ids, marks, scales)
+
+
+def compact(ids: list[int]) -> array:
+    """Token ids in four bytes each; in eight where patches of images are among them."""
+    return array("q" if max(ids, default=0) > MOST else "i", ids)
 
 
 def token_count(entry: tuple) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from luthier.methods.formats._base import BadRow, as_turns
@@ -98,6 +99,7 @@ class Renderer:
         """What generation starts from: the row's prompt, through the chat template where it is turns."""
         key = row_key("prompt", row)
         if key not in self.cache:
+            self.check_media(row)
             ids = self.encode_structured({**row, "completions": []}).prompt
             if not ids:
                 raise BadRow(NO_START)
@@ -285,7 +287,7 @@ class Renderer:
         outcomes: dict[bytes, Encoded | BadRow] = {}
         for key, row in new.items():
             try:
-                check_media(row)
+                self.check_media(row)
                 encoded = self.encode_plain(row, ids) if key in plain else self.encode_structured(row)
                 outcomes[key] = self.check(encoded)
             except Lost as why:
@@ -506,7 +508,25 @@ class Renderer:
         text = opening + row.get("prefix", "")
         if self.encoder:
             return self.tokenize_text(text), opening
-        return tokenize_marked(self.tokenizer, text), opening
+        return self.token_ids(row, text), opening
+
+    def check_media(self, row: dict) -> None:
+        """Raise Lost where a row has what this network cannot read."""
+        check_media(row)
+
+    def token_ids(self, row: dict, text: str) -> list[int]:
+        """Token ids of a row's rendered turns. Raises BadRow."""
+        return tokenize_marked(self.tokenizer, text)
+
+    def token_ids_with_offsets(
+        self, row: dict, text: str, cuts: Collection[int], apart: bool = False
+    ) -> tuple[list[int], list[Span]]:
+        """As `tokenize_with_offsets`, of a row's rendered turns."""
+        return tokenize_with_offsets(self.tokenizer, text, cuts, apart)
+
+    def words(self, ids: list[int]) -> list[int]:
+        """Those of a row's token ids that the network may say."""
+        return ids
 
     def begun_opening(self, row: dict, opening: str) -> str:
         """What stands before a reply that has begun, as the template writes it; `opening`, what it asks with,
@@ -543,7 +563,7 @@ class Renderer:
         bounds = {len(head)}
         for span in spans:
             bounds.update(span)
-        ids, offsets = tokenize_with_offsets(self.tokenizer, whole, bounds)
+        ids, offsets = self.token_ids_with_offsets(row, whole, bounds)
         # Where a token reaches across the beginning of a reply, what comes before it is served otherwise: cut
         # there.
         cuts = set()
@@ -555,7 +575,7 @@ class Renderer:
             cuts.add(len(head))
         if cuts:
             self.boundary_mismatches += 1
-            ids, offsets = tokenize_with_offsets(self.tokenizer, whole, cuts, apart=True)
+            ids, offsets = self.token_ids_with_offsets(row, whole, cuts, apart=True)
         scales = [float(turn.get("loss_scale", 1)) for turn in turns[first:] if is_supervised(turn)]
         weights = [0.0] * len(ids)
         for span, scale in zip(spans, scales, strict=True):
@@ -698,6 +718,10 @@ class Renderer:
             if tokenizer.convert_ids_to_tokens(token) not in template:
                 return token
         return None
+
+    def save(self, folder: Path) -> None:
+        """What turns rows into tokens, as transformers reads it."""
+        self.tokenizer.save_pretrained(folder)
 
     def warn(self, message: str) -> None:
         """Warn of something once."""

@@ -34,16 +34,18 @@ class Empty(Lost):
 
 def check_media(row: dict) -> None:
     """Raise Lost where a row has images, video or sound, which no text model reads."""
+    for turn in row["prompt"] if isinstance(row["prompt"], list) else ():
+        content = turn.get("content")
+        if isinstance(content, list) and not all_text(content):
+            kinds = sorted({str(part.get("type")) for part in content} - {"text"})
+            words = " and ".join(f"{kind}s" for kind in kinds)
+            listed = ", ".join(kinds)
+            raise Lost("media", f"{words} are not read by this model (parts of type {listed})")
     for name in MEDIA:
         value = row.get(name)
         if not value or isinstance(value, (str, int, float)):
             continue
         raise Lost(name, f"{name} are not read by this model")
-    for turn in row["prompt"] if isinstance(row["prompt"], list) else ():
-        content = turn.get("content")
-        if isinstance(content, list) and not all_text(content):
-            kinds = {str(part.get("type")) for part in content} - {"text"}
-            raise Lost("parts", f"parts of type {', '.join(sorted(kinds))} are not read by this model")
 
 
 def check_rendered(row: dict, turns: list[dict], first: int, whole: str, spans: list[Span]) -> None:

@@ -14,6 +14,7 @@ GUIDES = {
     "Recipes": "recipes.md",
     "Data": "data.md",
     "Chat templates": "templates.md",
+    "Images": "vision.md",
     "Forgetting and benchmarks": "measuring.md",
     "Comparing": "compare.md",
     "Searching": "search.md",

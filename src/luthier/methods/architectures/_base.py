@@ -81,6 +81,13 @@ class Architecture:
         model.fresh = sorted({key.rsplit(".", 1)[0] for key in absent})
         return model
 
+    def check_network(self, model: Network) -> None:
+        """Raise RecipeError where a network that was loaded cannot be read as this architecture reads."""
+
+    def left_out(self, model: Network) -> str | None:
+        """A regular expression of the modules that `target_modules: all-linear` does not reach."""
+        return None
+
     def encode(self, row: dict, renderer: Renderer) -> Encoded:
         """A row's tokens and which of them are asked about."""
         return renderer.encode(row)

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.images import with_images, without_paths
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, is_continued, text_of_parts
 from luthier.model.continuous import sequence_batch
@@ -96,7 +97,8 @@ class ServedModel:
             row["tools"] = tools
         if options:
             row["chat_template_kwargs"] = options
-        return loaded.roles.renderer.prompt(row)
+        without_paths(row["prompt"])
+        return loaded.roles.renderer.prompt(with_images(row))
 
     def single_prompt(self, turns: list[dict], tools: list[dict] | None) -> list[int]:
         """The same of a model that was tuned on plain texts: it continues the one text that it is sent."""

@@ -1,0 +1,38 @@
+"""Images in memory as files of a cache, named by their content: rows hold paths, so that a recipe, a run
+folder and a page are small, and the same image is one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from luthier.storage import files
+
+
+def is_in_memory(value: Any) -> bool:
+    """Is a value an image of PIL, or {"bytes": ...} as `datasets` has it?"""
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), (bytes, bytearray))
+    return type(value).__module__.startswith("PIL.") and hasattr(value, "save")
+
+
+def in_file(value: Any) -> str:
+    """The path of the file that holds such an image, written where it is not there. Raises DiskError."""
+    if isinstance(value, dict):
+        return stored(bytes(value["bytes"]))
+    content = io.BytesIO()
+    value.save(content, "PNG")
+    return stored(content.getvalue())
+
+
+def stored(content: bytes) -> str:
+    """The path of a file with this content, written where it is not there. Raises DiskError."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "luthier" / "images" / hashlib.blake2b(content, digest_size=16).hexdigest()
+    if not path.is_file():
+        files.write_bytes(path, content)
+    return str(path)

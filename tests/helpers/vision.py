@@ -1,0 +1,106 @@
+"""Tiny vision-language models with their processors, and drawn images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from helpers.models import make_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}"
+    "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+MARKS = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+for i in (1, 2, 3):
+    MARKS += [f"<row_{i}_col_{j}>" for j in (1, 2, 3)]
+
+
+def tokenizer_with_marks():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tokenizer.all_special_tokens, *MARKS]})
+    tokenizer.chat_template = TEMPLATE
+    text = TEXT | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    text |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    return tokenizer, text
+
+
+def make_llava(folder) -> str:
+    """One image is one picture of 16 patches."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    torch.manual_seed(0)
+    tokenizer, text = tokenizer_with_marks()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
+        text_config=LlamaConfig(**text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-1,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def make_idefics(folder) -> str:
+    """One image is several pictures, as many as its shape needs, and tokens between them."""
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessor,
+        Idefics3Processor,
+    )
+
+    torch.manual_seed(0)
+    tokenizer, text = tokenizer_with_marks()
+    config = Idefics3Config(
+        vision_config=TOWER,
+        text_config={"model_type": "llama", **text},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    pictures = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    Idefics3Processor(pictures, tokenizer, image_seq_len=4).save_pretrained(folder)
+    return str(folder)
+
+
+def picture(seed: int, width: int = 40, height: int = 40):
+    """An image of noise."""
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
