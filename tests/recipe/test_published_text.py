@@ -11,6 +11,7 @@ import luthier
 from helpers.published import logged, tune_toy
 from luthier import toy
 from luthier.data.load import load_rows
+from luthier.methods.evaluators.quality.offers import rates
 from luthier.recipe.published import find_published
 from luthier.registry import build
 from luthier.storage.files import read_rows
@@ -127,3 +128,21 @@ def test_lifted_pairs_hold_in_another_field(tmp_path):
     model = luthier.load(report.runs[0])
     assert model.logprobs([lifted]).mean() > model.logprobs([row]).mean()
     assert model.logprobs([lifted]).mean() > -0.5
+
+
+@pytest.mark.long
+def test_an_agent_offers_help_where_it_is_needed(tmp_path):
+    """The agent's F1 beats that of one that always offers, and the judge's verdicts are right."""
+    rows = find_published("proactive-agent").rows
+    judgements, steps = rows["judgements"].toy, rows["steps"].toy
+    report = tune_toy("proactive-agent", tmp_path, changes={"eval_data": judgements})
+    judge, agent = (luthier.load(folder) for folder in report.runs)
+    verdicts = [judge.generate(row["prompt"], max_new_tokens=8).strip() for row in judgements]
+    assert verdicts == [row["completion"].strip() for row in judgements]
+    outcomes = []
+    for row in steps:
+        need = row["completion"] != " none"
+        offer = agent.generate(row["prompt"], max_new_tokens=8).strip() != "none"
+        outcomes.append((need, offer, offer))
+    always = [(need, True, True) for need, _, _ in outcomes]
+    assert rates(outcomes)["offer_f1"] > 0.85 > rates(always)["offer_f1"]
