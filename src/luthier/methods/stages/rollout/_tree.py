@@ -7,6 +7,7 @@ the seed, the step and the row's id, so a search that is done again is the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -15,7 +16,9 @@ from pydantic import Field
 
 from luthier.methods.stages._base import Stage, best_first, completion_logprobs, pieces, text_of, without
 from luthier.methods.stages.rollout.rollout import Rollout
-from luthier.registry import Range, family, nested
+from luthier.registry import Range, family
+
+ASK = "Is this answer right as far as it goes? Reply with yes or no only."
 
 
 @dataclass(eq=False)
@@ -52,7 +55,6 @@ class TreeSearch(Stage):
     behind, and which pairs a tree gives.
     """
 
-    reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores whole solutions
     iterations: Annotated[int, Field(ge=1), Range(4, 64, log=True)] = 16  # turns of the search
     width: Annotated[int, Field(ge=2), Range(2, 5)] = 2  # steps that are sampled at each node
     depth: Annotated[int, Field(ge=1), Range(2, 8)] = 3  # steps of a solution at most
@@ -60,6 +62,7 @@ class TreeSearch(Stage):
     temperature: Annotated[float, Field(gt=0)] = 1.0  # sampling temperature
     separator: str = "\n"  # text that ends a step
     exploration: Annotated[float, Field(ge=0), Range(0.2, 4.0, log=True)] = 1.0  # c of the search
+    ask: str = ASK  # what asks the policy whether it is right so far
     draw: int = 0  # number of the draw; another number gives other samples
 
     def priority(self, parent: Node, child: Node) -> float:
@@ -160,10 +163,6 @@ class TreeSearch(Stage):
         for (_, node), (logs,) in zip(nodes, completion_logprobs(roles.policy, roles, rows, 8), strict=True):
             node.logprob = sum(logs)
 
-    def solved(self, row: dict, node: Node) -> float:
-        """The reward of a whole solution."""
-        return self.reward.scores(row, [row.get("prefix", "") + node.text])[0]
-
     def best_score(self, root: Node) -> float:
         """The highest value of a finished solution in a tree; 0 where none is finished."""
         values, waiting = [], [root]
@@ -173,6 +172,23 @@ class TreeSearch(Stage):
             if node.end and node.parent is not None:
                 values.append(node.value)
         return max(values, default=0.0)
+
+    def confidences(self, roles: Any, nodes: Sequence[tuple[dict, Node]]) -> list[float]:
+        """Of each node the probability of yes, of yes and no, to the question whether it is right."""
+        rows = []
+        for row, node in nodes:
+            answer, prompt = row.get("prefix", "") + node.text, row["prompt"]
+            replies = ["yes", "no"]
+            if isinstance(prompt, str):
+                prompt, replies = f"{prompt}{answer}\n{self.ask}\n", [" yes", " no"]
+            else:
+                turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": self.ask}]
+                prompt = [*prompt, *turns]
+            rows.append({**without(row, "prefix"), "prompt": prompt, "completions": replies})
+        out = []
+        for yes, no in completion_logprobs(roles.policy, roles, rows, 8):
+            out.append(1 / (1 + math.exp(min(sum(no) - sum(yes), 500.0))))
+        return out
 
     def pair(self, row: dict, parent: Node, chosen: Node, rejected: Node, **columns: Any) -> dict:
         """Two steps behind one beginning, the better one first."""

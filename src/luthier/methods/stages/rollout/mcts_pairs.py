@@ -12,7 +12,6 @@ searches again from each step that it has taken. The starting answer of a row is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -20,11 +19,9 @@ from pydantic import Field
 from luthier.methods.architectures._base import GENERATE, LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.objectives.preference.mcts_dpo import VISITS
-from luthier.methods.stages._base import CACHED_LOGPROBS, OLD_LOGPROBS, SAMPLES, completion_logprobs, without
+from luthier.methods.stages._base import CACHED_LOGPROBS, OLD_LOGPROBS, SAMPLES
 from luthier.methods.stages.rollout._tree import Node, TreeSearch
-from luthier.registry import stage
-
-ASK = "Is this answer right as far as it goes? Reply with yes or no only."
+from luthier.registry import nested, stage
 
 
 @stage(
@@ -50,10 +47,10 @@ class MCTSPairs(TreeSearch):
     whose trees no visited siblings differ are dropped.
     """
 
+    reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores whole solutions
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0  # how much what is behind a step counts
     confidence: Annotated[float, Field(ge=0)] = 1.0  # weight of self-evaluation; 0: it is not asked
     right: float = 0.5  # a solution with at least this reward counts +1, else -1
-    ask: str = ASK  # what asks the policy whether it is right
     length_power: float = 1.25  # of the length of a step, in how likely it is
 
     def priority(self, parent, child):
@@ -68,22 +65,9 @@ class MCTSPairs(TreeSearch):
                 node.value += 1.0 if self.solved(row, node) >= self.right else -1.0
             node.total = node.value - node.parent.value
 
-    def confidences(self, roles: Any, nodes: Sequence[tuple[dict, Node]]) -> list[float]:
-        """Of each node the probability of yes, of yes and no, to the question whether it is right."""
-        rows = []
-        for row, node in nodes:
-            answer, prompt = row.get("prefix", "") + node.text, row["prompt"]
-            replies = ["yes", "no"]
-            if isinstance(prompt, str):
-                prompt, replies = f"{prompt}{answer}\n{self.ask}\n", [" yes", " no"]
-            else:
-                turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": self.ask}]
-                prompt = [*prompt, *turns]
-            rows.append({**without(row, "prefix"), "prompt": prompt, "completions": replies})
-        out = []
-        for yes, no in completion_logprobs(roles.policy, roles, rows, 8):
-            out.append(1 / (1 + math.exp(min(sum(no) - sum(yes), 500.0))))
-        return out
+    def solved(self, row: dict, node: Node) -> float:
+        """The reward of a whole solution."""
+        return self.reward.scores(row, [row.get("prefix", "") + node.text])[0]
 
     def visit(self, path):
         for node in reversed(path):
