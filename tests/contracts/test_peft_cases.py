@@ -40,6 +40,7 @@ PLACES = ["q_proj", "v_proj"]
 SETTINGS = {
     "autopeft": {"target_modules": ["k_proj", "down_proj"], "serial": 2, "parallel": 2},
     "prefix": {"target_modules": ["k_proj"], "num_virtual_tokens": 3},
+    "apt": {"target_modules": ["o_proj"], "num_virtual_tokens": 3},
     "s2ft": {"target_modules": ["o_proj", "down_proj"], "o_ratio": 0.5, "d_ratio": 0.5},
 }
 SMALL = {"r": 4, "density": 0.1}

@@ -59,6 +59,33 @@ def first_of(model: Network, name: str) -> Any:
     return first
 
 
+def hand_over(settings: Any, model: Network) -> None:
+    """Have what sublayers read left at those of their last matrices that these settings choose. Raises
+    ValueError where it is not known what a sublayer reads.
+    """
+    from luthier.methods.tuners._peft.chosen import chosen_modules
+
+    for name, module in chosen_modules(settings, model).items():
+        if part_of(name) not in FIRST:
+            continue  # it ends no sublayer, and is read itself
+        first = first_of(model, name)
+        if first is None:
+            raise ValueError(
+                f"tuner '{settings.name}' does not know what the sublayer reads that {name} ends; set"
+                " insertion: beside or sequential"
+            )
+        if not any(getattr(hook, "last", None) is module for hook in first._forward_pre_hooks.values()):
+            first.register_forward_pre_hook(HandOver(module))
+
+
+def sublayer_input(settings: Any, layer: Any) -> Tensor:
+    """What the sublayer reads that this module ends, after `hand_over`."""
+    passed = getattr(layer, "sublayer_input", None)
+    if passed is None or passed.tensor is None:
+        raise RecipeError(f"tuner '{settings.name}': a sublayer's last matrix was read without its first")
+    return passed.tensor
+
+
 @family
 class SublayerAdapter(Bottleneck):
     """Family: h + the change by a bottleneck, at the end of sublayers."""
@@ -82,23 +109,7 @@ class SublayerAdapter(Bottleneck):
 
     def enter(self, model):
         if self.insertion == "parallel":
-            self.hand_over(model)
-
-    def hand_over(self, model: Network) -> None:
-        """Have what sublayers read left at their last matrices."""
-        from luthier.methods.tuners._peft.chosen import chosen_modules
-
-        for name, module in chosen_modules(self, model).items():
-            if part_of(name) not in FIRST:
-                continue  # it ends no sublayer, and is read itself
-            first = first_of(model, name)
-            if first is None:
-                raise ValueError(
-                    f"tuner '{self.name}' does not know what the sublayer reads that {name} ends; set"
-                    " insertion: beside or sequential"
-                )
-            if not any(getattr(hook, "last", None) is module for hook in first._forward_pre_hooks.values()):
-                first.register_forward_pre_hook(HandOver(module))
+            hand_over(self, model)
 
     def at(self, name):
         return placed(self, name)
@@ -118,10 +129,7 @@ class SublayerAdapter(Bottleneck):
             return y
         if self.reads_itself:
             return x
-        passed = getattr(layer, "sublayer_input", None)
-        if passed is None or passed.tensor is None:
-            raise RecipeError(f"tuner '{self.name}': a sublayer's last matrix was read without its first")
-        return passed.tensor.to(y.dtype)
+        return sublayer_input(self, layer).to(y.dtype)
 
     def forward(self, x, y, p, layer):
         h = self.source(x, y, layer)
