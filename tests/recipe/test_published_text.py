@@ -13,7 +13,7 @@ from luthier import toy
 from luthier.data.load import load_rows
 from luthier.methods.evaluators.quality.offers import rates
 from luthier.recipe.published import find_published
-from luthier.registry import build
+from luthier.registry import build, names
 from luthier.storage.files import read_rows
 
 
@@ -146,3 +146,22 @@ def test_an_agent_offers_help_where_it_is_needed(tmp_path):
         outcomes.append((need, offer, offer))
     always = [(need, True, True) for need, _, _ in outcomes]
     assert rates(outcomes)["offer_f1"] > 0.85 > rates(always)["offer_f1"]
+
+
+@pytest.mark.long
+def test_the_guides_stages_are_there(tmp_path):
+    """Techniques that the guide names are methods here, and its recipe ends in a report for each run."""
+    techniques = {
+        "tuner": ("full", "lora", "hft", "pruned"),
+        "objective": ("ppo", "dpo", "orpo", "sft"),
+        "quantizer": ("nf4", "gptq", "awq"),
+        "searcher": ("random", "bayes"),
+        "stage": ("deduplicate", "decontaminate"),
+        "evaluator": ("loss", "refusals", "calibration", "forgetting"),
+        "exporter": ("vllm", "merged", "gguf"),
+    }
+    for kind, methods in techniques.items():
+        assert set(methods) <= set(names(kind)), kind
+    report = tune_toy("ultimate-guide-finetuning", tmp_path, changes={"evaluate": ["loss"]})
+    assert len(report.runs) == 2
+    assert all((Path(folder) / "report.json").is_file() for folder in report.runs)
