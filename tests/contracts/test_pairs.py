@@ -24,6 +24,7 @@ import transformers
 from helpers import zoo
 from helpers.architectures import BART
 from helpers.models import make_tokenizer
+from helpers.vision import make_llava
 from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe, terms
 from luthier.recipe.validate import validate
@@ -66,6 +67,7 @@ FAMILIES = {  # architecture/family -> class of the config and settings, class o
     "classifier/bert": (BERT, MASKED),  # its head is new
     "classifier/llama": (("LlamaConfig", LLAMA[1] | LABELS), CLASSES),
     "reward_model/llama": (LLAMA, CAUSAL),
+    "vision_language/llava": make_llava,  # or what writes it into a folder
 }
 ROWS = [
     {
@@ -201,7 +203,10 @@ def objective_for(role: str, estimator: str, architecture: str) -> tuple[Any, fr
 @functools.cache
 def model_of(architecture: str, folder: Path) -> str:
     """The folder of a tiny network of a family."""
-    (config, settings), auto = FAMILIES[architecture]
+    family = FAMILIES[architecture]
+    if callable(family):
+        return family(folder / architecture)
+    (config, settings), auto = family
     torch.manual_seed(0)
     network = getattr(transformers, auto).from_config(getattr(transformers, config)(**settings))
     network.save_pretrained(folder / architecture)
