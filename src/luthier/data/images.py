@@ -23,7 +23,6 @@ MARK = "<image>"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PARTS = ("image", "image_url", "input_image")  # types of a part that is an image
 OWN = ("path", "image", "url", "image_url", "base64", "bytes", "data")  # where such a part holds it
-MAX_PATH = 4096  # characters
 REMOTE = ("http://", "https://")
 
 
@@ -34,7 +33,7 @@ def images_in_files(raw: dict, folder: Path | None) -> dict:
     """
     row = dict(raw)
     for name, value in raw.items():
-        if isinstance(value, list) and any(True for _ in image_parts(value)):
+        if isinstance(value, list) and has_images(value):
             row[name] = [with_paths(turn, folder) for turn in value]
     listed = raw.get("images")
     if isinstance(listed, (list, tuple)):
@@ -55,11 +54,16 @@ def image_parts(turns: list) -> Iterator[dict]:
                 yield part
 
 
+def has_images(turns: list) -> bool:
+    """Is a part of turns an image?"""
+    return next(image_parts(turns), None) is not None
+
+
 def with_paths(turn: Any, folder: Path | None) -> Any:
     """A turn whose parts that are images are {"type": "image"}, with the path of their own where they have
     one.
     """
-    if not any(True for _ in image_parts([turn])):
+    if not has_images([turn]):
         return turn
     name = "content" if "content" in turn else "value"
     parts = []
@@ -79,21 +83,31 @@ def is_image(value: Any, folder: Path | None) -> bool:
         return not isinstance(value, (bool, int, float, list, tuple))
     if value.startswith("data:image/"):
         return True
-    named = value.lower().endswith(SUFFIXES) and "\n" not in value and len(value) < MAX_PATH
-    return named and Path(whole(value, folder)).is_file()
+    return value.lower().endswith(SUFFIXES) and is_file(Path(whole(value, folder)))
 
 
 def whole(path: str, folder: Path | None) -> str:
     """A path that is relative to the data file's folder, or else to the working folder, as it is found."""
-    if folder is not None and not os.path.isabs(path) and (folder / path).is_file():
+    if folder is not None and not os.path.isabs(path) and is_file(folder / path):
         return str(folder / path)
     return path
+
+
+def is_file(path: Path) -> bool:
+    """Is there such a file? No where the system cannot even be asked, as of a name that is too long."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def path_of(image: Any, folder: Path | None) -> str:
     """The path of an image: a path, bytes, base64, a PIL image, or an object that holds one of these."""
     if images.is_in_memory(image):
-        return images.in_file(image)
+        try:
+            return images.in_file(image)
+        except (OSError, ValueError) as error:  # PNG has not every mode of PIL
+            raise BadRow(f"an image cannot be written ({error})") from None
     if isinstance(image, dict):
         inner = next((image[key] for key in OWN if image.get(key) is not None), None)
         if inner is None:
@@ -143,7 +157,7 @@ def place_images(row: dict) -> dict:
     """
     listed = row.get("images") or []
     texts = [row["prompt"], *row.get("completions", ())]
-    own = any(isinstance(turns, list) and any(True for _ in image_parts(turns)) for turns in texts)
+    own = any(isinstance(turns, list) and has_images(turns) for turns in texts)
     if not isinstance(listed, list) or not (listed or own):
         return row
     prompt = as_turns(row["prompt"], "user")

@@ -253,7 +253,7 @@ def read_raw_rows(source: Source, max_row_chars: int) -> tuple[list[tuple[str, d
         else:
             columns.update(raw)
             try:
-                raw_rows.append((where, apply_names(plain_value(images_in_files(raw, folder)), source)))
+                raw_rows.append((where, images_in_files(apply_names(plain_value(raw), source), folder)))
             except BadRow as why:
                 bad.append(bad_row(where, str(why), raw))
     for theirs in source.columns.values():

@@ -13,10 +13,13 @@ TOLERANCE = 0.2  # how far the share that the hash holds out may be from the rec
 
 
 def content_key(row: dict) -> str:
-    """What makes two rows the same question: the prompt, or where there is none the text, white space evened
-    out.
+    """What makes two rows the same question: the prompt with its images, or where there is none the text,
+    white space evened out. Of an image's path the end counts: elsewhere the same files lie in another folder.
     """
     content = row.get("prompt") or row.get("completions") or ""
+    images = row.get("images")
+    if images and isinstance(images, list):
+        content = [content, *("/".join(str(path).split("/")[-2:]) for path in images)]
     if not isinstance(content, str):
         content = json.dumps(content, sort_keys=True, ensure_ascii=False, default=repr)
     return " ".join(content.split())

@@ -33,7 +33,9 @@ BACKGROUND = {
     "Tuners that surveys name": "tuners.md",
     "Compared with TRL": "trl.md",
     "Changes in other libraries": "compat.md",
+    "Published recipes": "published.md",
     "Papers": "papers.md",
+    "Papers that tune nothing": "adjacent.md",
     "Claims": "claims.md",
 }
 

@@ -237,6 +237,13 @@ def test_copies_leave():
     assert {*roles.dropped} == {"2", "4"}
 
 
+@pytest.mark.parametrize("near", [False, True])
+def test_a_question_about_another_image_is_no_copy(near):
+    rows = [{**row, "images": [image]} for row, image in zip(rows_of([COPY] * 3), "aba", strict=True)]
+    stage = build("stage", {"name": "deduplicate", "near": near})
+    assert ids(stage(rows, nobody())) == ["0", "1"]
+
+
 def test_near_copies_are_found():
     """All planted near copies are found, and none of the other texts."""
     pytest.importorskip("datasketch")

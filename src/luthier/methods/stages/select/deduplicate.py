@@ -8,7 +8,7 @@ MinHashLSH). The first of several stays.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -39,19 +39,20 @@ class Deduplicate(Stage):
     def __call__(self, rows, roles):
         rows = list(rows)
         texts = texts_of(roles, rows, self.part)
-        first: dict[str, int] = {}
+        images = [tuple(row.get("images") or ()) for row in rows]  # a question about another one is no copy
+        first: dict[tuple, int] = {}
         chosen = []
         for place, text in enumerate(texts):
-            key = " ".join(WORD.findall(text.lower())) or text
+            key = (" ".join(WORD.findall(text.lower())) or text, images[place])
             if key not in first:
                 first[key] = place
                 chosen.append(place)
         if self.near:
-            chosen = self.without_near_copies(chosen, texts)
+            chosen = self.without_near_copies(chosen, texts, images)
         return self.drop(roles, rows, chosen, "they are copies of other rows, or nearly")
 
-    def without_near_copies(self, places: list[int], texts: list[str]) -> list[int]:
-        """The places whose text is like none before it."""
+    def without_near_copies(self, places: list[int], texts: list[str], images: list[tuple]) -> list[int]:
+        """The places whose text is like none before it with the same images."""
         try:
             from datasketch import MinHash, MinHashLSH
         except ImportError:
@@ -60,11 +61,12 @@ class Deduplicate(Stage):
                 " 'luthier[data]', or set near: false"
             ) from None
         index = MinHashLSH(threshold=self.threshold, num_perm=self.permutations)
-        signatures = {}
+        signatures: dict[Any, Any] = {}
         for place in places:
             signature = MinHash(num_perm=self.permutations, seed=1)
             signature.update_batch([run.encode() for run in sorted(shingles(texts[place], self.words))])
-            candidates = index.query(signature)
+            near: list[Any] = index.query(signature)
+            candidates = [key for key in near if images[key] == images[place]]
             if any(signatures[key].jaccard(signature) >= self.threshold for key in candidates):
                 continue
             index.insert(place, signature)

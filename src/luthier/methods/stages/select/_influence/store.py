@@ -19,8 +19,11 @@ from luthier.errors import RecipeError
 
 
 def digest_of(row: dict) -> str:
-    """What a row's vector depends on: its prompt and completions."""
-    text = json.dumps([row["prompt"], row.get("completions")], ensure_ascii=False, default=str)
+    """What a row's vector depends on: its prompt with its images, and its completions."""
+    content = [row["prompt"], row.get("completions")]
+    if row.get("images"):
+        content.append(row["images"])
+    text = json.dumps(content, ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
