@@ -10,7 +10,7 @@ from luthier.registry import build
 
 SLOW = "def f(x):\n    s = 0\n    for i in range(x):\n        s += i\n    return s\n"
 FAST = "def f(x):\n    return x * (x - 1) // 2\n"
-SLOWER = SLOW.replace("s = 0", "s = 0\n    for i in range(3 * x):\n        pass")
+SLOWER = SLOW.replace("s = 0", "s = 0\n    for i in range(30 * x):\n        pass")
 ROW = {
     "id": "r",
     "prompt": "sum below x",

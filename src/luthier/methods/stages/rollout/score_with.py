@@ -18,6 +18,10 @@ from luthier.registry import stage
 class ScoreWith(Score):
     """Column `rewards`, beside those already there: {name of the reward: a number for each completion}."""
 
+    @property
+    def active_provides(self):
+        return self.provides  # of one reward, too
+
     def __call__(self, rows, roles):
         for row in rows:
             texts = [text_of(roles, c) for c in row["completions"]]
