@@ -432,7 +432,9 @@ def source_of(module: str) -> Path:
 def did_you_mean(word: object, choices: Iterable[object]) -> str:
     """'; did you mean ...?' where something near exists, else what exists if that is short."""
     words = [str(c) for c in choices]
-    near = difflib.get_close_matches(shortened(word), words, 1, cutoff=0.55)
+    own = shortened(word)
+    near = [name for name in words if sorted(name) == sorted(own)]  # letters that changed places
+    near = near or difflib.get_close_matches(own, words, 1, cutoff=0.55)
     if near:
         return f"; did you mean '{near[0]}'?"
     if 0 < len(words) <= 24:
