@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from helpers.rows import PAIRS, SUMS, UNPAIRED
+from luthier.data.load import load_data
 from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.stages.select.best import Best
@@ -250,6 +251,13 @@ def test_sums_of_objectives():
 def test_paths_are_read_as_text(tmp_path):
     made = Recipe.load({"data": {"path": tmp_path / "rows.jsonl"}, "output_dir": tmp_path})
     assert made.output_dir == str(tmp_path) and str(tmp_path / "rows.jsonl") in str(made.data)
+
+
+def test_data_with_an_endless_name_is_one_sentence():
+    for key in ("data", "eval_data"):
+        keys = {"model": "toy:lm-small", "data": "toy:arithmetic"} | {key: "a" * 5000}
+        with pytest.raises(RecipeError, match="does not exist"):
+            load_data(Recipe.load(keys))
 
 
 @pytest.mark.parametrize("key", ["model", "output_dir", "init_from", "chat_template"])

@@ -164,7 +164,7 @@ def test_the_page_needs_no_network_and_runs_its_own_script_only(made):
     )
     rest = text.replace(script(), "")
     assert "http://" not in rest and "https://" not in rest and "url(" not in rest and "@import" not in rest
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {script_hash()}"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {script_hash()}"
     assert ("meta", "content", policy) in tree.attributes
     assert "prefers-color-scheme:dark" in text and "@media print" in text and "width=device-width" in text
 

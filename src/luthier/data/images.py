@@ -83,22 +83,14 @@ def is_image(value: Any, folder: Path | None) -> bool:
         return not isinstance(value, (bool, int, float, list, tuple))
     if value.startswith("data:image/"):
         return True
-    return value.lower().endswith(SUFFIXES) and is_file(Path(whole(value, folder)))
+    return value.lower().endswith(SUFFIXES) and os.path.isfile(whole(value, folder))
 
 
 def whole(path: str, folder: Path | None) -> str:
     """A path that is relative to the data file's folder, or else to the working folder, as it is found."""
-    if folder is not None and not os.path.isabs(path) and is_file(folder / path):
+    if folder is not None and not os.path.isabs(path) and os.path.isfile(folder / path):
         return str(folder / path)
     return path
-
-
-def is_file(path: Path) -> bool:
-    """Is there such a file? No where the system cannot even be asked, as of a name that is too long."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def path_of(image: Any, folder: Path | None) -> str:

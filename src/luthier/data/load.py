@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -268,8 +269,8 @@ def folder_of(source: Source) -> Path | None:
     """The folder that paths in a source's rows are relative to; None of rows in memory."""
     if not isinstance(source.path, str):
         return None
-    path = Path(source.path).expanduser()
-    return path if path.is_dir() else path.parent
+    path = os.path.expanduser(source.path)
+    return Path(path if os.path.isdir(path) else os.path.dirname(path))  # os.path never raises: a long name
 
 
 def check_columns(row: dict) -> None:

@@ -76,7 +76,7 @@ def script_hash() -> str:
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
-POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src {script_hash()}"
+POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {script_hash()}"
 
 
 def marked(text: str, limit: int = 4000) -> Markup:

@@ -286,7 +286,7 @@ def format_trainable(trainable: float, total: float) -> str:
 
 def generations(folder: Any) -> list[dict]:
     """Generated texts before and after, matched by row: {id, prompt, expected, before, after, score_before,
-    score_after}; of a conversation's prompt the last user message.
+    score_after}, of rows with images also `images`; of a conversation's prompt the last user message.
 
     Of a run that goes on, `after` is what was generated last.
     """
@@ -339,7 +339,9 @@ def _before_and_after(both: dict[str, dict]) -> dict[str, Any]:
     """One row of `generations`."""
     before, after = both.get("before", {}), both.get("after", {})
     row = after or before
+    images = {"images": row["images"]} if row.get("images") else {}
     return {
+        **images,
         "id": row.get("id"),
         "prompt": row.get("question", row.get("prompt", "")),
         "expected": row.get("expected"),

@@ -30,6 +30,7 @@ from luthier.report.numbers import (
 )
 from luthier.report.retention import read_skills, sentence, table
 from luthier.report.text import run_title
+from luthier.report.thumbnails import thumbnails
 from luthier.storage import files
 
 # of a log line; whatever else stands there gets a small chart
@@ -160,7 +161,8 @@ def shown_generations(folder: Path) -> dict[str, Any] | None:
             gains.append(np.sign(row["score_after"] - row["score_before"]))
     if gains:
         note += f"; of all, {gains.count(1)} better, {gains.count(-1)} worse, {gains.count(0)} unchanged"
-    return {"note": "; ".join([note, *damage]) + ".", "rows": rows[:GENERATIONS]}
+    visible = [{**row, "images": thumbnails(row.get("images"))} for row in rows[:GENERATIONS]]
+    return {"note": "; ".join([note, *damage]) + ".", "rows": visible}
 
 
 def _rows(folder: Path) -> list[str]:

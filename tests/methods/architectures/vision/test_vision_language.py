@@ -101,8 +101,12 @@ def colours(count: int) -> list[dict]:
 
 def test_learns_what_is_seen(model, tmp_path):
     settings = dict(model=model, tuner="full", learning_rate=3e-3, max_steps=30, eval_data=0.25)
-    report = luthier.tune(data=colours(32), output_dir=tmp_path / "run", evaluate=["accuracy"], **settings)
+    settings["evaluate"] = ["accuracy", {"name": "generate", "max_new_tokens": 6}]
+    report = luthier.tune(data=colours(32), output_dir=tmp_path / "run", **settings)
     assert report.before["accuracy"] < 0.6 and report.after["accuracy"] == 1
+    assert report.after["exact_match"] == 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == 8, "the prompts' images stand in the page"
 
 
 def test_all_linear_is_the_language_model_unless_parts_says_more(model):

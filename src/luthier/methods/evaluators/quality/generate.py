@@ -83,6 +83,8 @@ class Generate(Evaluator):
                 "answer": roles.renderer.answer(ids),
                 "score": None,
             }
+            if row.get("images"):
+                sample["images"] = row["images"]
             if judge is not None:
                 sample["score"] = judge.scores(row, [sample["answer"]])[0]
             samples.append(sample)
