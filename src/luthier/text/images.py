@@ -89,7 +89,7 @@ class Images:
 
     def process(self, number: int) -> list[int]:
         """An image's tokens as the processor writes them; its pixels are remembered. Raises BadRow."""
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         path = self.paths[number]
         try:
@@ -98,7 +98,8 @@ class Images:
                 with Image.open(path) as image:
                     if image.width * image.height > MAX_PIXELS:
                         raise BadRow(f"image {path} has {image.width:,} x {image.height:,} pixels")
-                    inputs = self.read(self.token, image.convert("RGB"))
+                    upright = ImageOps.exif_transpose(image)  # as transformers and datasets read it
+                    inputs = self.read(self.token, upright.convert("RGB"))
         except BadRow:
             raise
         except Exception as error:  # whatever a file that calls itself an image makes PIL raise

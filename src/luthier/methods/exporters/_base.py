@@ -42,7 +42,10 @@ class Usage:
     language: str = "sh"
 
 
-def in_transformers(place: str, auto_class: str = "AutoModelForCausalLM") -> str:
+CAUSAL = "AutoModelForCausalLM"
+
+
+def in_transformers(place: str, auto_class: str = CAUSAL) -> str:
     """How a folder is loaded in Python."""
     return f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{place}")'
 
@@ -55,7 +58,7 @@ class Exporter:
     library: ClassVar[str] = "transformers"  # as the hub's model cards name what reads it
     relation: ClassVar[str] = "finetune"  # to the base model, as the hub's model cards name it
     package: ClassVar[str] = ""  # what must be installed, as pip names it
-    generates: ClassVar[bool] = False  # is it a form of language models alone?
+    generates: ClassVar[bool] = False  # is it a form of causal language models alone?
 
     def check(self, source: Source) -> None:
         """Raises RecipeError for a run that has no such form; called before anything is written."""
@@ -65,10 +68,10 @@ class Exporter:
                 f" {self.package}"
             )
         architecture = source.loaded.roles.policy.architecture
-        if self.generates and "generate" not in architecture.provides:
+        if self.generates and architecture.auto_class().__name__ != CAUSAL:
             raise RecipeError(
-                f"export format '{self.name}' is for models that generate text, and architecture"
-                f" '{architecture.name}' does not; use --as merged"
+                f"export format '{self.name}' is for causal language models, not for architecture"
+                f" '{architecture.name}'; use --as merged"
             )
 
     def write(self, source: Source, folder: Path) -> None:

@@ -228,6 +228,23 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
         load_rows([{**row, "images": ["https://example.com/a.png"]}])
 
 
+def test_a_photo_that_lies_on_its_side_is_read_upright(tmp_path):
+    """As cameras write it: the file's pixels, and which side is up."""
+    from PIL import Image
+
+    images = roles_of(make_llava(tmp_path / "base")).renderer.images
+    upright = picture(0, 32, 32)
+    upright.save(tmp_path / "upright.png")
+    marks = Image.Exif()
+    marks[0x0112] = 6  # turn it by a quarter
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=marks)
+    pixels = []
+    for name in ("upright.png", "turned.png"):
+        number = images.number(str(tmp_path / name))
+        pixels.append(images.inputs(number)["pixel_values"])
+    assert torch.equal(*pixels)
+
+
 def test_a_network_that_does_more_with_an_image_is_refused(model, monkeypatch):
     """Whose own forward moves positions behind an image, as Qwen-VL's does."""
     from luthier.methods.architectures.vision import vision_language
@@ -272,5 +289,9 @@ def test_low_rank_updates_of_all_parts(tmp_path):
         accuracy[len(parts)] = report.after["accuracy"]
     assert accuracy[1] <= 0.6 and accuracy[3] > 0.9
     assert "projector" in str(list(luthier.load(tmp_path / "3").roles.tuner.parameters()))
+    adapter = export_form(tmp_path / "3", "lora", tmp_path / "adapter")
+    assert "AutoModelForImageTextToText" in adapter.usage[0].code and adapter.agreement.mean < 1e-5
+    with pytest.raises(RecipeError, match="for causal language models"):
+        export_form(tmp_path / "3", "gguf", tmp_path / "gguf")
     exported = export_form(tmp_path / "3", "merged", tmp_path / "whole")
     assert exported.agreement.mean < 1e-5

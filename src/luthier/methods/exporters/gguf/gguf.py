@@ -52,8 +52,6 @@ class GGUF(Exporter):
                 f"--dtype {source.dtype} and quantization={self.quantization} both say how weights are"
                 " stored; leave one of them out"
             )
-        if source.loaded.roles.policy.architecture.auto_class().__name__ != "AutoModelForCausalLM":
-            raise RecipeError("export format 'gguf' is for causal language models; use --as merged")
         if _llama_cpp.find(_llama_cpp.CONVERTER) is None:
             check_config(source.loaded.model.config)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from luthier.errors import RecipeError
-from luthier.methods.exporters._base import Exporter, Usage
+from luthier.methods.exporters._base import CAUSAL, Exporter, Usage
 from luthier.model import quantized as codes
 from luthier.model.loaded import Loaded, load
 from luthier.registry import build, exporter, spec
@@ -71,8 +71,15 @@ class LoRA(Exporter):
         source.finish_configs(folder)
 
     def usage(self, source, folder, place):
+        name = source.loaded.roles.policy.architecture.auto_class().__name__
         code = (
             "from peft import AutoPeftModelForCausalLM\n\n"
             f'model = AutoPeftModelForCausalLM.from_pretrained("{place}")'
         )
+        if name != CAUSAL:
+            code = (
+                f"from peft import PeftModel\nfrom transformers import {name}\n\n"
+                f'base = {name}.from_pretrained("{source.loaded.recipe.model}")\n'
+                f'model = PeftModel.from_pretrained(base, "{place}")'
+            )
         return [Usage("peft", code, "python")]
