@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.storage import files
+from luthier.storage.images import MAX_PIXELS
 
 SIDE = 160  # pixels of the longer one
 MOST = 4  # images of a row
-MAX_PIXELS = 100_000_000  # of an image that is read at all
 
 
 def thumbnails(paths: Any) -> list[str]:

@@ -12,6 +12,9 @@ from typing import Any
 
 from luthier.storage import files
 
+MAX_BYTES = 200 << 20  # of an image's file
+MAX_PIXELS = 100_000_000  # of an image: beyond this a small file may fill the memory
+
 
 def is_in_memory(value: Any) -> bool:
     """Is a value an image of PIL, or {"bytes": ...} as `datasets` has it?"""

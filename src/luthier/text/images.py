@@ -22,6 +22,7 @@ from torch import Tensor
 from luthier.errors import Damaged, RecipeError
 from luthier.methods.formats._base import BadRow, text_of_parts
 from luthier.storage import files
+from luthier.storage.images import MAX_BYTES, MAX_PIXELS
 from luthier.text.chat import Chat
 from luthier.text.encode import Renderer
 from luthier.text.encoded import Encoded
@@ -31,8 +32,6 @@ from luthier.text.verify import MEDIA, Lost, check_media
 FIRST = 1 << 62  # of the numbers for patches: FIRST | image << PATCH | patch
 PATCH = 16  # bits of a patch's number
 IMAGE = 46  # bits of an image's number, which is a checksum of its file
-MAX_BYTES = 200 << 20  # of an image's file
-MAX_PIXELS = 100_000_000  # of an image: beyond this a small file may fill the memory
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of the text
 LATELY = 64  # images whose pixels stay in memory
 PARTS = [name for name in MEDIA if name not in ("images", "image")]  # media that are not read here

@@ -4,12 +4,13 @@
 An image is a run of numbers among a row's tokens, one for each patch, so all that the decoder-only
 architecture does (packing, prefixes read once, prompts shared by completions, caches) holds for rows with
 images; nothing else changes, and every objective, reward and stage works. Images of one step are read
-together, each once; where neither tower nor projector is trained, once in a run.
+together, each once; where neither tower nor projector is trained, features of 512 images are kept.
 
 `parts` says what `target_modules: all-linear` reaches: the language model alone by default, as in other
 tools. Whether a network reads an image so is tried out when it is loaded: what its own forward says of an
-image must come out. Refused are therefore models whose positions are an image's rows and columns (Qwen-VL),
-or in which the tokens of an image see each other (Gemma 3, PaliGemma).
+image must come out. That refuses models whose positions are an image's rows and columns, or in which the
+tokens of an image see each other (Qwen-VL, Gemma 3 and PaliGemma, as their code reads). Tested are LLaVA and
+Idefics3.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _fixed: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # attached tuner -> 
     ],
     use_when="the model reads images and writes text: LLaVA, SmolVLM, Idefics3 and similar models; rows have"
     " `images`. It is selected automatically.",
-    costs="images are read once a step, or once a run where tower and projector are not trained.",
+    costs="images are read once a step; where tower and projector are not trained, 512 are kept.",
     covers="low-rank updates of tower, projector and language model at once (`parts`), against the language"
     " model alone where the frozen parts pass no image on; merged, the answers are the same.",
     omits="the photos of crops and their questions, the judge of free answers, Qwen-VL.",

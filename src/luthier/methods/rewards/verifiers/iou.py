@@ -33,7 +33,7 @@ Box = tuple[float, float, float, float]
     costs="reading numbers in each completion.",
     covers="the IoU reward, the confidence reward, format by reward `format` and class by `exact_match`;"
     " a policy that writes boxes learns them.",
-    omits="masks; the few-shot sets of images and Qwen2-VL, which architecture `vision_language` refuses.",
+    omits="masks; the few-shot sets of images; Qwen2-VL.",
     tests=[
         "methods/rewards/verifiers/test_iou.py::test_rewards_of_boxes_by_hand",
         "methods/rewards/verifiers/test_iou.py::test_a_policy_that_writes_boxes_learns_them",

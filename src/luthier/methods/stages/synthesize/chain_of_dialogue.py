@@ -46,7 +46,7 @@ TURN = (
     costs="for each document a plan, and a reply for each turn.",
     covers="logic, phrases, questions and answers turn by turn with the history, verification of phrases,"
     " answers and repetitions, and the whole structure as a row for a generator of one's own.",
-    omits="K-BENCH; the comparison with continued pretraining.",
+    omits="K-BENCH; the comparison with continued pretraining; that a model gains by its rows.",
     contract={"gives": "a tiny model plans no dialogue"},
     tests=[
         "methods/stages/synthesize/test_chain_of_dialogue.py::test_every_phrase_is_of_the_document",
