@@ -62,16 +62,16 @@ class Exporter:
 
     def check(self, source: Source) -> None:
         """Raises RecipeError for a run that has no such form; called before anything is written."""
-        if self.package and find_spec(self.package.replace("-", "_")) is None:
-            raise RecipeError(
-                f"export format '{self.name}' needs {self.package}, which is not installed: pip install"
-                f" {self.package}"
-            )
         architecture = source.loaded.roles.policy.architecture
         if self.generates and architecture.auto_class().__name__ != CAUSAL:
             raise RecipeError(
                 f"export format '{self.name}' is for causal language models, not for architecture"
                 f" '{architecture.name}'; use --as merged"
+            )
+        if self.package and find_spec(self.package.replace("-", "_")) is None:
+            raise RecipeError(
+                f"export format '{self.name}' needs {self.package}, which is not installed: pip install"
+                f" {self.package}"
             )
 
     def write(self, source: Source, folder: Path) -> None:
