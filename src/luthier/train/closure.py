@@ -130,6 +130,25 @@ class LossClosure:
         self.total /= rows
         self.term_totals = [total / rows for total in self.term_totals]
 
+    def own_loss(self, index: int) -> float:
+        """The loss of one of this process's micro-batches by itself, without gradients: each term the average
+        over its own units. Nothing is summed over processes. Raises MicroBatchTooLarge where memory runs out.
+        """
+        units = self.units
+        batch, terms = self.batches[index], self.trainer.objective.terms()
+        self.begin(grad=False)
+        self.units = [float(objective.divisor(batch)) for _, objective in terms]
+        try:
+            self.micro_batch(index, grad=False)
+            self.pending.read()
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                raise MicroBatchTooLarge(str(error)) from None
+            raise
+        finally:
+            self.units = units
+        return self.total
+
     def begin(self, grad: bool) -> None:
         """Clear the sums, and gradients if there are to be new ones."""
         self.total = 0.0

@@ -20,7 +20,7 @@ parameters).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, reduce
 from operator import add
@@ -93,18 +93,26 @@ class MeZO(Estimator):
     def step(self, closure, chain, clock):
         losses, slopes = [], []
         for probe in range(self.n_probes):
-
-            def aside(group, slot, p, probe=probe):
-                dtype = p.dtype if p.dtype in WIDE else torch.float32
-                z = direction(clock, probe, group.name, slot, p, self.noise, self.eps, dtype)
-                return self.masked(z, chain, group.name, slot, p)
-
-            with perturbed_by_layer(chain, aside) as flip:
-                losses.append(closure(grad=False))
-                flip()
-                losses.append(closure(grad=False))
+            losses += self.sides(lambda: closure(grad=False), chain, clock, probe)
             slopes.append(self.slope(*losses[-2:]) / self.n_probes)
-        slopes = self.chosen(slopes, closure, chain, clock)
+        self.step_along(self.chosen(slopes, closure, chain, clock), chain, clock)
+        return sum(losses) / len(losses)
+
+    def sides(self, loss: Callable[[], float], chain: Chain, clock: Clock, probe: int) -> tuple[float, float]:
+        """The loss at p + eps z and at p - eps z, of direction number `probe`."""
+
+        def aside(group, slot, p):
+            dtype = p.dtype if p.dtype in WIDE else torch.float32
+            z = direction(clock, probe, group.name, slot, p, self.noise, self.eps, dtype)
+            return self.masked(z, chain, group.name, slot, p)
+
+        with perturbed_by_layer(chain, aside) as flip:
+            above = loss()
+            flip()
+            return above, loss()
+
+    def step_along(self, slopes: Sequence[float], chain: Chain, clock: Clock) -> None:
+        """Step the chain with the sum of the directions, each times its slope."""
         param_groups = {s.name: s for s in chain.param_groups()}
 
         def estimate(name: str) -> dict[str, Tensor]:
@@ -112,7 +120,6 @@ class MeZO(Estimator):
             return {k: self.combined(slopes, chain, clock, name, k, p) for k, p in moving.items()}
 
         chain.step(LazyGradients(param_groups, estimate))
-        return sum(losses) / len(losses)
 
     def slope(self, above: float, below: float) -> float:
         """What a direction counts, from the losses on both of its sides."""
