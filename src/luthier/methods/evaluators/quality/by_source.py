@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import ClassVar
 
 from luthier.methods.architectures._base import LOGPROBS, TOPK
-from luthier.methods.evaluators._base import PerExample, liked
+from luthier.methods.evaluators._base import PerExample, keep, liked
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import Metric, evaluator
 
@@ -29,15 +29,18 @@ class BySource(PerExample):
 
     def summarize(self, stats, roles, rows, folder, when):
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+        right: dict[str, dict[str, float]] = defaultdict(dict)
         for row in liked(rows):
             one = stats[str(row["id"])]
-            entry = sums[str(row.get(self.column))]
-            values = (1.0, float(one.first == one.tokens), one.loss, float(one.tokens))
-            for place, value in enumerate(values):
-                entry[place] += value
+            source = str(row.get(self.column))
+            correct = float(one.first == one.tokens)
+            right[source][str(row["id"])] = correct
+            for place, value in enumerate((1.0, correct, one.loss, float(one.tokens))):
+                sums[source][place] += value
+        keep(folder, when, **{f"source_accuracy/{name}": values for name, values in right.items()})
         out = {}
-        for name, (count, right, loss, tokens) in sorted(sums.items()):
-            out[f"source_accuracy/{name}"] = right / count
+        for name, (count, correct, loss, tokens) in sorted(sums.items()):
+            out[f"source_accuracy/{name}"] = correct / count
             if tokens:
                 out[f"source_loss/{name}"] = loss / tokens
         return out
