@@ -113,6 +113,7 @@ def test_version_and_help():
         (["methods", "autopet"], "there is no method 'autopet'; did you mean 'autopeft'"),
         (["methods", "lora", "--kind", "objective"], "there is no objective 'lora'"),
         (["chat", "./nowhere"], "folder ./nowhere does not exist"),
+        (["chat", "./nowhere", "--decoder", "urian"], "did you mean 'urial'"),
         (["export", "./nowhere", "--output-dir", "x", "--as", "gg"], "there is no export format 'gg'"),
         (["export", "./nowhere", "--output-dir", "x", "--as", "onnx"], "optimum-cli export onnx"),
         (["export", "./nowhere", "word", "--output-dir", "x"], "'word' is no setting"),

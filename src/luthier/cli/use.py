@@ -28,23 +28,30 @@ def chat(
         typer.Option(help="System prompt (default: the one that all rows of the run had); '' for none."),
     ] = None,
     image: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An image that the first prompt is about; repeat it for several."
-        ),
+        list[str] | None, typer.Option(help="An image that the first prompt is about; repeat it for several.")
     ] = None,
     chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="Variables for the chat template, e.g. '{enable_thinking: false}'.")
+    ] = None,
+    decoder: Annotated[
         str | None,
-        typer.Option(help="Variables for the chat template, e.g. '{enable_thinking: false}'."),
+        typer.Option(
+            help="How answers are written: a decoder's name, or a mapping such as '{name: structured_outputs,"
+            " choice: [yes, no]}' (see luthier methods decoder)."
+        ),
     ] = None,
 ) -> None:
     """Talk to a model."""
+    from luthier.registry import build
     from luthier.serve.chat import chat
     from luthier.storage.bounded_yaml import load_yaml
 
     options = load_yaml(chat_template_kwargs or "{}", "--chat-template-kwargs")
     if not isinstance(options, dict):
         raise RecipeError("--chat-template-kwargs: expected a mapping, e.g. '{enable_thinking: false}'")
+    how = load_yaml(decoder, "--decoder") if decoder else None
+    if how is not None:
+        build("decoder", how)  # a wrong setting is told before the model is loaded
     chat(
         model,
         prompt,
@@ -54,6 +61,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        decoder=how,
     )
 
 
@@ -156,8 +164,7 @@ def push(
         ),
     ],
     form: Annotated[
-        str | None,
-        typer.Option("--as", help="Form of a run's result (default: lora, or merged)."),
+        str | None, typer.Option("--as", help="Form of a run's result (default: lora, or merged).")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Let everyone see a new repository.")] = False,
     base_model: Annotated[

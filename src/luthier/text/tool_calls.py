@@ -8,13 +8,15 @@ what their models write stays text.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow
 from luthier.text.chat import Chat, Form
+from luthier.text.structured_outputs import Structure, json_within
 
 PROMPT = [{"role": "user", "content": "Hi"}]
 CALL = {"id": "call00001", "type": "function", "function": {"name": "probe_tool", "arguments": {"a": 1}}}
@@ -35,6 +37,9 @@ class CallFormat:
 
     opening: str  # "": an answer is a call where it begins with JSON
     closing: str
+    before: str = ""  # all that the template writes before the JSON of the probe, with its white space
+    after: str = ""  # and after it, up to the end of the turn
+    call: str = ""  # the JSON itself
 
 
 def call_format(chat: Chat) -> CallFormat | None:
@@ -56,9 +61,51 @@ def call_format(chat: Chat) -> CallFormat | None:
             stop = json_end(reply, start)
             if stop is not None and any(calls_of(json.loads(reply[start:stop]))):
                 # an empty <think></think> before a call is no part of it
-                before = reply[:start].rpartition("</think>")[2].strip()
-                return CallFormat(before, without_end(chat, reply[stop:]))
+                before = reply[:start].rpartition("</think>")[2]
+                closing = without_end(chat, reply[stop:])
+                after = reply[stop : reply.find(closing, stop) + len(closing)] if closing else ""
+                return CallFormat(before.strip(), closing, before, after, reply[start:stop])
     return None
+
+
+def forced_call(form: CallFormat, tools: Sequence[dict], tokenizer: Any) -> Structure:
+    """One call of one of these tools, in a model's form, with arguments of the tool's schema. tools: in
+    OpenAI's form. Raises RecipeError where the form has the arguments as text, not as JSON.
+    """
+    value = json.loads(form.call)
+    several = isinstance(value, list)
+    probe = value[0] if several else value
+    schemas = [call_schema(probe, tool["function"]) for tool in tools]
+    schema: dict[str, Any] = {"anyOf": schemas} if len(schemas) > 1 else schemas[0]
+    if several:
+        schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
+    return json_within(form.before, schema, form.after, tokenizer)
+
+
+def call_schema(probe: Any, function: dict) -> dict:
+    """The JSON schema of what a probe's call would be with another function: its name, and any arguments that
+    its parameters allow. Everything else is as in the probe.
+    """
+    if not isinstance(probe, dict):
+        return {"const": probe}
+    properties: dict[str, Any] = {}
+    for key, value in probe.items():
+        if key == "name":
+            properties[key] = {"const": function["name"]}
+        elif key in ARGUMENTS and isinstance(value, str):
+            raise RecipeError("calls cannot be forced: this model's chat template writes arguments as text")
+        elif key in ARGUMENTS:
+            properties[key] = {"type": "object", **(function.get("parameters") or {})}
+        elif key == "id":
+            properties[key] = {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
+        else:
+            properties[key] = call_schema(value, function)
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def without_end(chat: Chat, text: str) -> str:

@@ -164,6 +164,72 @@ def test_calls_come_back_as_calls(served, client, monkeypatch):
     assert none["message"].get("tool_calls") is None and "<tool_call>" in none["message"]["content"]
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Rome", "Oslo"]},
+        "days": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def content(client, **request) -> str:
+    answer = client.post(CHAT, json={**HELLO, "model": "low", "max_tokens": 120, "temperature": 1, **request})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def test_an_answer_has_the_structure_that_is_asked_for(client):
+    """From models that were never taught any, several at once, beside one that may write anything."""
+    form = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA}}
+    requests = []
+    for seed in range(4):
+        requests.append({"response_format": form, "seed": seed})
+        requests.append({"structured_outputs": {"choice": ["red", "green"]}, "seed": seed})
+        requests.append({"seed": seed, "model": "lower"})
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda request: content(client, **request), requests))
+    for trip, colour in zip(answers[::3], answers[1::3], strict=True):
+        row = json.loads(trip)
+        assert row["city"] in ("Rome", "Oslo") and isinstance(row["days"], int) and colour in ("red", "green")
+    assert answers[2] == content(client, **requests[2])
+    assert content(client, response_format={"type": "json_object"}, max_tokens=8)[0] == "{"
+    text = {"prompt": "Born ", "model": "low", "structured_outputs": {"regex": r"[0-9]{4}"}, "n": 2}
+    years = [choice["text"] for choice in client.post(TEXT, json=text).json()["choices"]]
+    assert all(year.isdecimal() and len(year) == 4 for year in years)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_a_call_can_be_forced(served, client, monkeypatch, choice):
+    """A model that calls nothing by itself calls the tool, with arguments of its schema."""
+    model = served.models["low"]
+    plain = Renderer(make_tokenizer(), chat_template="plain")
+    monkeypatch.setattr(model.loaded.roles, "renderer", plain)
+    monkeypatch.setitem(vars(model), "call_format", call_format(plain.chat))
+    tools = []
+    for name in ("add", "go"):
+        function = {"name": name, "parameters": {"properties": {"city": {"enum": ["Rome", "Oslo"]}}}}
+        function["parameters"] |= {"required": ["city"], "additionalProperties": False}
+        tools.append({"type": "function", "function": function})
+    question = {**HELLO, "model": "low", "tools": tools, "tool_choice": choice, "max_tokens": 100}
+    response = client.post(CHAT, json=question)
+    assert response.status_code == 200, response.text
+    (answer,) = response.json()["choices"]
+    (call,) = answer["message"]["tool_calls"]
+    assert answer["finish_reason"] == "tool_calls" and answer["message"]["content"] is None
+    assert call["function"]["name"] in ("add", "go") if choice == "required" else ("add",)
+    assert json.loads(call["function"]["arguments"])["city"] in ("Rome", "Oslo")
+    for wrong in ({"tool_choice": {**choice_of("nothing")}}, {"response_format": {"type": "json_object"}}):
+        response = client.post(CHAT, json={**question, **wrong})
+        assert response.status_code == 400 and "tool" in response.json()["error"]["message"]
+
+
+def choice_of(name: str) -> dict:
+    return {"type": "function", "function": {"name": name}}
+
+
 REFUSED = [
     ({"model": "nobody"}, 404, "model"),
     ({"temperature": 3}, 400, "temperature"),
@@ -173,7 +239,12 @@ REFUSED = [
     ({"logit_bias": {"999999": 1}}, 400, "logit_bias"),
     ({"top_logprobs": 2}, 400, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "logprobs"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, 400, None),
+    ({"structured_outputs": {"regex": "(a"}}, 400, None),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, 400, None),
+    ({"structured_outputs": {"pattern": "a"}}, 400, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, 400, "ignore_eos"),
     ({"tool_choice": "required"}, 400, "tool_choice"),
     ({"messages": []}, 400, "messages"),
     ({"messages": [{"role": "nobody", "content": "x"}]}, 400, None),

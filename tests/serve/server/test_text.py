@@ -10,7 +10,8 @@ from helpers.chat_templates import FAMILIES, TRL, family_tokenizer
 from helpers.models import make_tokenizer
 from luthier.serve.server.text_stream import TextStream
 from luthier.text.encode import Renderer
-from luthier.text.tool_calls import CallFormat, CallReader, call_format
+from luthier.text.structured_outputs import Vocabulary
+from luthier.text.tool_calls import CallFormat, CallReader, call_format, forced_call
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,40 @@ def test_calls_are_read_as_the_template_writes_them(family):
     ((name, read),) = calls
     assert name == "weather" and json.loads(read) == arguments
     assert chat.special.sub("", text + rest).strip() == ""
+
+
+@pytest.mark.skipif(not TRL.is_dir(), reason="TRL's chat templates are not here")
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen2.5", "Llama 3.1"])
+def test_a_forced_call_is_what_the_template_writes(family):
+    """The grammar takes the turn that the template writes, token by token, and no other function's."""
+    llguidance = pytest.importorskip("llguidance")
+    tokenizer = family_tokenizer(family)
+    chat = Renderer(tokenizer).chat
+    form = call_format(chat)
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    structure = forced_call(form, [tool], tokenizer)
+    vocabulary = Vocabulary(tokenizer, [tokenizer.eos_token_id], len(tokenizer))
+    assert not llguidance.LLMatcher.validate_grammar(structure.grammar, vocabulary.tokens)
+    for name, fits in (("weather", True), ("whether", False)):
+        call = {
+            "function": {"name": name, "arguments": {"city": "Oslo"}},
+            "type": "function",
+            "id": "call00001",
+        }
+        turns = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        row = {"prompt": turns[:1], "tools": [tool]}
+        opening = chat.render(row, turns[:1], add_generation_prompt=True)
+        reply = chat.render(row, turns)[len(opening) :].rpartition("</think>")[2]
+        written = reply[: len(reply) - len(reply.partition(form.after)[2])] if form.after else reply
+        if not form.after:
+            written = written[: written.rindex("}") + 1]
+        follower = vocabulary.begin(structure)
+        ids = tokenizer.encode(written, add_special_tokens=False)
+        assert (follower.matcher.validate_tokens(ids) == len(ids)) is fits
 
 
 def test_what_is_no_call_stays_text():

@@ -38,6 +38,8 @@ from luthier.serve.server.protocol import (
     TextAnswer,
     event,
 )
+from luthier.text.structured_outputs import Structure
+from luthier.text.tool_calls import forced_call
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")  # names under which this machine answers itself
 LARGEST = 4 << 20  # bytes of a request
@@ -263,8 +265,30 @@ class Desk:
         elif request.top_logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         calls = tools is not None and served.call_format is not None
+        form = request.structure()
+        name = request.function()
+        if form is not None and tools:
+            raise ApiError(
+                400,
+                "an answer with a structure calls no tools: send tool_choice none",
+                param="response_format",
+            )
+        if name is not None:
+            form = self.forced_call(served, tools or [], name)
         requested = request.max_completion_tokens or request.max_tokens
-        return self.jobs(request, served, [tokens], requested, logprobs, put, special=calls)
+        return self.jobs(request, served, [tokens], requested, logprobs, put, calls, form)
+
+    def forced_call(self, served: ServedModel, tools: list[dict], name: str) -> Structure:
+        """A call of this tool, "" for any of them. Raises ApiError."""
+        form = served.call_format
+        if form is None:
+            raise ApiError(
+                400,
+                "tool_choice: the chat template of this model writes no calls as JSON, so none can be forced",
+                param="tool_choice",
+            )
+        named = [tool for tool in tools if name in ("", tool["function"]["name"])]
+        return forced_call(form, named, served.texts.tokenizer)
 
     def text_jobs(self, request: CompletionRequest, served: ServedModel, put: Any) -> list[Job]:
         """A job for each text. Raises ApiError or BadRow."""
@@ -278,7 +302,8 @@ class Desk:
                 raise ApiError(400, f"prompt: token ids are 0 to {vocabulary - 1}", param="prompt")
             else:
                 prompts.append(prompt)
-        return self.jobs(request, served, prompts, request.max_tokens, request.logprobs, put)
+        form = request.structure()
+        return self.jobs(request, served, prompts, request.max_tokens, request.logprobs, put, form=form)
 
     def jobs(
         self,
@@ -289,19 +314,28 @@ class Desk:
         logprobs: int | None,
         put: Callable[[Job, Piece], None],
         special: bool = False,
+        form: Structure | None = None,
     ) -> list[Job]:
-        """A job for each prompt."""
+        """A job for each prompt. form: what its answers must be. Raises ApiError or RecipeError."""
         n = request.n or 1
         if n * len(prompts) > self.limits.max_samples:
             raise ApiError(400, f"n: at most {self.limits.max_samples} answers in one request", param="n")
         seed = request.seed
         if seed is None:
             seed = secrets.randbits(63)
+        follower = None
+        if form is not None:
+            if request.ignore_eos:
+                raise ApiError(
+                    400, "an answer with a structure ends: ignore_eos must be false", param="ignore_eos"
+                )
+            with self.rendering:
+                follower = served.structures.begin(form)
         jobs = []
         for i, tokens in enumerate(prompts):
             max_tokens = self.max_tokens(served, len(tokens), requested)
             settings = request.sampling(max_tokens, logprobs, served.vocabulary)
-            job = Job(served, tokens, settings, put, n, served.seed(seed, i), special)
+            job = Job(served, tokens, settings, put, n, served.seed(seed, i), special, follower)
             jobs.append(job)
         return jobs
 

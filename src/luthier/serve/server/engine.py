@@ -24,6 +24,7 @@ from luthier.model.continuous import Reading, SequenceBatch
 from luthier.model.generate import uniforms_of
 from luthier.serve.server.sampling import Draw, Sampler, Sampling, TokenLogprobs
 from luthier.serve.server.text_stream import TextStream
+from luthier.text.structured_outputs import Follower
 
 LONGEST_WAIT = 60  # seconds that a client is told to wait at most before it tries again
 
@@ -63,6 +64,7 @@ class Job:
     n: int = 1
     seed: int = 0  # from which each sample draws
     special: bool = False  # special tokens are a part of the text
+    follower: Follower | None = None  # at the beginning of the structure that each sample must have
     canceled: bool = False
     reused: int = 0  # tokens of the prompt that were not read again
     running: int = 0  # samples that are being written
@@ -301,7 +303,10 @@ class Engine:
             if settings.temperature:
                 uniforms = uniforms_of(job.seed, number, settings.max_tokens)
             stream = TextStream(renderer, settings.stop, job.special)
-            samples.append(Written(job, number, stream, Draw(settings, uniforms)))
+            draw = Draw(settings, uniforms)
+            if job.follower is not None:
+                draw.follower = job.follower.copy()
+            samples.append(Written(job, number, stream, draw))
         job.running = job.n
         self.advance(samples, logits.expand(job.n, -1))
         for row in samples:
@@ -311,9 +316,18 @@ class Engine:
 
     def advance(self, rows: Sequence[Written], logits: Tensor) -> None:
         """Choose a token for each, and tell its job."""
+        for row in rows:
+            try:
+                row.draw.prepare(logits.shape[1])
+            except RecipeError as error:
+                row.finished = True
+                self.pieces.append((row.job, Piece(row.sample, error=error)))
+                self.finish(row.job)
         tokens, logprobs = self.sampler.choose(logits, [row.draw for row in rows])
         self.tokens_written += len(tokens)
         for row, token, own in zip(rows, tokens, logprobs, strict=True):
+            if row.finished:
+                continue
             settings, stream = row.job.settings, row.stream
             row.last = token
             stops = token in row.job.served.stop_ids and not settings.ignore_eos

@@ -25,6 +25,7 @@ from luthier.recipe.validate import build_methods
 from luthier.serve.server.engine import Group
 from luthier.storage.layout import saved_network
 from luthier.text.cache import EncodingCache
+from luthier.text.structured_outputs import Vocabulary
 from luthier.text.tool_calls import CallFormat, call_format
 from luthier.train import memory
 from luthier.train.batched_forward import share_weights
@@ -67,6 +68,11 @@ class ServedModel:
     def vocabulary(self) -> int:
         """Tokens that the network knows."""
         return self.group.model.get_input_embeddings().weight.shape[0]
+
+    @cached_property
+    def structures(self) -> Vocabulary:
+        """The tokens, for answers that must have a structure."""
+        return Vocabulary(self.texts.tokenizer, list(self.stop_ids), self.vocabulary)
 
     @cached_property
     def call_format(self) -> CallFormat | None:
@@ -144,9 +150,7 @@ def named(words: Sequence[str]) -> dict[str, str]:
         else:
             name, path = Path(word).expanduser().name or word, word
         if name in paths:
-            raise RecipeError(
-                f"{paths[name]} and {path} would both be served as '{name}'; write NAME={path}"
-            )
+            raise RecipeError(f"{paths[name]} and {path} would both be served as '{name}'; write NAME={path}")
         paths[name] = path
     return paths
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from luthier.serve.server.engine import Job, Piece
 from luthier.serve.server.models import ServedModel
 from luthier.serve.server.sampling import Sampling, TokenLogprobs
+from luthier.text.structured_outputs import Structure, structure
 from luthier.text.tool_calls import CallReader
 
 MOST_LOGPROBS = 20
@@ -57,8 +58,8 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What both kinds of requests say. Names of fields are OpenAI's; top_k, ignore_eos and
-    chat_template_kwargs are vLLM's.
+    """What both kinds of requests say. Names of fields are OpenAI's; top_k, ignore_eos,
+    structured_outputs and chat_template_kwargs are vLLM's.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,6 +78,7 @@ class Request(BaseModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
     # about the caller, and nothing that an answer depends on
     user: Any = None
     metadata: Any = None
@@ -118,6 +120,13 @@ class Request(BaseModel):
             logit_bias=bias,
         )
 
+    def structure(self) -> Structure | None:
+        """What an answer must be. Raises ApiError or RecipeError."""
+        if self.structured_outputs is None:
+            return None
+        form = self.structured_outputs
+        return structure(form.json_, form.regex, form.choice, form.grammar)
+
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the number of tokens."""
@@ -143,10 +152,58 @@ class CompletionRequest(Request):
         return prompt
 
 
-class ResponseFormat(BaseModel):
-    """Plain text: nothing makes a model write JSON here."""
+class SchemaOf(BaseModel):
+    """The `json_schema` of a response_format. strict is what is done in any case."""
 
-    type: Literal["text"]
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """Plain text, a JSON object, or JSON of a schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaOf | None = None
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """What the answer must be; None: any text. Raises ApiError."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.json_schema is None:
+            raise ApiError(400, "response_format: json_schema is missing", param="response_format")
+        return self.json_schema.schema_
+
+
+class NamedFunction(BaseModel):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class StructuredOutputs(BaseModel):
+    """One of these, as vLLM has them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
 
 class ChatRequest(Request):
@@ -157,11 +214,32 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def structure(self):
+        schema = self.response_format.schema_of_answer() if self.response_format else None
+        if schema is None:
+            return super().structure()
+        if self.structured_outputs is not None:
+            raise ApiError(400, "response_format and structured_outputs: say one", param="response_format")
+        return structure(json=schema)
+
+    def function(self) -> str | None:
+        """The name of the function that is to be called, "" for any of them; None where none has to be.
+        Raises ApiError.
+        """
+        choice = self.tool_choice
+        if choice is None or choice in ("auto", "none"):
+            return None
+        names = [tool.get("function", tool).get("name") for tool in self.tools or []]
+        name = choice.function.name if isinstance(choice, NamedTool) else ""
+        if not names or (name and name not in names):
+            raise ApiError(400, f"tool_choice: there is no tool {name}".rstrip(), param="tool_choice")
+        return name
 
 
 # ---------------------------------------------------------------------------------------------- answers

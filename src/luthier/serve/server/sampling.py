@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.model.generate import sample
+from luthier.text.structured_outputs import Follower, forbid
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Sampling:
 
     @property
     def adjusts(self) -> bool:
-        """Whether logits are changed before a token is chosen."""
+        """Whether penalties or biases change the logits before a token is chosen."""
         return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
@@ -53,6 +54,26 @@ class Draw:
     uniforms: Tensor | None  # one for each token; None where nothing is drawn
     counts: Counter[int] = field(default_factory=Counter)  # of the tokens so far, where penalties want them
     step: int = 0
+    follower: Follower | None = None  # where it is in the structure that it must have
+    allowed: Tensor | None = None  # [V], the tokens that may come next in it
+
+    def prepare(self, size: int) -> None:
+        """Before a token is chosen: which of so many may be. Raises RecipeError."""
+        if self.follower is not None:
+            self.allowed = self.follower.allowed(size)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return self.settings.adjusts or self.allowed is not None
+
+    def take(self, token: int) -> None:
+        """This token was chosen."""
+        self.step += 1
+        if self.settings.adjusts:
+            self.counts[token] += 1
+        if self.follower is not None:
+            self.follower.add(token)
 
 
 class Sampler:
@@ -64,7 +85,7 @@ class Sampler:
     def choose(self, logits: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[TokenLogprobs | None]]:
         """[B, V] logits -> (the next token of each, its log-probabilities where they are wanted)."""
         plain = logits
-        if any(draw.settings.adjusts for draw in draws):
+        if any(draw.adjusts for draw in draws):
             logits = logits.float().clone()
             for row, draw in enumerate(draws):
                 adjust(logits[row], draw)
@@ -75,9 +96,7 @@ class Sampler:
             tokens[rows] = sample(some, uniforms, temperature, top_p, top_k, self.room(some))
         chosen = tokens.tolist()
         for draw, token in zip(draws, chosen, strict=True):
-            draw.step += 1
-            if draw.settings.adjusts:
-                draw.counts[token] += 1
+            draw.take(token)
         return chosen, logprobs_of(plain, chosen, draws)
 
     def room(self, logits: Tensor) -> Tensor:
@@ -88,7 +107,7 @@ class Sampler:
 
 
 def adjust(logits: Tensor, draw: Draw) -> None:
-    """Change the logits [V] of one row, in place, by penalties and biases."""
+    """Change the logits [V] of one row, in place, by penalties, biases and what its structure forbids."""
     settings = draw.settings
     if draw.counts and (settings.presence_penalty or settings.frequency_penalty):
         counts = torch.tensor(list(draw.counts.values()), device=logits.device)
@@ -96,6 +115,8 @@ def adjust(logits: Tensor, draw: Draw) -> None:
         logits[torch.tensor(list(draw.counts), device=logits.device)] -= penalty
     for token, bias in settings.logit_bias.items():
         logits[token] += bias
+    if draw.allowed is not None:
+        forbid(logits, draw.allowed)
 
 
 def by_settings(draws: Sequence[Draw]) -> dict[tuple[float, float, int], list[int]]:
