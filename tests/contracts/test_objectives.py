@@ -217,8 +217,8 @@ def test_every_tuner_takes_two_steps_on_an_objective_of_every_family(tuner):
             roles.tuner.end_step(roles.clock)
         after = roles.tuner.tensors()
         moved = any(k not in before or not torch.equal(t, before[k]) for k, t in after.items())
-        # a policy that is its own reference to the bit is where this one wants it
-        assert moved or (name == "kl" and float(loss.detach()) == pytest.approx(0.0, abs=1e-6)), name
+        at_its_least = "moves" in find("objective", name).contract and abs(float(loss.detach())) < 1e-6
+        assert moved or at_its_least, name
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

@@ -44,7 +44,8 @@ def small(given: dict, little: str) -> dict:
     """The same recipe for a second: few rows, few steps, short answers, a small model."""
     small_model = "toy:lm-small" if ANSWERS & given.keys() else little
     text = re.sub(r"toy:lm(?![\w-])", small_model, yaml.safe_dump(given))
-    text = re.sub(r"max_new_tokens: \d+", "max_new_tokens: 8", text)
+    for key, few in {"max_new_tokens": 8, "max_steps": 2}.items():
+        text = re.sub(rf"\b{key}: \d+", f"{key}: {few}", text)
     given = yaml.safe_load(text)
     given.setdefault("model", small_model)
     given |= {
@@ -57,6 +58,8 @@ def small(given: dict, little: str) -> dict:
         settings = {f.name for f in fields(find("plan", plan["name"]))}
         few = {"max_new_tokens": 8, "points": 3, "judged": 8}
         plan |= {key: value for key, value in few.items() if key in settings}
+        for key in {"sizes", "objectives"} & plan.keys():  # what a study compares
+            plan[key] = plan[key][:2]
         if "tax" in settings:  # the rows that are read before and after each run
             given["evaluate"] = [{"name": "forgetting", "n": 8}, *given.get("evaluate", ["loss"])]
     for some in (given, *(plan["of"] if isinstance(plan, dict) and "of" in plan else ())):

@@ -16,6 +16,7 @@ from luthier.registry import objective
     use_when="tuning must stay near the reference on the rows at hand: add it as a term, `sft + 0.1*kl`.",
     costs="one comparison of whole vocabularies for each supervised token.",
     starting_rate="that of the objective beside it.",
+    contract={"moves": "nothing moves from where the policy is its reference, which is its least value, 0"},
 )
 class KL(Objective):
     """KL(policy || reference) of each token's distribution."""
