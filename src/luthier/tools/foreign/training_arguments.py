@@ -142,7 +142,7 @@ def put_optimizer(draft: Draft, name: str, key: str) -> None:
     names = ("adam_beta1", "adam_beta2", "adam_epsilon")
     if ours == "lion":
         names = ("adam_beta1", "adam_beta2")
-    if ours == "sgd":
+    if ours in ("sgd", "adafactor"):
         names = ()
     for setting in names:
         if draft.get(setting) is not None:
@@ -154,7 +154,7 @@ def optimizer_of(name: str) -> str | None:
     """Our optimizer of a name of transformers such as paged_adamw_8bit; None where there is none."""
     if name.startswith(ADAMW) and "mini" not in name:
         return "adamw"
-    for ours in ("lion", "sgd"):
+    for ours in ("lion", "sgd", "adafactor"):
         if name.removeprefix("paged_").startswith(ours):
             return ours
     return None

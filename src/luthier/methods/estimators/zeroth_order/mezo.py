@@ -32,8 +32,9 @@ from torch import Tensor
 
 from luthier.clock import Clock
 from luthier.methods.estimators._base import FORWARD_ONLY, Closure, Estimator
-from luthier.methods.estimators.zeroth_order._by_layer import perturbed_by_layer, places
+from luthier.methods.estimators.zeroth_order._by_layer import Aside, perturbed_by_layer, places
 from luthier.methods.transforms._base import LazyGradients
+from luthier.methods.tuners._base import ParamGroup
 from luthier.registry import estimator
 
 if TYPE_CHECKING:
@@ -100,16 +101,20 @@ class MeZO(Estimator):
 
     def sides(self, loss: Callable[[], float], chain: Chain, clock: Clock, probe: int) -> tuple[float, float]:
         """The loss at p + eps z and at p - eps z, of direction number `probe`."""
+        with perturbed_by_layer(chain, self.aside(chain, clock, probe)) as flip:
+            above = loss()
+            flip()
+            return above, loss()
 
-        def aside(group, slot, p):
+    def aside(self, chain: Chain, clock: Clock, probe: int) -> Aside:
+        """(group, slot, p) -> eps z of that tensor, of direction number `probe`."""
+
+        def displacement(group: ParamGroup, slot: str, p: Tensor) -> Tensor:
             dtype = p.dtype if p.dtype in WIDE else torch.float32
             z = direction(clock, probe, group.name, slot, p, self.noise, self.eps, dtype)
             return self.masked(z, chain, group.name, slot, p)
 
-        with perturbed_by_layer(chain, aside) as flip:
-            above = loss()
-            flip()
-            return above, loss()
+        return displacement
 
     def step_along(self, slopes: Sequence[float], chain: Chain, clock: Clock) -> None:
         """Step the chain with the sum of the directions, each times its slope."""
