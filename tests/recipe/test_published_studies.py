@@ -1,0 +1,58 @@
+"""Published studies: several methods on the same rows, side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers.objectives import average, batch_of, cast, network, pair_rows
+from helpers.plans import played, report
+from luthier.recipe.published import find_published
+from luthier.recipe.recipe import Recipe
+from luthier.registry import build
+from luthier.train.checks import check_trainable
+
+
+def test_four_losses_side_by_side():
+    """Four runs that differ in nothing but their loss, and a table with a line for each."""
+    recipe = Recipe.load("recipe:dpo-variants-study")
+    reports = []
+    for number in range(4):
+        run = report(f"run-{number}", generated_reward=float(number), generated_tokens=1.0)
+        run.before = {"generated_reward": 0.0, "generated_tokens": 1.0}
+        reports.append(run)
+    (runs,), best = played(recipe.plan, recipe.but(plan=None), [reports])
+    assert [run.objective["name"] for run in runs] == ["dpo", "ipo", "kto", "cpo"]
+    assert all(run.but(objective="dpo") == runs[0].but(objective="dpo") for run in runs)
+    assert best is reports[3] and len(best.stats["table"]) == 4
+
+
+def test_ipo_rests_at_its_target():
+    """The gradient is 0 where the margin is 1 / (2 beta), and has opposite signs on its two sides."""
+    ipo = build("objective", {"name": "ipo", "beta": 0.25})
+    margin = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    ipo.cost(margin).sum().backward()
+    assert margin.grad is not None and margin.grad.tolist() == pytest.approx([-2.0, 0.0, 2.0])
+
+
+def test_cpo_reads_no_reference():
+    """CPO is computed where there is no reference at all; DPO is not."""
+    roles, batch = cast(reference=None), batch_of(pair_rows(2))
+    assert average(build("objective", "cpo"), roles, batch).isfinite()
+    with pytest.raises(AttributeError):
+        average(build("objective", "dpo"), roles, batch)
+
+
+def test_four_tuners_train_what_their_formulas_say():
+    """The number of trainable parameters of each of four runs, by the closed forms of their tuners."""
+    counts = []
+    for run in find_published("peft-unit-tests").recipe["plan"]:
+        assert run["init_from"] is None
+        tuned = build("tuner", run["tuner"]).attach(network())
+        counts.append(check_trainable(tuned)["moving"])
+    config = network().config
+    d, layers = config.hidden_size, config.num_hidden_layers
+    kv = d // config.num_attention_heads * config.num_key_value_heads
+    full = sum(p.numel() for p in network().parameters())
+    lora = layers * 16 * (2 * (d + d) + 2 * (d + kv))
+    assert counts == [full, lora, layers * (2 * kv + config.intermediate_size), 20 * d]
