@@ -85,11 +85,7 @@ class Continual(Plan):
 
     def run_of(self, recipe: Any, place: int, reports: Sequence[Any]) -> Any:
         """The recipe of a task's run, which goes on from the run before it."""
-        measure = {"name": "by_source", "column": self.column}
-        quotas = {"name": "quotas", "column": self.column, "counts": self.counts(place), "cap": 0}
-        run = recipe.but(
-            evaluate=[*(recipe.evaluate or ()), measure], stages=[quotas, *(recipe.stages or ())]
-        )
+        run = self.measured(recipe, self.counts(place))
         if not place:
             return run
         changes = {key_of(key): value for key, value in self.later.items()}
@@ -97,6 +93,14 @@ class Continual(Plan):
             if key in changes:
                 raise RecipeError(f"later: {key} belongs to the stream and cannot be changed")
         return run.but(init_from=reports[-1].folder, **changes)
+
+    def measured(self, recipe: Any, counts: dict[str, int]) -> Any:
+        """The recipe on so many rows of each task, with the scores of all tasks."""
+        measure = {"name": "by_source", "column": self.column}
+        quotas = {"name": "quotas", "column": self.column, "counts": counts, "cap": 0}
+        return recipe.but(
+            evaluate=[*(recipe.evaluate or ()), measure], stages=[quotas, *(recipe.stages or ())]
+        )
 
     def counts(self, place: int) -> dict[str, int]:
         """How many rows of each task a run reads."""
