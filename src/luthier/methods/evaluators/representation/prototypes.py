@@ -71,12 +71,12 @@ class Prototypes(Evaluator):
         for name in classes:
             own = torch.stack([states[str(rows[place]["id"])] for place in places[name]])
             teach[name], ask[name] = own[::2], own[1::2]
-        sent = []
+        messages = []
         for client in range(self.clients):
             parts = {name: x[client :: self.clients] for name, x in teach.items()}
-            sent.append(means({name: x for name, x in parts.items() if len(x)}))
-        whole = merged(sent)
-        out = {"prototype_bytes": float(sum(map(bytes_of, sent)))}
+            messages.append(means({name: x for name, x in parts.items() if len(x)}))
+        whole = merged(messages)
+        out = {"prototype_bytes": float(sum(map(bytes_of, messages)))}
         for count in range(2, len(classes) + 1):
             some = {name: whole[name] for name in classes[:count]}
             out[f"prototype_accuracy/{count}"] = accuracy(some, {name: ask[name] for name in some})
@@ -103,8 +103,8 @@ def means(rows: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
 def merged(several: Iterable[Means]) -> dict[str, tuple[Tensor, int]]:
     """The means of all rows that these are of."""
     out: dict[str, tuple[Tensor, int]] = {}
-    for sent in several:
-        for name, (mean, count) in sent.items():
+    for message in several:
+        for name, (mean, count) in message.items():
             if name in out:
                 other, more = out[name]
                 mean, count = (more * other + count * mean) / (more + count), more + count
@@ -112,9 +112,9 @@ def merged(several: Iterable[Means]) -> dict[str, tuple[Tensor, int]]:
     return out
 
 
-def bytes_of(sent: Means) -> int:
+def bytes_of(message: Means) -> int:
     """A mean and a count for each class."""
-    return sum((mean.numel() + 1) * NUMBER for mean, _ in sent.values())
+    return sum((mean.numel() + 1) * NUMBER for mean, _ in message.values())
 
 
 def nearest(whole: Means, x: Tensor) -> list[str]:
@@ -124,10 +124,10 @@ def nearest(whole: Means, x: Tensor) -> list[str]:
     return [names[k] for k in torch.cdist(x, centres).argmin(1).tolist()]
 
 
-def accuracy(whole: Means, asked: Mapping[str, Tensor]) -> float:
+def accuracy(whole: Means, queries: Mapping[str, Tensor]) -> float:
     """The share of rows whose own class is nearest."""
     right = total = 0
-    for name, x in asked.items():
+    for name, x in queries.items():
         right += nearest(whole, x).count(name)
         total += len(x)
     return right / total
