@@ -90,8 +90,8 @@ class FPF(Continual):
 
 def last_tensors(folder: str) -> dict[str, Tensor]:
     """What a run ended with; nothing where it stored nothing."""
-    found = checkpoints.paths(Path(folder))
-    return checkpoints.load(found[-1]).tensors if found else {}
+    paths = checkpoints.paths(Path(folder))
+    return checkpoints.load(paths[-1]).tensors if paths else {}
 
 
 def sensitivities(changes: Sequence[Change]) -> dict[str, float]:
