@@ -272,10 +272,10 @@ class Private(Estimator):
 
 def reads_rows(tuner: Any) -> bool:
     """May a tuner start from training rows? One that reads public rows (init_data) does not."""
-    if not hasattr(tuner, "init_rows"):
-        return False
     if getattr(tuner, "starts_from_rows", False):
         return True
+    if not hasattr(tuner, "init_rows"):
+        return False
     start = getattr(tuner, "init_lora_weights", None)
     if start is not None:
         return start in ("eva", "corda", "lora_ga") and getattr(tuner, "init_data", None) is None
