@@ -42,6 +42,7 @@ PATCHES = (
     ),
     Patch("attention", "transformers", "an entry `luthier` among its attention functions", "packed batches"),
     Patch("quantizers", "transformers", "an entry `luthier` among its quantizers", "bases saved as codes"),
+    Patch("activations", "transformers", "an entry `crrelu` among its activations", "networks tuned to it"),
     Patch(
         "logging",
         "transformers",

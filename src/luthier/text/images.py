@@ -241,8 +241,12 @@ class VisionRenderer(Renderer):
     def words(self, ids: list[int]) -> list[int]:
         return [token for token in ids if token < FIRST]
 
-    def supervised_tokens(self, ids: list[int], offsets: list[Span], *where: Any) -> list[int]:
-        return [i for i in super().supervised_tokens(ids, offsets, *where) if ids[i] < FIRST]
+    def supervised_tokens(
+        self, ids: list[int], offsets: list[Span], whole: str, span: Span, skip: int
+    ) -> list[int]:
+        """As a renderer of text has them, without what stands for images, patches and marks around them."""
+        places = super().supervised_tokens(ids, offsets, whole, span, skip)
+        return [i for i in places if whole[slice(*offsets[i])] != self.images.token]
 
     def check_vocabulary(self, encoded: Encoded) -> None:
         completions = [self.words(ids) for ids in encoded.completions]

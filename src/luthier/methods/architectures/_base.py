@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from luthier.compat.activations import add_activations
 from luthier.compat.lazy_imports import import_models, unfilled, waiting
 from luthier.registry import Capability, family
 
@@ -67,6 +68,7 @@ class Architecture:
         `model.fresh` names the modules whose weights no checkpoint held, such as a new classifier's head.
         """
         import_models()
+        add_activations()
         kwargs |= {"trust_remote_code": False, "output_loading_info": True}
         with waiting():
             try:

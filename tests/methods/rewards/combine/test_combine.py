@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import harmonic_mean
+
 import pytest
 
 from luthier.errors import RecipeError
@@ -23,6 +25,20 @@ def test_sums():
     assert scores({"name": "weighted", "of": [LENGTH]}, "a b c") == [3.0]
     with pytest.raises(RecipeError, match="2 weights"):
         build("reward", {"name": "weighted", "of": [LENGTH], "weights": [1, 2]})
+
+
+def test_harmonic_means():
+    """The ends are one reward alone; in the middle it is the harmonic mean."""
+    part = {"name": "scaled", "reward": LENGTH, "deviation": 10}  # words / 10
+    for share, expected in ((0.0, [1.0, 0.0]), (1.0, [0.2, 0.1]), (0.5, [harmonic_mean([0.2, 1]), 0.0])):
+        weights = [share, 1 - share]
+        spec = {"name": "harmonic", "of": [part, "exact_match"], "weights": weights}
+        assert scores(spec, "a b", "b") == pytest.approx(expected)
+    assert scores({"name": "harmonic", "of": [part, part]}, "a b") == pytest.approx([0.2])
+    with pytest.raises(ValueError, match="gives -1"):
+        scores({"name": "harmonic", "of": [{**part, "mean": 11}]}, "a")
+    with pytest.raises(RecipeError, match="above zero"):
+        build("reward", {"name": "harmonic", "of": [part], "weights": [0]})
 
 
 def test_gates():
