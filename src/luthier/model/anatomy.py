@@ -2,7 +2,8 @@
 what.
 
 Names are those of transformers: Llama, Qwen, Gemma, Mistral, Phi, GPT-2, NeoX, OPT, Bloom, Falcon, BERT,
-RoBERTa, DistilBERT, T5, BART, GPT-J. Methods that sit on a certain part find it here and nowhere else.
+RoBERTa, DistilBERT, DeBERTa, ALBERT, T5, BART, GPT-J. Methods that sit on a certain part find it here and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -15,17 +16,28 @@ LAYER = re.compile(r"^(.*?(?:layers?|\bh|blocks?))\.(\d+)\.")
 NORM = re.compile(r"norm|\bln_", re.IGNORECASE)
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 INSIDE = {  # attention: part -> last names
-    "q": {"q_proj", "query", "q", "q_lin"},
-    "k": {"k_proj", "key", "k", "k_lin"},
-    "v": {"v_proj", "value", "v", "v_lin"},
+    "q": {"q_proj", "query", "q", "q_lin", "query_proj"},
+    "k": {"k_proj", "key", "k", "k_lin", "key_proj"},
+    "v": {"v_proj", "value", "v", "v_lin", "value_proj"},
     "qkv": {"qkv_proj", "c_attn", "query_key_value", "Wqkv"},
     "o": {"o_proj", "out_proj", "c_proj", "dense", "o", "out_lin"},
 }
 OUTSIDE = {  # feed-forward
-    "up": {"up_proj", "c_fc", "fc1", "fc_in", "wi", "wi_1", "dense_h_to_4h", "lin1", "w3"},
+    "up": {"up_proj", "c_fc", "fc1", "fc_in", "wi", "wi_1", "dense_h_to_4h", "lin1", "w3", "ffn"},
     "gate": {"gate_proj", "wi_0", "w1"},
     "gate_up": {"gate_up_proj"},
-    "down": {"down_proj", "c_proj", "c_fc2", "fc2", "fc_out", "wo", "dense_4h_to_h", "lin2", "w2"},
+    "down": {
+        "down_proj",
+        "c_proj",
+        "c_fc2",
+        "fc2",
+        "fc_out",
+        "wo",
+        "dense_4h_to_h",
+        "lin2",
+        "w2",
+        "ffn_output",
+    },
 }
 BERTS = {"intermediate": "up", "output": "down"}  # whose two matrices are both called dense
 _last_mlps: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # network -> its last block, and the MLP in it

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     BartConfig,
     BartForConditionalGeneration,
     DistilBertConfig,
@@ -84,12 +86,18 @@ def distilbert():
     return DistilBertForMaskedLM(DistilBertConfig(**shape))
 
 
+def albert():
+    shape = dict(vocab_size=97, embedding_size=32, hidden_size=32, intermediate_size=64)
+    return AlbertForMaskedLM(AlbertConfig(**shape, num_hidden_layers=2, num_attention_heads=4))
+
+
 FAMILIES = {  # network -> ends of attention, and how many; ends of feed-forward, and how many
     t5: (".o", 6, ".wo", 4),
     bart: ("attn.out_proj", 6, "fc2", 4),
     phi: ("self_attn.dense", 2, "mlp.fc2", 2),
     gptj: ("attn.out_proj", 2, "mlp.fc_out", 2),
     distilbert: ("attention.out_lin", 2, "ffn.lin2", 2),
+    albert: ("attention.dense", 1, "ffn_output", 1),  # its layers share one module
 }
 
 

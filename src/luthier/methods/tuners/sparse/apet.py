@@ -33,6 +33,7 @@ from luthier.registry import INTERNAL, family, tuner
     default_rate=5e-4,
     covers="exactly n entries change, and only the seed decides which; at the positions of BitFit it is "
     "BitFit, step for step.",
+    omits="positions in norms and embeddings.",
     tests=[
         "methods/tuners/sparse/test_apet.py::test_apet_moves_as_many_as_it_says",
         "methods/tuners/sparse/test_apet.py::test_apet_at_all_biases_is_bitfit",

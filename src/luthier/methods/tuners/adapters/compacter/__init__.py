@@ -36,6 +36,7 @@ from luthier.registry import tuner
     " toy model.",
     default_rate=1e-3,
     covers="Kronecker sums with shared factors, behind attention and feed-forward.",
+    omits="norms trained along by default (name them in `modules_to_save`); the paper's runs on GLUE.",
     tests=[
         "methods/tuners/adapters/test_compacter.py::test_compacter_is_its_kronecker_sums",
         "methods/tuners/adapters/test_compacter.py::test_compacter_learns_what_an_adapter_learns_with_few_numbers",
