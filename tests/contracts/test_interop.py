@@ -18,14 +18,19 @@ from luthier.errors import RecipeError, Refused
 from luthier.interop.attach import TUNED
 from luthier.registry import find
 
-FROM_ROWS = {"cofitune", "elastic", "lora_sb", "owlore", "spt"}
+FROM_ROWS = ("cofitune", "elastic", "lora_sb", "owlore", "spt")
 
 
 def put(name: str, kind: str):
+    """The tuner on a network, with rows where it asks for them."""
     own = {f.name for f in fields(find("tuner", name))}
     settings = {k: v for k, v in SMALL.items() if k in own}
-    rows = ROWS if name in FROM_ROWS else None
-    return luthier.attach(base(kind), name, rows=rows, **settings)
+    try:
+        return luthier.attach(base(kind), name, **settings)
+    except RecipeError as error:
+        if "starts from rows" not in str(error):
+            raise
+        return luthier.attach(base(kind), name, rows=ROWS, **settings)
 
 
 def kind_for(name: str) -> str:
@@ -63,7 +68,7 @@ def test_saved_read_back_and_resumed(name, tmp_path):
     assert tensors.keys() == after.keys() and all(torch.equal(tensors[k], v) for k, v in after.items())
 
 
-@pytest.mark.parametrize("name", sorted(FROM_ROWS))
+@pytest.mark.parametrize("name", FROM_ROWS)
 def test_rows_are_asked_for_where_a_tuner_starts_from_them(name):
     with pytest.raises(RecipeError, match=f"tuner '{name}' starts from rows"):
         luthier.attach(base(kind_for(name)), name)
