@@ -30,6 +30,7 @@ from luthier.registry import Range, estimator
     starting_rate="that of the tuner.",
     covers="the gradient is that of the mixed weights, zero where a number stands at its start; the "
     "mixed weights are the weights on average; on a quadratic it ends nearer to the start.",
+    omits="the choice of modules that are mixed in place of dropout: all trained tensors are.",
     tests=[
         "methods/estimators/first_order/test_mixout.py::test_mixout_is_the_gradient_of_the_mixed_weights",
         "methods/estimators/first_order/test_mixout.py::test_mixout_is_unbiased",

@@ -34,6 +34,13 @@ from luthier.registry import Artifact, Metric, evaluator
     use_when="you study how tuning changed the weights: low-rank tuning may add singular directions"
     " that full fine-tuning does not.",
     costs="a singular value decomposition of every matrix, before and after.",
+    covers="intruder dimensions by the paper's definition, and the effective rank of each update.",
+    omits="the paper's models and tasks; that intruders grow with rank and forgetting is not shown.",
+    tests=[
+        "methods/evaluators/representation/test_intruders.py::test_a_planted_direction_is_the_first",
+        "methods/evaluators/representation/test_intruders.py::test_itself_and_a_multiple_have_none",
+        "methods/evaluators/representation/test_intruders.py::test_low_rank_brings_more_of_them_than_full_tuning",
+    ],
 )
 class Intruders(Evaluator):
     """`intruders`: their mean number per matrix; `change_rank`: the mean effective rank of a

@@ -34,6 +34,8 @@ from luthier.registry import Range, merger
     " measure again.",
     costs="a singular value decomposition of every matrix, before and after.",
     covers="the intervention with any factor, on tuned weights or on an exported adapter.",
+    omits="in GPT-2's matrices, which are stored transposed, the directions of outputs, which evaluator"
+    " `intruders` counts: there those of inputs are scaled.",
     tests=[
         "methods/mergers/weights/test_scale_intruders.py::test_a_planted_direction_alone_is_scaled",
         "methods/mergers/weights/test_scale_intruders.py::test_an_exported_adapter_is_scaled_in_a_run",

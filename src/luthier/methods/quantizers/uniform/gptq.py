@@ -27,6 +27,7 @@ from luthier.registry import quantizer
     costs="`bits_per_weight` bits plus 32 bits for each group; one pass over `init_rows` rows and a"
     " Cholesky factor per layer.",
     covers="errors of columns compensated in those that follow.",
+    omits="inputs that come through layers quantized before; columns in another order (act_order).",
     tests=[
         "methods/quantizers/uniform/test_gptq.py::test_gptq_errs_less_on_what_the_layer_reads",
     ],
