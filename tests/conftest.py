@@ -70,17 +70,23 @@ def unhurried():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> str:
+def four_layers(tmp_path_factory) -> str:
     """The folder of a tiny Llama with its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
+    folder = tmp_path_factory.mktemp("four_layers")
     make_llama().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="session")
+def tiny(four_layers) -> str:
+    """The model of most tests; in folders of many runs it is `shallow`."""
+    return four_layers
+
+
+@pytest.fixture(scope="session")
 def shallow(tmp_path_factory) -> str:
-    """The same with two layers: for files of many runs, `tiny` is this one."""
+    """The same with two layers."""
     folder = tmp_path_factory.mktemp("shallow")
     make_llama(num_hidden_layers=2).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -283,6 +283,7 @@ def test_load_asks_in_the_form_it_was_tuned_on(finished, tiny):
     assert len(bare.generate(["1+1=", [{"role": "user", "content": "Hi"}]], max_new_tokens=3)) == 2
 
 
+@pytest.mark.slow
 def test_inspect_compares_on_the_same_rows(finished, tiny):
     folder, _ = finished
     found = json.loads(luth("inspect", tiny, folder, "--json").stdout)
@@ -499,6 +500,7 @@ def test_a_prompt_is_ended_as_in_training(tiny, tmp_path, monkeypatch):
     assert asked == ["1+1=\n", "1+1=\n"]
 
 
+@pytest.mark.slow
 def test_a_classifier_is_not_talked_to_and_not_compared_with_a_writer(tiny, tmp_path):
     data = tmp_path / "films.jsonl"
     data.write_text(

@@ -376,6 +376,7 @@ def test_a_run_on_samples_shows_what_is_asked(real, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_prompts_that_fill_max_length_count_as_bad_rows(real, tmp_path):
     asked = {
         "model": str(real / STORIES),

@@ -21,6 +21,12 @@ from luthier.registry import find
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
+def case(path: Path):
+    """A recipe as a case: a plan is several runs, and tests/contracts/test_plans.py runs each plan, smaller."""
+    is_plan = "plan" in yaml.safe_load(path.read_text(encoding="utf-8"))
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if is_plan else [])
+
+
 # what a model must know something for: answers of its own, of which some are right
 ANSWERS = {"plan", "stages", "online_stages"}
 
@@ -80,7 +86,7 @@ def small(given: dict, little: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [case(path) for path in RECIPES])
 def test_a_recipe_runs(path, little, tmp_path):
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]

@@ -20,6 +20,12 @@ STAGES = names("stage")
 COLUMNS = {*declared_words("Column"), "pairs"}  # what rows bring
 
 
+@pytest.fixture(scope="session")
+def tiny(four_layers) -> str:
+    """Two layers find no row of these hard (ifd)."""
+    return four_layers
+
+
 def small(name: str):
     """A stage with settings that make it quick."""
     return build("stage", {"name": name, **find("stage", name).example})

@@ -467,7 +467,7 @@ MORE = {  # what a run with some tuner has besides
 
 @pytest.mark.parametrize("name", [*TUNERS, "lora + ggpo", "lora + mgpo"])
 def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
-    """Stopped after a third of its steps and after half of them, it ends as it would have ended."""
+    """Stopped after half of its steps, it ends as it would have ended."""
     import luthier
 
     small = (
@@ -480,25 +480,20 @@ def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
         "data": SUMS[::2],
         "tuner": {"name": name, **small},
         "learning_rate": 5e-3,
-        "max_steps": 6,
-        "save_steps": 1,
-        "save_total_limit": 9,
+        "max_steps": 4,
+        "save_steps": 2,
         "evaluate": ["loss"],
         **MORE.get(name, {}),
     }
     whole = luthier.tune(**asked, output_dir=str(tmp_path / "whole"))
-    for step in (2, 3):
-        folder = tmp_path / f"cut{step}"
-        undone(tmp_path / "whole", folder, step)
-        again = luthier.tune(**asked, output_dir=str(folder))
-        assert (
-            any(f"resuming from checkpoint-{step}" in note for note in again.notes)
-            and again.losses == whole.losses
-        )
-        ends = [checkpoints.load(checkpoints.paths(f)[-1]).tensors for f in (tmp_path / "whole", folder)]
-        assert ends[0].keys() == ends[1].keys() and all(
-            torch.equal(v, ends[1][k]) for k, v in ends[0].items()
-        )
+    folder = tmp_path / "cut"
+    undone(tmp_path / "whole", folder, 2)
+    again = luthier.tune(**asked, output_dir=str(folder))
+    assert any("resuming from checkpoint-2" in note for note in again.notes)
+    assert again.losses == whole.losses
+    ends = [checkpoints.load(checkpoints.paths(f)[-1]).tensors for f in (tmp_path / "whole", folder)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
 
 
 def undone(whole: Path, folder: Path, step: int) -> None:

@@ -119,6 +119,7 @@ def test_the_preference_checkup_by_hand():
     assert longer["length_ratio"] == 3.0, "what it prefers is the longer, worse answer"
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_dpo_is_seen_by_the_checkup(tiny, tmp_path):
     recipe = {
@@ -149,6 +150,7 @@ def test_dpo_is_seen_by_the_checkup(tiny, tmp_path):
     assert refused.exit_code == 2 and "chosen and a rejected completion" in refused.output
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_losses_side_by_side_and_who_plays_the_judge_by_length(tiny, tmp_path):
     longer = [{"prompt": f"{i}", "chosen": f"{i}" * 12, "rejected": f"{i}"} for i in range(12)]

@@ -35,6 +35,7 @@ def test_a_network_without_known_layers_is_refused():
         compiled.compile_blocks(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++")), reason="there is no C++ compiler")
 def test_compiled_layers_answer_alike(tmp_path):

@@ -105,6 +105,7 @@ def test_the_reward_is_ten_or_nothing():
     assert scored["scores"] == [10.0, -10.0]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_tulu_3_at_toy_scale(tmp_path):
     reward = {"name": "regex", "pattern": "sweetly"}
@@ -115,6 +116,7 @@ def test_tulu_3_at_toy_scale(tmp_path):
     assert report.after["generated_reward"] > report.before["generated_reward"] + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_tulu_1_each_skill_is_best_at_its_own_and_the_mixture_on_average(tmp_path):
     skills = ("language/new", "style/new", "arithmetic/new")
@@ -136,6 +138,7 @@ def test_tulu_1_each_skill_is_best_at_its_own_and_the_mixture_on_average(tmp_pat
     assert min(average, key=average.get) == "mixture"
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_analogseeker_stays_nearer_to_the_start(tmp_path):
     rows = load_rows({"path": "toy:language/new", "n": 60}).rows
@@ -155,6 +158,7 @@ def test_analogseeker_stays_nearer_to_the_start(tmp_path):
     assert same.abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_open_bezoar_goes_on_from_run_to_run(tmp_path):
     report = tune("open-bezoar", tmp_path, max_steps=3)
@@ -169,6 +173,7 @@ def test_open_bezoar_goes_on_from_run_to_run(tmp_path):
     assert chosen["after"]["loss"] < chosen["before"]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_okapi_rises_by_its_own_reward_model(tmp_path):
     report = tune("okapi", tmp_path, eval_data={"path": "toy:style/warm_test", "n": 40})

@@ -17,6 +17,7 @@ from luthier.storage.files import read_rows
 from luthier.toy import bandit
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_perfrl_learns_faster_programs(tmp_path):
     """The fast program joins the samples, scores highest, and its likelihood rises over SFT's."""
@@ -43,12 +44,14 @@ def test_acecode_prefers_the_fast_of_two_right_programs(monkeypatch):
     assert course.reward[-1] > 1.6 > course.reward[0], "fast programs are written"
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_acecode_at_toy_scale(tmp_path):
     report = tune_toy("acecode", tmp_path)
     assert len(logged(report.folder, "loss")) == 3 and logged(report.folder, "value_loss")
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_refactoring_at_toy_scale(tmp_path):
     """A small network writes programs with an extracted function; a heavy KL holds PPO at them."""
@@ -64,6 +67,7 @@ def test_refactoring_at_toy_scale(tmp_path):
     assert difference.abs().max() < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_tests_that_pass_are_learned(tmp_path):
     """Of five rows one fails and one never calls; what is left is learned and parses."""

@@ -14,6 +14,7 @@ from luthier.registry import build
 from luthier.storage.files import read_rows
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_bolt_at_toy_scale(tmp_path):
     """Rows of a wrong form or a wrong solution leave; the tuned model thinks before it answers; DPO begins at
@@ -36,6 +37,7 @@ def test_bolt_at_toy_scale(tmp_path):
     assert logged(online, "loss")[0] == pytest.approx(0.693, abs=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_qwen_math_at_toy_scale(tmp_path):
     """Four runs; the reward model's loss falls, and GRPO reads that model."""
@@ -47,6 +49,7 @@ def test_qwen_math_at_toy_scale(tmp_path):
     assert str(report.runs[2]) in recipe
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_exams_in_the_given_form(tmp_path):
     """Topic, solution and answer become likely, by an adapter on coded weights; the answers score in full."""
@@ -59,6 +62,7 @@ def test_exams_in_the_given_form(tmp_path):
         assert build("reward", "matching").scores(row, [row["completion"]]) == [1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_solutions_then_judgements_then_solutions(tmp_path):
     """Three runs, each from the last; the second tells right from wrong, by likelihood."""

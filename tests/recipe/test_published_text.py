@@ -25,6 +25,7 @@ def mean_logprob(folder: str | Path, rows: list[dict]) -> float:
     return luthier.load(folder).logprobs(rows).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_octo_planner_merges_two_domains(tmp_path):
     """The merged adapter is better at each domain than the other domain's adapter."""
@@ -36,6 +37,7 @@ def test_octo_planner_merges_two_domains(tmp_path):
         assert wrong < both and both - wrong > 0.3 * (alone - wrong), task
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_coedit_follows_the_instruction(tmp_path):
     words = "Red Fox Dog Sun Sea Owl Bee Tea".split()
@@ -63,6 +65,7 @@ def test_opt_iml_mixes_under_a_cap_and_holds_out(tmp_path):
     assert logged(report.folder, "loss")[-1] < logged(report.folder, "loss")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_anytasktune_leaves_out_what_breaks_its_schema(tmp_path):
     """Answers that are no JSON object leave; each sub-task's model is the better one at its own rows."""
@@ -79,6 +82,7 @@ def test_anytasktune_leaves_out_what_breaks_its_schema(tmp_path):
     assert second.logprobs(other).mean() > first.logprobs(other).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_chatbot_by_adapters_alone(tmp_path):
     """Two adapters without weights of the base, which load and answer in their own way."""
@@ -90,6 +94,7 @@ def test_a_chatbot_by_adapters_alone(tmp_path):
     assert mean_logprob(report.runs[0], rows) > mean_logprob(report.runs[1], rows)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_legal_texts_first(tmp_path):
     """More texts of the field before SFT: the answers are likelier than after SFT alone."""
@@ -117,6 +122,7 @@ def test_few_rows_of_the_right_length(tmp_path):
     assert {row["prompt"] for row in first if "threshold" in row} <= good and len(first) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_lifted_pairs_hold_in_another_field(tmp_path):
     """Words that were never trained on: lifted, their formula is likelier than unlifted."""
@@ -130,6 +136,7 @@ def test_lifted_pairs_hold_in_another_field(tmp_path):
     assert model.logprobs([lifted]).mean() > -0.5
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_an_agent_offers_help_where_it_is_needed(tmp_path):
     """The agent's F1 beats that of one that always offers, and the judge's verdicts are right."""

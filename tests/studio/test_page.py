@@ -706,6 +706,7 @@ def test_a_closed_tab_leaves_its_models_free(served, page):
     assert [stopped for _, stopped in Paced.ended] == [False, False]
 
 
+@pytest.mark.slow
 def test_who_hangs_up_ends_the_answer(served):
     """The same without a browser: parts come one by one, and a connection that closes ends what is said."""
     Paced.gate.clear()

@@ -432,6 +432,7 @@ def test_an_answer_comes_in_parts(desk, monkeypatch):
     assert client.post("/api/say/left", json=ask).status_code == 401
 
 
+@pytest.mark.slow
 def test_a_worker_is_told_to_stop_and_dies_and_answers_again(desk):
     """The real process: parts one by one, an end where it is told to, the next question as if nothing had
     been.
@@ -604,6 +605,7 @@ def test_two_studios_do_not_listen_on_one_port():
             listening(ports[0])
 
 
+@pytest.mark.slow
 def test_two_recipes_are_compared(home, tiny):
     """Refused, and it says why; put right, and ended by the command that the page shows."""
     client = visitor(home)
@@ -642,6 +644,7 @@ def test_two_recipes_are_compared(home, tiny):
     assert run["sentence"] and client.get("/runs/both/report.html").status_code == 200
 
 
+@pytest.mark.slow
 def test_inspect_writes_a_page(desk, tiny, tmp_path):
     """What changed in the weights is what LoRA of rank 2 on two modules can change; the same model against
     itself moved nothing.

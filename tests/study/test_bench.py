@@ -15,6 +15,7 @@ from luthier.study.bench.scenarios import SCENARIOS, make_job, work
 from luthier.study.bench.shapes import lengths, make
 
 
+@pytest.mark.slow
 def test_turns_on_a_tiny_shape(tmp_path):
     (found,) = bench(
         ["sft"], ["tiny"], repeats=1, only=["luthier", "plain"], output_dir=tmp_path, tell=lambda line: None

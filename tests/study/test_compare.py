@@ -44,6 +44,7 @@ def spec(shared, arms: dict, **how) -> ComparisonSpec:
     return ComparisonSpec(recipes, subprocesses=False, **how)
 
 
+@pytest.mark.slow
 def test_the_same_recipe_twice_is_no_difference(shared, tmp_path):
     arm = {"tuner": "lora", "learning_rate": 1e-2, "evaluate": ["loss", "accuracy", "calibration"]}
     found = run_comparison(spec(shared, {"a": arm, "b": arm}, seeds=2, together=False), tmp_path / "c")
@@ -54,6 +55,7 @@ def test_the_same_recipe_twice_is_no_difference(shared, tmp_path):
         assert metric in found["table"]
 
 
+@pytest.mark.slow
 def test_an_arm_made_worse_is_found_and_stopped(shared, tmp_path):
     arms = {
         "good": {"tuner": "full", "learning_rate": 3e-3},
@@ -117,6 +119,7 @@ def test_a_killed_comparison_goes_on(shared, tmp_path, monkeypatch):
     assert found["table"]["loss"]["a"]["by_seed"]
 
 
+@pytest.mark.slow
 def test_a_budget_of_tokens_gives_each_arm_its_steps(shared, tmp_path):
     arms = {"a": {"tuner": "full"}, "b": {"tuner": "lora", "per_device_train_batch_size": 4}}
     found = run_comparison(spec(shared, arms, seeds=1, budget="600 tokens"), tmp_path / "c")
@@ -145,6 +148,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
     arms = {"full": {"tuner": "full"}, "lora": {"tuner": "lora"}}
     how = {"seeds": 1, "learning_rates": (1e-6, 3e-3, 3.0)}
@@ -169,6 +173,7 @@ def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
         resolve_arms(spec(shared, arms, learning_rates=(1e-3,)))
 
 
+@pytest.mark.slow
 def test_a_plan_is_an_arm_like_others(shared, tmp_path):
     arms = {
         "once": {"tuner": "full", "learning_rate": 1e-3},
@@ -190,6 +195,7 @@ def test_a_plan_is_an_arm_like_others(shared, tmp_path):
         resolve_arms(spec(shared, arms, budget="5 steps"))
 
 
+@pytest.mark.slow
 def test_the_page_answers_first_and_runs_nothing(shared, tmp_path):
     rows = [{**r, "prompt": r["prompt"] + "<script>alert(1)</script>"} for r in SUMS]
     arms = {"a": {"tuner": "full"}, "b<i>": {"tuner": "lora"}}
@@ -254,6 +260,7 @@ def test_arms_from_the_command_line(tmp_path, tiny):
     assert resolve_arms(ComparisonSpec({k: r.but(data=SUMS) for k, r in arms.items()}))[0]["one"].evaluate
 
 
+@pytest.mark.slow
 def test_arms_that_share_a_base_run_side_by_side_and_find_the_same(shared, tmp_path):
     """Pausing where arms may be stopped early, and for good."""
     lora = {"name": "lora", "r": 4}

@@ -101,6 +101,7 @@ def test_a_claim_runs_and_goes_on_where_it_was(folder, monkeypatch):
     ] == "not run since it was changed" and "not run since" in page.page(folder)
 
 
+@pytest.mark.slow
 def test_a_fresh_run_measures_its_own_memory(folder):
     """A process begins with the peak of the one it came from: the shell between keeps this one's out."""
     hold = bytearray(900 * 2**20)

@@ -117,6 +117,7 @@ def test_a_recipe_that_only_its_plan_completes_can_be_searched():
     assert made.goals[0].front == ("goal/short", "goal/complete") and made.goals[0].worst == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_plan_is_searched_by_its_front(tmp_path):
     """Each trial is a front; a point that a trial lies beyond is refused; the end compares fronts on seeds
     never used.
@@ -189,6 +190,7 @@ def shared(shallow) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
     found = luthier.search(
         shared,

@@ -60,8 +60,8 @@ def test_a_space_follows_from_what_methods_declare(tiny):
     assert both.recipe_of({"objective": "ipo", "ipo.beta": 0.3}).objective == {"name": "ipo", "beta": 0.3}
 
 
-def test_layers_are_left_alone(tiny):
-    base = Recipe.load({"model": tiny, "data": SUMS, "tuner": "lora"})
+def test_layers_are_left_alone(four_layers):
+    base = Recipe.load({"model": four_layers, "data": SUMS, "tuner": "lora"})
     flags = parse_space(base, ["layers"])
     assert [d.name for d in flags.space.dims] == [f"layers.{i}" for i in range(4)] and flags.recipe_of(
         flags.start

@@ -241,6 +241,7 @@ def made_of_these_tasks(name: str) -> None:
         pytest.skip(f"toy:{name} was made of fewer tasks: python -m luthier.toy.make --model {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_the_tokenizer_can_be_made_again():
     made_of_these_tasks("lm")
@@ -292,6 +293,7 @@ def measured(request):
     return request.param, card, found
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_the_model_does_what_its_card_says(measured):
     _, card, found = measured
@@ -317,6 +319,7 @@ def test_lm_knows_its_tasks(measured):
         assert card[f"{task}/test"] >= 0.85 and found[f"{task}/test"] >= 0.75, task
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_chat_follows_chat_and_lm_does_not():
     """What tuning on turns brings: toy:chat answers and refuses in chat, its base mostly does not."""

@@ -78,6 +78,7 @@ def test_what_cannot_be_read_in_one_pass():
         assert why in str(why_not_joined(crowd))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("objective, data", [("sft", SUMS), ("dpo", PAIRS)])
 @pytest.mark.parametrize("way", [True, False])

@@ -99,6 +99,7 @@ def colours(count: int) -> list[dict]:
     return made
 
 
+@pytest.mark.slow
 def test_learns_what_is_seen(model, tmp_path):
     settings = dict(model=model, tuner="full", learning_rate=3e-3, max_steps=30, eval_data=0.25)
     settings["evaluate"] = ["accuracy", {"name": "generate", "max_new_tokens": 6}]
@@ -263,6 +264,7 @@ def test_a_network_that_does_more_with_an_image_is_refused(model, monkeypatch):
         roles_of(model)
 
 
+@pytest.mark.slow
 def test_low_rank_updates_of_all_parts(tmp_path):
     """Where the frozen projector passes no image on, the language model alone cannot tell what is seen; with
     updates of tower and projector it does, merged as well.

@@ -77,6 +77,7 @@ def planted(tmp_path_factory):
     return make_roles(str(folder))
 
 
+@pytest.mark.slow
 def test_the_preferred_token_becomes_likelier(planted):
     """On other prompts than those of the rows; with the sign turned, less likely."""
     tokenizer, model = planted.renderer.tokenizer, planted.policy.model

@@ -83,6 +83,7 @@ def quadratics(seed: int = 0, n: int = 5, k: int = 3):
     )
 
 
+@pytest.mark.slow
 def test_the_gradient_of_weights_and_decay_is_the_implicit_one_up_to_the_penalty():
     H, a, b = quadratics()
     terms = {
@@ -185,6 +186,7 @@ def test_it_goes_on_bit_for_bit(momentum, tmp_path):
     assert torch.equal(other.model.weight, whole.model.weight) and other.upper == whole.upper
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_run_learns_its_mixture(base, tmp_path):
     """Sums, sums with answers of chance, and a few sums that decide; the weights are told at each step."""

@@ -256,6 +256,7 @@ def test_a_module_that_lost_track_of_rows_is_named():
         rig.go(1)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_dropout_rises_where_labels_are_noisy_and_validation_gets_better():
     train, valid = regression(24, 16, 2.0, 3), regression(40, 16, 0.0, 5)

@@ -24,6 +24,7 @@ def test_gradient_dropout():
     assert torch.allclose(half_way, 0.75 * a)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_gradient_dropout_in_a_run(base, tmp_path):
     with pytest.raises(RecipeError, match="needs an objective with a term 'kl'"):

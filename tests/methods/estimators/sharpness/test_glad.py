@@ -62,6 +62,7 @@ def test_glad_on_a_quadratic_is_its_closed_form():
     assert torch.allclose(seen["weight"], g + 0.4 * 1e-2 * H @ g / g.norm(), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_it_ends_where_the_loss_is_flatter_than_that_of_lora():
     """LoRA on a few rows: how much the loss rises at the worst point nearby is lower with glad."""

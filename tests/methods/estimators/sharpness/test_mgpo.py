@@ -110,6 +110,7 @@ def flatness(estimator, seed: int) -> float:
     return sum(rises) / 50
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_noise_and_displacement_lead_to_flatter_places():
     lora = [flatness("backprop", seed) for seed in range(3)]

@@ -26,6 +26,7 @@ def test_auc_is_the_share_of_pairs_in_order():
     assert auc(scores, truth) == pytest.approx(metrics.roc_auc_score(truth, scores))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_meta_tuning_answers_questions_it_was_not_tuned_on(roles, tmp_path):
     """Is the text one of these two words? Four pairs of words are asked about only afterwards; each word is

@@ -43,6 +43,7 @@ def test_a_direction_is_scaled_away(weight):
     assert torch.allclose(left[:19], torch.cat([values[:2], values[3:20]]), atol=1e-5) and left[19] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_low_rank_brings_more_of_them_than_full_tuning(tmp_path):
     """At about one loss: rank one at a high rate, all weights at a low one."""

@@ -29,6 +29,7 @@ def test_products_are_the_best_of_their_rank():
     assert float(excess(gap, 0.4)) == pytest.approx((1.0 - 0.4) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_healing_brings_a_model_of_low_rank_back(tiny, tmp_path):
     whole = tune_two_steps(

@@ -36,6 +36,7 @@ def test_self_distillation_is_nothing_at_the_teacher_and_keeps_the_student_near(
     assert moved("near", "sft + 5*self_distill", teacher) < moved("free", "sft", {})
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_the_students_fine_tuning_is_no_less_accurate():
     """Three stages: a first round on the domain's texts gives the teacher; the student begins where it began,

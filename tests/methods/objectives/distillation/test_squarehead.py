@@ -135,6 +135,7 @@ def test_what_rows_say_of_weights():
     assert torch.equal(alike, made(pattern="2:4").mask(W)) and torch.allclose(same, W * alike)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_pruning_by_rows_breaks_less(tmp_path):
     common = dict(
@@ -153,6 +154,7 @@ def test_pruning_by_rows_breaks_less(tmp_path):
     assert loss["sparsegpt"] < 0.9 * loss["wanda"] and loss["wanda"] < 0.9 * loss["magnitude"], loss
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_squarehead_heals_what_pruning_broke(tmp_path):
     common = dict(

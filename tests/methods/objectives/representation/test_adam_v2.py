@@ -99,6 +99,7 @@ def test_parts_of_a_linear_reader_compose_exactly():
         build("objective", {"name": "adam_v2", "parts_of_whole": 3}).loss(roles, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_wholes_find_their_parts():
     """Texts of two of twelve kinds of parts: the whole tells which part stands first in it, and which

@@ -50,6 +50,7 @@ def test_core_tuning_without_weights_is_plain_tuning():
     assert all(torch.equal(a, found[1][n]) for n, a in found[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_core_tuning_draws_classes_together():
     rows = [
@@ -76,6 +77,7 @@ def test_core_tuning_draws_classes_together():
         assert spread(seed, [{"name": "sft"}, {"name": "core_tuning"}]) < spread(seed, [{"name": "sft"}])
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_dr_tune_and_core_tuning_run(tmp_path):
     common = dict(

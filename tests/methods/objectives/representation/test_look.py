@@ -58,6 +58,7 @@ def test_look_reads_the_memory_as_it_was_and_not_the_row_itself():
     assert objective.loss(alone, batch_of(rows[:1])).eq(0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_look_keeps_what_a_class_is_made_of():
     """Two classes of two kinds of points each, seen through two numbers; then the kinds are told apart by a

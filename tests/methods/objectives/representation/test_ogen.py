@@ -120,6 +120,7 @@ def tuned_on_known(seed: int, **weights) -> tuple[float, torch.Tensor]:
 OFF = {"reconstruction": 0, "base_classes": 0, "new_classes": 0, "distillation": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_ogen_keeps_classes_that_are_not_tuned_on():
     scores = [

@@ -52,6 +52,7 @@ def test_what_is_masked_and_how_much():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_masked_thought_reads_past_what_is_hidden_or_wrong():
     """Every step of a chain says the question's digit again: it can be copied from the step before, or from

@@ -70,6 +70,7 @@ def test_each_row_is_read_under_its_own_vectors_in_every_layout(layout):
         layout.forward(attached.model, attached, batch_of([{**rows[0], "quality_bin": 7}]))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_meet(base, tiny, tmp_path):
     """Act one moves no weight and each kind of answer is likelier under its own vectors; after act two the

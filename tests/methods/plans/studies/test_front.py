@@ -56,6 +56,7 @@ def test_goals_enter_by_margins_or_by_sums(recipe):
         next(build("plan", {"name": "front", "goals": GOALS}).recipes(recipe))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_front_is_measured_drawn_and_goes_on(tmp_path, monkeypatch):
     asked = {

@@ -8,6 +8,7 @@ import luthier
 from helpers.rows import recipe_of
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_projects_compare_ways(shallow, tmp_path):
     """Three projects of their own words: every way learns, all weights most; cheaper ways cost fewer

@@ -160,6 +160,7 @@ def recipe(base: dict, url: str, **more) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_grpo_learns_from_what_the_server_writes(base, tiny, tmp_path, serve, monkeypatch):
     served, gaps, scores = Served(tiny), [], []

@@ -140,6 +140,7 @@ def test_a_measurement_of_the_end_tells_most():
     assert tells[:, 1] == pytest.approx(1, abs=1e-4) and (tells[:, 0] < 0.999).all() and (tells >= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_it_pays_less_for_the_optimum():
     """A tenth of the steps as the brief run: to Forrester's optimum within 1e-2, ten seeds, against whole

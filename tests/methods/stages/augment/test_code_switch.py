@@ -162,6 +162,7 @@ def seq2seq(folder) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_restoring_before_translating_helps_and_brings_languages_together(tmp_path):
     pairs = [

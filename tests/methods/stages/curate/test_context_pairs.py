@@ -50,6 +50,7 @@ def ordinary(count: int, seed: int) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_only_with_its_context_it_judges_right():
     stage = build("stage", "context_pairs")
     held, plain = list(stage(flips(100, 1), ROLES)), ordinary(200, 2)

@@ -25,6 +25,7 @@ def test_response_only_shows_no_question():
     assert renderer.decode_marked(two) == "<|system|><|end|><|user|><|end|><|assistant|>⟦4<|end|>⟧"
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_responses_alone_teach_the_form_of_answers():
     """A model that read questions with their answers among other words. Tuned on answers alone, in their form

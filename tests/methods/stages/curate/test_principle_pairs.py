@@ -74,6 +74,7 @@ def test_rows_of_the_stage(make):
     assert chat[0]["role"] == "system" and "- want-brief" in chat[0]["content"] and chat[1]["content"] == "q"
 
 
+@pytest.mark.slow
 def test_a_reward_model_reads_its_principles(make):
     """One principle decides: negated in the prompt it turns the preference; without it there is chance."""
     words = [*LEVELS, *PRINCIPLES, *PRINCIPLES.values()]

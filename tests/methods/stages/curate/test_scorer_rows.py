@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from helpers.bilinear import Bilinear
@@ -39,6 +40,7 @@ def test_numbers_by_hand():
     assert sum(row["completions"] == ["0"] for row in mismatched if row["id"][0] == "a") == 2  # no, and dog
 
 
+@pytest.mark.slow
 def test_a_scorer_chooses_better_samples():
     """A generator that is right 4 times of 10: the scorer's choice of 8 is 20 points better, and no better
     than the best of them.

@@ -123,6 +123,7 @@ def roles():
 SETS = 6
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_designs_hold_more_of_a_motif_than_anything_that_was_shown(roles):
     """On average over a set's designs, and that in 95% of all draws of sets."""

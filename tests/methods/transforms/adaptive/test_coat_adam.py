@@ -72,6 +72,7 @@ def test_steps_are_adams_to_a_few_percent():
         assert float((ours - theirs).norm() / theirs.norm()) < 0.05
 
 
+@pytest.mark.slow
 def test_a_tiny_language_model_learns_as_with_fp32_moments(base, tmp_path):
     change = {"data": SUMS[:16], "max_steps": 120, "learning_rate": 2e-3, "lr_scheduler_type": "constant"}
     ends = []

@@ -181,6 +181,7 @@ def test_the_space_is_the_vector(shared):
     assert odd.choices == (0, 1, 2, 4, 8, 16, 24, 32, 64) and odd.start == 24
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_search_of_vectors_covers_more_than_chance(shared, monkeypatch):
     """A made-up task of which the upper layers count most and sizes saturate, its numbers counted as they

@@ -142,6 +142,7 @@ def test_a_prefix_is_refused_where_layers_cannot_read_it():
         say(model, Causal(prefix=True), make_rows(1, k=1))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_causal_model_adapts_sooner_than_a_new_one_learns(tmp_path):
     """Non-causal MLM adaptation: spans are restored by a prefix LM; a model that knows the texts gets there
@@ -168,6 +169,7 @@ def test_a_causal_model_adapts_sooner_than_a_new_one_learns(tmp_path):
     assert min(known) < min(fresh) - 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_prefix_run_compares_itself_and_goes_on(tiny, tmp_path):
     report = luthier.tune(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -80,6 +81,7 @@ def rows_of(answer, n: int, seed: int):
     return collate(rows, encode)
 
 
+@pytest.mark.slow
 def test_weights_without_the_prompt_keep_to_the_format_less():
     """A network that repeats its prompt learns to answer yes or no; then it is asked to repeat again."""
     repeat = lambda p: [p[-1]]

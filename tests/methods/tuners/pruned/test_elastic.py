@@ -155,6 +155,7 @@ def small(base, tuner, **more):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_kept(base, tmp_path):
     how = {

@@ -111,6 +111,7 @@ def places(m) -> torch.Tensor:
     return unpack(m.codes["weight"].clone(), m.quantizer.bits_per_weight, m.size[0] * m.size[1])
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_pv_tuning_lowers_the_loss_and_few_codes_change():
     torch.manual_seed(0)
@@ -125,6 +126,7 @@ def test_pv_tuning_lowers_the_loss_and_few_codes_change():
     assert said[-1] < still[-1]  # better than scales alone
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_pv_tuning_ends_lower_than_straight_through():
     """Rounding every weight in every step, at equal steps and rates."""
@@ -140,6 +142,7 @@ def test_pv_tuning_wants_codes(tiny):
         dry_run(Recipe.load({"model": tiny, "tuner": "pv_tuning", "quantization": "nf4"}))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_teacher_of_codes(tiny, tmp_path):
     """As read from the same quantizer by hand; what looks at rows is refused for a role."""
