@@ -22,7 +22,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def case(path: Path):
-    """A recipe as a case: a plan is several runs, and tests/contracts/test_plans.py runs each plan, smaller."""
+    """A recipe as a case; a plan is several runs, and test_plans.py runs each one, smaller."""
     is_plan = "plan" in yaml.safe_load(path.read_text(encoding="utf-8"))
     return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if is_plan else [])
 
