@@ -520,7 +520,8 @@ def test_a_classifier_is_loaded_with_its_classes(tmp_path):
 def test_a_config_suits_at_most_one_architecture():
     every = [build("architecture", c.name) for c in cards("architecture")]
     told = Counter()
-    mappings = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQUENCE_CLASSIFICATION")
+    mappings = ["CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQUENCE_CLASSIFICATION"]
+    mappings += ["IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION"]
     for mapping in mappings:
         for names in getattr(auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
             for name in [names] if isinstance(names, str) else names:
@@ -542,6 +543,9 @@ def test_a_config_suits_at_most_one_architecture():
         "BertForMaskedLM": "masked_lm",
         "LlamaForSequenceClassification": "classifier",
         "MarianMTModel": "seq2seq",
+        "ViTForImageClassification": "image_classifier",
+        "DeiTForImageClassificationWithTeacher": "image_classifier",
+        "Wav2Vec2ForSequenceClassification": "audio_classifier",
     }
     for name, kind in known.items():
         assert [a.name for a in every if a.suits(SimpleNamespace(architectures=[name]))] == [kind]

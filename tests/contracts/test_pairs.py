@@ -23,9 +23,11 @@ import transformers
 
 from helpers import zoo
 from helpers.architectures import BART
+from helpers.media import make_ast, make_vit, shade, tone
 from helpers.models import make_tokenizer
 from helpers.vision import make_llava
 from luthier.errors import RecipeError
+from luthier.recipe.read import paths_as_text
 from luthier.recipe.recipe import Recipe, terms
 from luthier.recipe.validate import validate
 from luthier.registry import build, card, cards, find, names, requires_of
@@ -68,6 +70,8 @@ FAMILIES = {  # architecture/family -> class of the config and settings, class o
     "classifier/llama": (("LlamaConfig", LLAMA[1] | LABELS), CLASSES),
     "reward_model/llama": (LLAMA, CAUSAL),
     "vision_language/llava": make_llava,  # or what writes it into a folder
+    "image_classifier/vit": make_vit,
+    "audio_classifier/ast": make_ast,
 }
 ROWS = [
     {
@@ -227,6 +231,21 @@ class Models:
     folder = Path()
 
 
+@functools.cache
+def rows_of(architecture: str) -> list[dict[str, Any]]:
+    """ROWS; for what reads files, with a file in the place of each prompt."""
+    if architecture not in ("image_classifier", "audio_classifier"):
+        return ROWS
+    rows = []
+    for i, row in enumerate(ROWS):
+        if architecture == "image_classifier":
+            content, file = [{"type": "image"}], {"images": [shade(i / len(ROWS), i)]}
+        else:
+            content, file = [{"type": "audio"}], {"audio": tone(100 * (i + 1), i)}
+        rows.append({**row, "prompt": [{"role": "user", "content": content}], **file})
+    return paths_as_text(rows)
+
+
 def roles_of(pick: Pick, model: str, needed: frozenset[str]) -> dict[str, Any]:
     """The role of a row under the name that it plays, and a teacher where the objective asks one besides."""
     roles: dict[str, Any] = {}
@@ -260,7 +279,7 @@ def recipe_of(pick: Pick) -> Recipe:
             "model": model,
             "architecture": pick.architecture.split("/")[0],
             "quantization": next(iter(provider("quantizer", find("tuner", pick.tuner).requires)), None),
-            "data": ROWS,
+            "data": rows_of(pick.architecture.split("/")[0]),
             "stages": provider("stage", required),
             "online_stages": [] if pick.role == "none" else ONLINE.get(player_of(pick.role), []),
             "dtype": "float32",

@@ -83,6 +83,8 @@ def is_image(value: Any, folder: Path | None) -> bool:
         return not isinstance(value, (bool, int, float, list, tuple))
     if value.startswith("data:image/"):
         return True
+    if images.is_stored(value):
+        return True
     return value.lower().endswith(SUFFIXES) and os.path.isfile(whole(value, folder))
 
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from luthier.data.audio import arrays_in_files, audio_in_files
 from luthier.data.files import too_long
 from luthier.data.images import images_in_files, place_images
 from luthier.data.lines import BadLine
@@ -245,6 +246,11 @@ def read_raw_rows(source: Source, max_row_chars: int) -> tuple[list[tuple[str, d
         if isinstance(raw, BadLine):
             bad.append(bad_row(where, raw.reason, raw.raw))
             continue
+        try:
+            raw = arrays_in_files(raw)
+        except BadRow as why:
+            bad.append(bad_row(where, str(why), raw))
+            continue
         problem = problem_of(raw, max_row_chars)
         if problem == too_big and (pieces := pieces_of_text(raw, source, max_row_chars)):
             columns.update(raw)
@@ -254,7 +260,8 @@ def read_raw_rows(source: Source, max_row_chars: int) -> tuple[list[tuple[str, d
         else:
             columns.update(raw)
             try:
-                raw_rows.append((where, images_in_files(apply_names(plain_value(raw), source), folder)))
+                row = images_in_files(apply_names(plain_value(raw), source), folder)
+                raw_rows.append((where, audio_in_files(row, folder)))
             except BadRow as why:
                 bad.append(bad_row(where, str(why), raw))
     for theirs in source.columns.values():

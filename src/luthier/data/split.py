@@ -13,16 +13,26 @@ TOLERANCE = 0.2  # how far the share that the hash holds out may be from the rec
 
 
 def content_key(row: dict) -> str:
-    """What makes two rows the same question: the prompt with its images, or where there is none the text,
-    white space evened out. Of an image's path the end counts: elsewhere the same files lie in another folder.
+    """What makes two rows the same question: the prompt with its images and recordings, or where there is
+    none the text, white space evened out. Of their paths the end counts: elsewhere the same files lie in
+    another folder.
     """
     content = row.get("prompt") or row.get("completions") or ""
-    images = row.get("images")
-    if images and isinstance(images, list):
-        content = [content, *("/".join(str(path).split("/")[-2:]) for path in images)]
+    if paths := media_of(row):
+        content = [content, *("/".join(str(path).split("/")[-2:]) for path in paths)]
     if not isinstance(content, str):
         content = json.dumps(content, sort_keys=True, ensure_ascii=False, default=repr)
     return " ".join(content.split())
+
+
+def media_of(row: dict) -> list:
+    """The paths of a row's images, then of its recordings."""
+    paths = []
+    for name in ("images", "audios"):
+        listed = row.get(name)
+        if isinstance(listed, list):
+            paths += listed
+    return paths
 
 
 def hash_fraction(text: str) -> float:

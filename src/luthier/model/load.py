@@ -68,8 +68,6 @@ def load_model(
     classes).
     """
     import_models()
-    from transformers import AutoTokenizer
-
     quiet_transformers()  # what it warns of when loading is reported by us, or refused
     path, where = model_names.resolve_model(recipe.model), device()
     if where.type == "cpu":
@@ -82,7 +80,7 @@ def load_model(
             model = _quantized(recipe, parts, path, how, where, folder)
         else:
             model = parts.architecture.load(path, **how)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = parts.architecture.tokenizer(path)
     except model_names.LOAD_ERRORS as error:
         raise model_names.load_error(recipe.model, error) from None
     _check_complete(model, recipe)
@@ -114,7 +112,7 @@ def _check_complete(model: Network, recipe: Recipe) -> None:
     were not. A new head, and a pooler below it, are what tuning is for.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    embeddings = model.get_input_embeddings()
+    embeddings = input_embeddings(model)
     missing = []
     for name in model.fresh:
         inside = name.startswith(prefix) or layer_of(f"{name}.weight") is not None
@@ -237,12 +235,9 @@ def fit_renderer(renderer: Renderer, model: Network) -> None:
     """Tell a renderer what it must know of the network: how many tokens its embedding holds, and at which
     tokens its own settings end generation.
     """
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    if embedding is not None and len(renderer.tokenizer) > embedding.weight.shape[0]:
-        renderer.vocabulary = embedding.weight.shape[0]
+    weight = getattr(input_embeddings(model), "weight", None)
+    if weight is not None and len(renderer.tokenizer) > weight.shape[0]:
+        renderer.vocabulary = weight.shape[0]
     ends: list[Any] = []
     generation = getattr(model, "generation_config", None)
     # Settings that no file holds are transformers' own guesses.
@@ -253,6 +248,14 @@ def fit_renderer(renderer: Renderer, model: Network) -> None:
         for token in end if isinstance(end, (list, tuple)) else [end]:
             if isinstance(token, int) and token in renderer.special and token not in renderer.stops:
                 renderer.stops.append(token)
+
+
+def input_embeddings(model: Network) -> Any:
+    """The module that reads the input; None where a network does not say which."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def max_positions(model: Network) -> float:

@@ -15,7 +15,7 @@ from luthier.recipe.aliases import ALIASES, FORMER_KEYS, FORMER_ROLES, METHOD_KE
 from luthier.recipe.in_memory import own_splits, rows_in_memory
 from luthier.recipe.published import is_published, resolve
 from luthier.registry import classes, did_you_mean, find, former_names, names
-from luthier.storage import files, images
+from luthier.storage import audio, files, images
 from luthier.storage.bounded_yaml import MAX_CHARACTERS, load_yaml
 from luthier.storage.toy import is_toy, toy_name, toy_package
 
@@ -128,12 +128,17 @@ def put(values: dict, key: str, value: Any, defaults: Mapping[str, Any]) -> None
 
 def paths_as_text(value: Any) -> Any:
     """Paths as text, and tables of rows as lists, at any depth: from Python they come as `Path`, Dataset or
-    DataFrame. Images in memory are written, and become paths.
+    DataFrame. Images in memory are written, and become paths; so do recordings.
     """
     if isinstance(value, (str, int, float)) or value is None:
         return value
     if images.is_in_memory(value):
         return images.in_file(value)
+    if audio.is_in_memory(value):
+        try:
+            return audio.in_file(value)
+        except ValueError as error:
+            raise RecipeError(f"a recording of the data cannot be read: {error}") from None
     if not hasattr(value, "kind"):  # methods are data already
         rows = rows_in_memory(value)
         if rows is not None:

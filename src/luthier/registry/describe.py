@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import textwrap
 import tokenize
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -28,7 +29,7 @@ def helps(cls: type) -> dict[str, str]:
     out: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if is_dataclass(base) and "__annotations__" in vars(base):
-            out |= field_comments(inspect.cleandoc(inspect.getsource(base)))
+            out |= field_comments(textwrap.dedent(inspect.getsource(base)))
     return out
 
 

@@ -32,10 +32,21 @@ def in_file(value: Any) -> str:
     return stored(content.getvalue())
 
 
-def stored(content: bytes) -> str:
-    """The path of a file with this content, written where it is not there. Raises DiskError."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "luthier" / "images" / hashlib.blake2b(content, digest_size=16).hexdigest()
+def stored(content: bytes, kind: str = "images") -> str:
+    """The path of a file with this content, written where it is not there. kind: of media, the folder's name.
+    Raises DiskError.
+    """
+    path = cache() / kind / hashlib.blake2b(content, digest_size=16).hexdigest()
     if not path.is_file():
         files.write_bytes(path, content)
     return str(path)
+
+
+def is_stored(path: str) -> bool:
+    """Is a path one that `stored` gave? Such files have no suffix."""
+    return os.path.isabs(path) and Path(path).parent.parent == cache() and os.path.isfile(path)
+
+
+def cache() -> Path:
+    """Where files of media are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"

@@ -186,8 +186,6 @@ def reader_of(
     model: str, architecture: str, chat_template: str | None, max_length: int | None
 ) -> tuple[Any, Any]:
     """How a model's tokenizer reads rows, without the model's weights."""
-    from transformers import AutoTokenizer
-
     from luthier.recipe.model_names import model_config, resolve_model
     from luthier.recipe.validate import detect
     from luthier.registry import build
@@ -201,7 +199,7 @@ def reader_of(
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         max_length = min(2048, positions or 2048)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model), trust_remote_code=False)
+        tokenizer = reader.tokenizer(resolve_model(model))
     except (OSError, ValueError, ImportError) as error:
         reason = shortened(str(error), 300)
         raise RecipeError(f"model: the tokenizer of {model} cannot be loaded: {reason}") from None

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from luthier.text.encoded import Encoded
 
 # what decides how a prompt is encoded
-COLUMNS = ("prompt", "prefix", "images", "tools", "chat_template_kwargs")
+COLUMNS = ("prompt", "prefix", "images", "audios", "tools", "chat_template_kwargs")
 MOST = (1 << 31) - 1  # of a number in four bytes
 
 

@@ -8,65 +8,38 @@ compare numbers, and equal numbers mean equal patches. The network's embedding l
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections import OrderedDict
 from functools import lru_cache
 from itertools import count
-from pathlib import Path
 from random import Random
 from typing import Any
 
 from torch import Tensor
 
-from luthier.errors import Damaged, RecipeError
+from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, text_of_parts
-from luthier.storage import files
-from luthier.storage.images import MAX_BYTES, MAX_PIXELS
 from luthier.text.chat import Chat
 from luthier.text.encode import Renderer
 from luthier.text.encoded import Encoded
+from luthier.text.media import FIRST, PATCH, MediaFiles
 from luthier.text.turns import Span
 from luthier.text.verify import MEDIA, Lost, check_media
 
-FIRST = 1 << 62  # of the numbers for patches: FIRST | image << PATCH | patch
-PATCH = 16  # bits of a patch's number
-IMAGE = 46  # bits of an image's number, which is a checksum of its file
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of the text
 LATELY = 64  # images whose pixels stay in memory
 PARTS = [name for name in MEDIA if name not in ("images", "image")]  # media that are not read here
 
 
-class Images:
+class Images(MediaFiles):
     """The images of one model: files as a processor's tokens and pixels."""
 
     def __init__(self, processor: Any):
+        super().__init__()
         self.processor = processor
         self.token: str = processor.image_token
         self.token_id: int = processor.tokenizer.convert_tokens_to_ids(self.token)
-        self.paths: dict[int, str] = {}  # number -> path
-        self.numbers: dict[str, int] = {}  # path -> number
         self.tokens: dict[int, list[int]] = {}  # number -> what stands for the image among the tokens
         self.pixels: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
-
-    def __deepcopy__(self, memo: dict) -> Images:
-        return self  # a copy of the network looks at the same images
-
-    def number(self, path: str) -> int:
-        """An image's number. Raises BadRow where it cannot be read."""
-        if path not in self.numbers:
-            try:
-                with files.open_regular(Path(path)) as file:
-                    content = file.read(MAX_BYTES + 1)
-            except (OSError, Damaged) as error:
-                raise BadRow(f"image {path} cannot be read ({error})") from None
-            if len(content) > MAX_BYTES:
-                raise BadRow(f"image {path} is larger than {MAX_BYTES >> 20} MB")
-            checksum = hashlib.blake2b(content, digest_size=8).digest()
-            number = int.from_bytes(checksum, "big") >> (64 - IMAGE)
-            self.numbers[path] = number
-            self.paths.setdefault(number, path)
-        return self.numbers[path]
 
     def encode(self, path: str) -> list[int]:
         """The tokens that stand for an image, its patches numbered. Raises BadRow."""
@@ -88,17 +61,9 @@ class Images:
 
     def process(self, number: int) -> list[int]:
         """An image's tokens as the processor writes them; its pixels are remembered. Raises BadRow."""
-        from PIL import Image, ImageOps
-
         path = self.paths[number]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of PIL: our limit is an error
-                with Image.open(path) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        raise BadRow(f"image {path} has {image.width:,} x {image.height:,} pixels")
-                    upright = ImageOps.exif_transpose(image)  # as transformers and datasets read it
-                    inputs = self.read(self.token, upright.convert("RGB"))
+            inputs = self.read(self.token, self.upright(path))
         except BadRow:
             raise
         except Exception as error:  # whatever a file that calls itself an image makes PIL raise

@@ -131,7 +131,10 @@ def _activations(roles: Roles, samples: Sequence[Batch], tokens: int, recompute:
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     if not recompute or not layers:
         return saved
-    size, width = next(model.parameters()).dtype.itemsize, model.get_input_embeddings().weight.shape[-1]
+    words = getattr(model.get_input_embeddings(), "weight", None)
+    if words is None:  # a row is not as many places as it has tokens
+        return saved
+    size, width = next(model.parameters()).dtype.itemsize, words.shape[-1]
     return min(saved, layers * tokens * width * size + saved / layers)
 
 

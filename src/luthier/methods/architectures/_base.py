@@ -58,6 +58,14 @@ class Architecture:
         """
         return {}
 
+    def tokenizer(self, path: str) -> Any:
+        """What turns text into tokens, from a model's folder or hub name. Of a network that reads no text:
+        what reads its images or recordings (text/media.py), which has no token of its own.
+        """
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
     def renderer(self, tokenizer: Any, config: Any, **how: Any) -> Renderer:
         """What turns rows into tokens for this kind of network. how: max_length, chat_template."""
         raise NotImplementedError

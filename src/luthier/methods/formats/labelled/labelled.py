@@ -33,16 +33,17 @@ class Labelled(Format):
         pair = next((p for p in PAIRS if raw.get(p[0]) is not None and raw.get(p[1]) is not None), ())
         one = first_of(raw, ("text", "sentence", "sequence"), "text")
         texts = [text(raw, name) for name in pair or (one,)]
-        label = opened(raw.get(first_of(raw, ("label",), "labels")), "label")
-        empty = label == [] and raw.get("label", label) is None  # beside a label that is null
-        if label is None or empty:
-            raise BadRow("label is missing")
-        names = raw.get("label_name") or ", ".join(plain(each, "label") for each in as_list(label))
-        row = {
-            "prompt": "\n".join(texts) + self.prompt_end,
-            "completions": [names],
-            "label": label,
-        }
+        row = {"prompt": "\n".join(texts) + self.prompt_end, **label_of(raw)}
         if pair:
             row["texts"] = texts
         return row
+
+
+def label_of(raw: dict) -> dict:
+    """{"completions": the label's name, "label"} of a raw row. Raises BadRow where it has none."""
+    label = opened(raw.get(first_of(raw, ("label",), "labels")), "label")
+    empty = label == [] and raw.get("label", label) is None  # beside a label that is null
+    if label is None or empty:
+        raise BadRow("label is missing")
+    names = raw.get("label_name") or ", ".join(plain(each, "label") for each in as_list(label))
+    return {"completions": [names], "label": label}

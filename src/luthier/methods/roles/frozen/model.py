@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import LABEL_HEAD
 from luthier.methods.roles._base import Role
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy
@@ -102,10 +103,23 @@ class Model(Role):
                 )
             network = network.eval().requires_grad_(False)
             attached = Untuned(network)
-        words = [len(m.get_input_embeddings().weight) for m in (network, policy.model)]
+        words = [vocabulary_of(m) for m in (network, policy.model)]
         if words[0] != words[1]:
             raise RecipeError(
                 f"roles.{name}: {self.model} has {words[0]} tokens and the policy {words[1]};"
                 " they must have the same tokenizer"
             )
+        if LABEL_HEAD in policy.architecture.provides:
+            theirs, ours = (list(m.config.label2id) for m in (network, policy.model))
+            if theirs != ours:
+                raise RecipeError(
+                    f"roles.{name}: {self.model} knows the classes {', '.join(theirs[:4])} and the policy"
+                    f" {', '.join(ours[:4])}; they must be the same, in one order"
+                )
         return Policy(policy.architecture, network, attached, name, nullcontext)
+
+
+def vocabulary_of(network: Any) -> int | None:
+    """How many tokens a network has embeddings for; None where it reads no tokens."""
+    weight = getattr(network.get_input_embeddings(), "weight", None)
+    return None if weight is None else len(weight)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from luthier.data.split import media_of
 from luthier.errors import RecipeError
 from luthier.methods.stages._base import Stage
 from luthier.methods.stages.select._embedding import texts_of
@@ -39,7 +40,7 @@ class Deduplicate(Stage):
     def __call__(self, rows, roles):
         rows = list(rows)
         texts = texts_of(roles, rows, self.part)
-        images = [tuple(row.get("images") or ()) for row in rows]  # a question about another one is no copy
+        images = [tuple(media_of(row)) for row in rows]  # a question about another one is no copy
         first: dict[tuple, int] = {}
         chosen = []
         for place, text in enumerate(texts):

@@ -78,7 +78,7 @@ class CRReLUTuner(Tuner):
                 f"tuner 'crrelu': the config of {kind.__name__} does not name an activation that can be"
                 " replaced"
             )
-        weight = model.get_input_embeddings().weight
+        weight = next(model.parameters())
         for name in names:
             above, _, leaf = name.rpartition(".")
             if not isinstance(model.get_submodule(name), CRReLU):  # else its number is as it was tuned

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.mixture._routed import low_rank, unrouted
@@ -75,7 +76,12 @@ class L2M(Delta):
         if self.target_modules == "auto":
             settings = replace(self, target_modules=part_pattern(part_names(model, *PARTS)))
         first = next(iter(chosen_modules(settings, model)), None)
-        width = model.get_input_embeddings().weight.shape[1]
+        words = getattr(model.get_input_embeddings(), "weight", None)
+        if words is None:
+            raise RecipeError(
+                f"tuner 'l2m' chooses by embeddings of tokens, and {type(model).__name__} reads none"
+            )
+        width = words.shape[1]
         return L2MModel(replace(settings, keys_at=first, width=width), model)
 
     def at(self, name):

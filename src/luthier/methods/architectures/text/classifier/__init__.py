@@ -66,7 +66,11 @@ class Classifier(Architecture):
         return self.provides
 
     def suits(self, config: Any) -> bool:
-        return any(n.endswith("ForSequenceClassification") for n in config.architectures or ())
+        from transformers.models.auto import modeling_auto as auto
+
+        recordings = {*auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values()}
+        names = set(config.architectures or ()) - recordings
+        return any(name.endswith("ForSequenceClassification") for name in names)
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification
@@ -98,7 +102,8 @@ class Classifier(Architecture):
         if class_weights is not None:
             model.config.class_weights = class_weights
         config = model.config.get_text_config()
-        if config.pad_token_id is None:  # a decoder finds a row's last token by what is not padding
+        # a decoder finds a row's last token by what is not padding
+        if getattr(config, "pad_token_id", 0) is None:
             ends = config.eos_token_id
             config.pad_token_id = ends[0] if isinstance(ends, list) else ends
         return model

@@ -11,7 +11,6 @@ from luthier.methods.architectures.text.classifier.labels import names_of_row
 from luthier.methods.formats._base import BadRow
 from luthier.registry import did_you_mean
 from luthier.text.encode import Encoded, Renderer
-from luthier.text.verify import check_media
 
 
 class LabelRenderer(Renderer):
@@ -36,16 +35,9 @@ class LabelRenderer(Renderer):
 
     def _class(self, row: dict) -> Encoded | BadRow:
         try:
-            check_media(row)
+            self.check_media(row)
             classes = self.targets(row)
-            # the line break that parts a text from its label has no label after it here
-            prompt = row["prompt"]
-            row = {**row, "prompt": prompt.removesuffix("\n") if isinstance(prompt, str) else prompt}
-            ids = (
-                self.tokenizer(*row["texts"])["input_ids"]
-                if len(row.get("texts", ())) == 2
-                else self.encode_structured({**row, "completions": []}).prompt
-            )
+            ids = self.input_ids(row)
             encoded = Encoded(ids, classes, [[True] * len(c) for c in classes], self.weights(classes))
             if not ids:
                 raise BadRow("the text is empty")
@@ -57,6 +49,15 @@ class LabelRenderer(Renderer):
             return encoded
         except ValueError as why:  # BadRow is one
             return why if isinstance(why, BadRow) else BadRow(str(why))
+
+    def input_ids(self, row: dict) -> list[int]:
+        """What the network reads of a row. Raises BadRow."""
+        # the line break that parts a text from its label has no label after it here
+        prompt = row["prompt"]
+        row = {**row, "prompt": prompt.removesuffix("\n") if isinstance(prompt, str) else prompt}
+        if len(row.get("texts", ())) == 2:
+            return self.tokenizer(*row["texts"])["input_ids"]
+        return self.encode_structured({**row, "completions": []}).prompt
 
     def targets(self, row: dict) -> list[list[int]]:
         """Of each completion of a row, what its places are to be. Raises ValueError where a label is none."""

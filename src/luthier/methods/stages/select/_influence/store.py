@@ -19,10 +19,11 @@ from luthier.errors import RecipeError
 
 
 def digest_of(row: dict) -> str:
-    """What a row's vector depends on: its prompt with its images, and its completions."""
+    """What a row's vector depends on: its prompt with its images or recordings, and its completions."""
     content = [row["prompt"], row.get("completions")]
-    if row.get("images"):
-        content.append(row["images"])
+    for name in ("images", "audios"):
+        if row.get(name):
+            content.append(row[name])
     text = json.dumps(content, ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
