@@ -43,6 +43,9 @@ SHAPES = {
     "table": {"features": {"age": 40, "sex": "M", "ill": "no"}, "target": "ill"},
     "prompt": {"prompt": "2+2=", "answer": "4"},
     "question_answer": {"question": "What is 2+2?", "answer": "2+2=4\n#### 4"},
+    "query_response": {"query": "Hi", "response": "Hello!", "system": "Be brief.", "source": "web"},
+    "comparison": {"prompt": "Hi", "response_a": "What?", "response_b": "Hello!", "winner": "model_b"},
+    "translation": {"translation": {"en": "Hello", "fr": "Bonjour"}},
 }
 
 
@@ -108,6 +111,130 @@ def test_what_the_shapes_become():
         rows["question_answer"]["completions"] == ["2+2=4\n#### 4"]
         and rows["question_answer"]["answer"] == "4"
     )
+
+
+SYSTEM, PLEASE = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "What?"}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"query": "Hi", "response": "Hello!"},  # ms-swift
+        {"instruction": "Hi", "context": "", "response": "Hello!", "category": "chat"},  # Dolly
+        {"id": "1", "question": "Hi", "response": "Hello!", "system_prompt": ""},  # OpenOrca
+        {"prompt": "Hi", "response": "Hello!", "source": "web", "document": "7"},
+        {"inputs": "Hi", "targets": "Hello!"},  # P3, FLAN
+        {"input": "Hi", "output": "Hello!"},
+        {"human": "Hi", "assistant": "Hello!"},
+        {"source": "Hi", "target": "Hello!"},
+        {"document": "Hi", "summary": "Hello!"},  # XSum
+        {
+            "contents": [
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"text": "Hello!"}]},
+            ]
+        },
+    ],
+    ids=lambda raw: "-".join(raw),
+)
+def test_usual_names_of_a_request_and_its_response(raw):
+    row = one(raw)
+    assert row["prompt"] == [USER] and row["completions"] == [[BOT]]
+    others = {name: value for name, value in raw.items() if name in ("source", "document", "category")}
+    if raw.get("prompt") or raw.get("category"):
+        assert others.items() <= row.items(), "what is not read stays a column"
+
+
+def test_what_stands_beside_a_request_reaches_the_prompt():
+    row = one(
+        {
+            "query": "Hi",
+            "response": "Hello!",
+            "system": "Be brief.",
+            "history": [["a", "b"]],
+            "context": "It is late.",
+        }
+    )
+    assert row["prompt"] == [
+        SYSTEM,
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "Hi\n\nIt is late."},
+    ]
+    problem = one({"problem": "1/2 + 1/2?", "solution": r"It is $\boxed{\frac{2}{2}}$, so \boxed{1}."})
+    assert problem["answer"] == "1" and problem["completions"][0][0]["content"].startswith("It is")
+    assert one({"problem": "1+1?", "solution": "2", "answer": "two"})["answer"] == "two"
+    assert "answer" not in one({"problem": "1+1?", "solution": "two"})
+    with pytest.raises(BadRow, match="response is missing"):
+        build("format", "query_response").row({"query": "Hi", "response": None})
+    gemini = one(
+        {
+            "systemInstruction": {"parts": [{"text": "Be brief."}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"text": "Hello!"}]},
+            ],
+        }
+    )
+    assert gemini["prompt"] == [SYSTEM, USER]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"query": "Hi", "response": "Hello!", "rejected_response": "What?"},  # ms-swift
+        {"messages": [USER, BOT], "rejected_response": "What?"},
+        {"messages": [USER, BOT], "rejected_response": [PLEASE]},
+        {
+            "input": {"messages": [USER], "tools": []},
+            "preferred_output": [BOT],
+            "non_preferred_output": [PLEASE],
+        },  # OpenAI
+        {"question": "Hi", "response_j": "Hello!", "response_k": "What?"},  # StackExchange
+        {"prompt": "Hi", "response_a": "Hello!", "response_b": "What?", "winner": "model_a"},
+        {
+            "question": "Hi",
+            "response_0": "What?",
+            "response_1": "Hello!",
+            "better_response_id": 1,
+        },  # SafeRLHF
+        {
+            "prompt": "Hi",
+            "response_1": "Hello!",
+            "response_2": "What?",
+            "preference_strength": -2,
+        },  # HelpSteer
+        {"conversation_a": [USER, PLEASE], "conversation_b": [USER, BOT], "winner": "model_b"},  # LMSYS
+    ],
+    ids=lambda raw: "-".join(raw),
+)
+def test_pairs_under_the_names_of_other_tools(raw):
+    row = one(raw)
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in row["completions"]]
+    assert texts == ["Hello!", "What?"] and row["scores"] == [1.0, 0.0]
+    assert row["prompt"] in ("Hi", [USER])
+
+
+def test_ties_and_unknown_verdicts_are_set_aside():
+    raw = {"prompt": "Hi", "response_a": "Hello!", "response_b": "What?"}
+    bad = load(
+        [{**raw, "winner": w} for w in ("model_a", "model_b", "tie", "a", "tie (bothbad)", "nobody")],
+        max_bad_rows=1.0,
+    ).bad
+    assert [b["reason"] for b in bad] == [
+        "winner is a tie",
+        "winner is a tie",
+        "winner is 'nobody'; model_a, model_b or tie is expected",
+    ]
+
+
+def test_directions_of_a_translation():
+    raw = {"translation": {"en": "Hello", "fr": "Bonjour", "de": None}}
+    assert one(raw)["prompt"] == "Translate from en to fr: Hello\n" and one(raw)["completions"] == ["Bonjour"]
+    back = one(raw, format={"name": "translation", "target_lang": "en", "prefix": ""})
+    assert (back["prompt"], back["completions"]) == ("Bonjour\n", ["Hello"])
+    bad = load([{"translation": {"en": "Hello"}}, raw], max_bad_rows=1.0).bad
+    assert [b["reason"] for b in bad] == ["translation has fewer than two languages"]
 
 
 def test_conversations_with_tools_and_system():

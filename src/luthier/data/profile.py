@@ -21,6 +21,7 @@ LEARNED = frozenset(
     "prompt completions scores tools prefix label texts labels steps step_labels token_weights answer"
     " chat_template_kwargs".split()
 )
+REPLIES = ("answer", "answers", "solution", "reference", "gold", "target")
 SAMPLE = 100  # rows whose columns decide what they are enough for
 ANSWERS = ("yes", "with a stage", "no")
 
@@ -55,8 +56,32 @@ def profile_rows(loaded: LoadedRows) -> dict[str, Any]:
         "repeated": repeated,
         "prompts": prompts,
         "unlearned": unlearned_columns(counts),
-        "notes": loaded.notes,
+        "notes": [*loaded.notes, *other_readings(loaded, kind)],
     }
+
+
+def other_readings(loaded: LoadedRows, kind: type) -> list[str]:
+    """What rows could be read as besides, where a column that is not learned from looks like a reply or a
+    class.
+    """
+    rows = loaded.rows[:SAMPLE]
+    notes = []
+    if kind.name == "prompt":
+        for name in REPLIES:
+            if rows and all(isinstance(row.get(name), (str, int, float)) for row in rows):
+                notes.append(f"to learn `{name}` as the reply to `prompt`: columns: {{completion: {name}}}")
+    elif kind.name == "text":
+        for name in rows[0] if rows else ():
+            if name not in LEARNED | {"id"} and looks_like_classes([row.get(name) for row in rows]):
+                notes.append(f"to learn `{name}` as the class of `text`: columns: {{label: {name}}}")
+    return notes
+
+
+def looks_like_classes(values: Sequence[Any]) -> bool:
+    """Whether a column holds few short values, each several times."""
+    if not all(isinstance(value, (str, int)) and len(str(value)) <= 40 for value in values):
+        return False
+    return len(values) >= 8 and 2 <= len(set(values)) <= len(values) // 4
 
 
 def count_repetitions(rows: Sequence[dict]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from luthier.errors import RecipeError
 
+PIECE = re.compile(r"@\d+$")  # which piece of its row an encoded row is
 DETAIL = re.compile(r"\d[\d,.]*|'[^']*'|\([^)]*\)|(?<=the columns )[\w, ]+(?= do not)")
 
 
@@ -44,17 +45,18 @@ def plain_repr(value: Any) -> str:
 
 def count_reasons(bad: Sequence[dict]) -> list[dict[str, Any]]:
     """Why rows cannot be used, the commonest first: {reason, rows: how many, first: the first place}. Reasons
-    that differ in numbers, names and values alone count as the first of them.
+    that differ in numbers, names and values alone count as the first of them. A row of which several pieces
+    cannot be used (`rows.jsonl:1@2`) counts once.
     """
-    places: dict[str, list[str]] = {}
+    places: dict[str, dict[str, str]] = {}
     reasons: dict[str, str] = {}
-    for row in bad:
+    for number, row in enumerate(bad):
         group = DETAIL.sub("?", row["reason"])
         reasons.setdefault(group, row["reason"])
-        places.setdefault(group, []).append(row["where"])
+        places.setdefault(group, {}).setdefault(PIECE.sub("", row["where"]) or str(number), row["where"])
     counted = []
     for group, where in places.items():
-        counted.append({"reason": reasons[group], "rows": len(where), "first": where[0]})
+        counted.append({"reason": reasons[group], "rows": len(where), "first": next(iter(where.values()))})
     return sorted(counted, key=lambda entry: -entry["rows"])
 
 

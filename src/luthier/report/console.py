@@ -7,6 +7,7 @@ At a pipe or in a log file the same text has no colours and no bar: a line for a
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -360,9 +361,11 @@ class Console(Callback):
         if every:
             self.listing(profile["feeds"], ("objective", "feeds", "why"))
             return
-        others = sum(answer["feeds"] == "yes" for answer in profile["feeds"])
+        able = Counter(answer["feeds"] for answer in profile["feeds"])
         self.say(
-            f"{others} objectives can train on these rows; --all lists them, and why others cannot", "dim"
+            f"{able['yes']} objectives can train on these rows as they are, {able['with a stage']} after a"
+            " stage; --all lists them, and why others cannot",
+            "dim",
         )
 
     def _lengths(self, profile: dict) -> None:

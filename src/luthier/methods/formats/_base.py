@@ -131,7 +131,7 @@ class Format:
 
     def row(self, raw: dict) -> dict:
         """The canonical row: what `read` makes of it, and every column that was not read. Raises BadRow."""
-        used = {*" ".join(self.columns).split(), *self.optional.split()}
+        used = self.used(raw)
         read = {k: v for k, v in self.read(raw).items() if v is not None}
         if read.get("tools"):
             drop_undeclared_nulls(read)
@@ -151,6 +151,14 @@ class Format:
                 name = f"raw_{name}"
             unread[name] = value
         return {**unread, **read}
+
+    def used(self, raw: dict) -> set[str]:
+        """The columns of a row that are read: those of the shapes that it has, and the optional ones."""
+        used = set(self.optional.split())
+        for shape in self.columns:
+            if set(shape.split()) <= raw.keys():
+                used.update(shape.split())
+        return used
 
     def read(self, raw: dict) -> dict:
         """prompt, completions, ... from the format's own columns. Raises BadRow."""

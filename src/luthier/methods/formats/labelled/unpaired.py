@@ -32,6 +32,8 @@ class Unpaired(Format):
     columns = (
         "prompt completion label",
         "prompt completion kto_tag",
+        "prompt response label",
+        "query response label",
         "messages label",
         "messages kto_tag",
         "conversations label",
@@ -49,7 +51,9 @@ class Unpaired(Format):
         elif raw.get("instruction") is not None:
             prompt, completion = instruction(raw), text(raw, "output")
         else:
-            prompt, completion = side(raw.get("prompt"), "prompt"), side(raw.get("completion"), "completion")
+            request = first_of(raw, ("prompt",), "query")
+            reply = first_of(raw, ("completion",), "response")
+            prompt, completion = side(raw.get(request), request), side(raw.get(reply), reply)
         prompt, completions = alike(prompt, completion)
         score = -1.0
         if good:

@@ -8,13 +8,23 @@ from luthier.methods.formats._base import (
     Format,
     alike,
     as_turns,
+    first_of,
     instruction,
+    last_reply,
     messages,
+    opened,
     side,
     tools,
 )
 from luthier.registry import row_format
 
+# what the better and the worse side are called: TRL, ms-swift, OpenAI, StackExchange
+SIDES = {
+    "chosen": "rejected",
+    "response": "rejected_response",
+    "preferred_output": "non_preferred_output",
+    "response_j": "response_k",
+}
 MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
 
 
@@ -26,7 +36,9 @@ class Preference(Format):
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.
 
     Without a prompt column, the prompt is the turns that both begin with; of two texts, their common
-    beginning up to the last reply mark or word.
+    beginning up to the last reply mark or word. Also ms-swift's rejected_response beside query and response
+    or beside messages (whose last turn it replaces), OpenAI's input, preferred_output and
+    non_preferred_output, and StackExchange's response_j and response_k.
     """
 
     reading = "`chosen` is preferred to `rejected`"
@@ -38,16 +50,29 @@ class Preference(Format):
         "messages chosen rejected",
         "conversations chosen rejected",
         "instruction chosen rejected",
+        "query response rejected_response",
+        "prompt response rejected_response",
+        "messages rejected_response",
+        "input preferred_output non_preferred_output",
+        "question response_j response_k",
+        "prompt response_j response_k",
     )
     optional = "tools input system history"
 
     def read(self, raw):
-        chosen, rejected = side(raw.get("chosen"), "chosen"), side(raw.get("rejected"), "rejected")
+        better = first_of({name: raw.get(worse) for name, worse in SIDES.items()}, SIDES, "chosen")
+        if better == "response" and raw.get("messages") is not None:
+            return self.read(with_last_turn(raw))
+        if better == "preferred_output":
+            raw = openai_row(raw)
+        worse = SIDES[better]
+        chosen, rejected = side(raw.get(better), better), side(raw.get(worse), worse)
         if chosen == rejected:
-            raise BadRow("chosen and rejected are the same")
+            raise BadRow(f"{better} and {worse} are the same")
         readers = {
             "prompt": side,
             "question": side,
+            "query": side,
             "messages": messages,
             "conversations": messages,
             "instruction": lambda value, name: instruction(raw),
@@ -67,6 +92,21 @@ class Preference(Format):
             prompt, pair = alike(as_turns(prompt, "user"), *pair)
             prompt = [{"role": "system", "content": side(raw["system"], "system")}, *prompt]
         return {"prompt": prompt, "completions": pair, "scores": [1.0, 0.0], "tools": tools(raw)}
+
+
+def with_last_turn(raw: dict) -> dict:
+    """ms-swift's messages and rejected_response as a prompt with a response and a rejected one."""
+    prompt, reply = last_reply(messages(raw["messages"], "messages"), "messages")
+    rest = {name: value for name, value in raw.items() if name not in ("messages", "rejected_response")}
+    return {**rest, "prompt": prompt, "chosen": reply, "rejected": raw["rejected_response"]}
+
+
+def openai_row(raw: dict) -> dict:
+    """OpenAI's row with the messages and tools of its `input` as the prompt and the tools."""
+    request = opened(raw.get("input"), "input")
+    if isinstance(request, dict) and "messages" in request:
+        return {**raw, "prompt": request["messages"], "tools": request.get("tools"), "input": None}
+    return {**raw, "prompt": request, "input": None}
 
 
 def shared(chosen, rejected):

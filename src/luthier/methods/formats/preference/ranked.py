@@ -5,6 +5,7 @@ from luthier.methods.formats._base import (
     BadRow,
     Format,
     alike,
+    first_of,
     numbers,
     opened,
     prompt_of,
@@ -23,15 +24,16 @@ class Ranked(Format):
 
     reading = "completions with a score each; a higher one is better"
     objective = "lipo_lambda"
-    columns = ("prompt completions scores",)
+    columns = ("prompt completions scores", "prompt responses scores")
     optional = "tools"
 
     def read(self, raw):
-        texts, scores = opened(raw.get("completions"), "completions"), numbers(raw.get("scores"), "scores")
+        name = first_of(raw, ("completions",), "responses")
+        texts, scores = opened(raw.get(name), name), numbers(raw.get("scores"), "scores")
         if not isinstance(texts, list) or not texts:
-            raise BadRow("completions is not a list of completions")
+            raise BadRow(f"{name} is not a list of completions")
         if len(texts) != len(scores):
             raise BadRow(f"there are {len(texts)} completions but {len(scores)} scores")
         prompt = prompt_of(raw)
-        prompt, completions = alike(prompt, *(side(c, "completions") for c in texts))
+        prompt, completions = alike(prompt, *(side(c, name) for c in texts))
         return {"prompt": prompt, "completions": completions, "scores": scores, "tools": tools(raw)}
