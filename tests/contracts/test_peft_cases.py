@@ -43,6 +43,7 @@ SETTINGS = {
     "apt": {"target_modules": ["o_proj"], "num_virtual_tokens": 3},
     "s2ft": {"target_modules": ["o_proj", "down_proj"], "o_ratio": 0.5, "d_ratio": 0.5},
 }
+LAYERWISE = ["iaa", "quantized_side"]
 SMALL = {"r": 4, "density": 0.1}
 
 
@@ -66,6 +67,9 @@ def config(name: str, **more):
     if name == "lt_sft":  # as a run saves it: how many entries of each module were chosen
         modules = [n for n, _ in _network().named_modules() if n.endswith(tuple(PLACES))]
         settings["counts"] = dict.fromkeys(modules, 9)
+    if name in LAYERWISE:  # as luthier fills in when it attaches: where the first and the last layer end
+        ends = [f"model.layers.{i}.mlp.down_proj" for i in more.get("layers_to_transform", (0, 1))]
+        settings |= {"target_modules": ["down_proj"], "ends": [ends[0], ends[-1]]}
     if name == "s2ft":  # as luthier fills in when it attaches
         settings |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     return cls(task_type="CAUSAL_LM", **settings, **more)

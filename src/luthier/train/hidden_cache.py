@@ -173,6 +173,8 @@ def open_cache(
         return f"architecture '{arch.name}' does not support it"
     if attached.rewrites_inputs or getattr(arch, "neftune_noise_alpha", 0):
         return "the model's input changes at every step"
+    if attached.reads_layers:
+        return "the tuner reads the states of every layer"
     config = model.config.get_text_config()
     lists = [
         m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers

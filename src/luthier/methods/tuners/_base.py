@@ -159,6 +159,7 @@ class TunedModel(Component):
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
     changes_inputs = False  # is something added to the embeddings of prompts?
+    reads_layers = False  # is something trained on states of layers below those that change?
     # hidden states below all layers that train, cached by a run (train/hidden_cache.py)
     hidden_cache: Any = None
 
