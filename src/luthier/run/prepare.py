@@ -111,6 +111,8 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
         update_state(session.folder, measured_on=HELD_OUT if held_out.rows else TRAINING_ROWS)
     before = resume.evaluate_start(session, trainer, eval_rows, checkpoint)
     _warn_if_solved(session, before)
+    if checkpoint is None:
+        resume.take_over(session, trainer)
     resume.resume(session, trainer, checkpoint)
     unusable = training.unusable + held_out.unusable
     stats = {**training.stats, **stage_metrics(session.folder), **parameters, "unusable": unusable}

@@ -96,6 +96,22 @@ def resume(session: Session, trainer: Trainer, checkpoint: Path | None) -> None:
             )
 
 
+def take_over(session: Session, trainer: Trainer) -> None:
+    """What the estimator of an earlier run has left for those that start from it, where this run does."""
+    entry, start = session.methods.estimator.persistent, session.recipe.init_from
+    if not entry or not isinstance(start, str):
+        return
+    moment = checkpoints.load_newest(Path(start))
+    state = {} if moment is None else moment.state
+    former = {group: {entry: of_group[entry]} for group, of_group in state.items() if entry in of_group}
+    if not former:
+        session.warn(
+            f"estimator '{trainer.estimator.name}': {start} was trained without it, so nothing says what to"
+            " hold there; this run is plain backprop"
+        )
+    trainer.chain.load(former)
+
+
 def save(session: Session, trainer: Trainer) -> None:
     """A checkpoint of this step. Every process comes here; the main one writes it."""
     clock = trainer.roles.clock

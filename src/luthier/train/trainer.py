@@ -246,6 +246,16 @@ class Trainer:
             return LossClosure(self, prefetched.batches)
         return LossClosure(self, self._micro_batches(rows, clock))
 
+    def rows_closure(self, rows: Sequence[dict]) -> LossClosure:
+        """The loss of training rows as they are in evaluation (no dropout, nothing drawn), each in a
+        micro-batch of its own; for an estimator that reads their single gradients. Of several processes each
+        has its share.
+        """
+        self.roles.policy.eval()
+        own = share(rows, 1, self.processes.index, self.processes.count)
+        batches = [self.roles.batch([row], training=False, clock=self.roles.clock) for row in own]
+        return LossClosure(self, batches)
+
     def _own_rows(self, clock: Clock) -> list[dict]:
         """This process's rows of the draw at a step."""
         batches, processes = self.batches, self.processes

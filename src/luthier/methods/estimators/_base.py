@@ -40,6 +40,8 @@ class Estimator:
     single_backward: ClassVar[bool] = False
     # does it keep a copy of what trains, so that the same tensors must train at every step?
     fixed_tensors: ClassVar[bool] = False
+    # entry of each group's optimizer state that a run which starts from this one (`init_from`) goes on with
+    persistent: ClassVar[str] = ""
     # does it promise privacy to each row? Then micro-batches are of one row, and only its steps read rows
     private: ClassVar[bool] = False
 

@@ -7,8 +7,10 @@ remedies are settings or methods of the recipe:
 
 - rehearsal: `replay: 200`, so many rows of earlier tasks in all, equally many of each, beside the new ones;
 - cumulative, the upper bound: `cumulative: true` trains every run on all rows so far;
-- learning without forgetting: `later: {objective: "sft + 1.0*kl", roles: {reference: initial}}` holds the
-  answers to the new rows near those of the model that the run starts from.
+- learning without forgetting: `later: {objective: [sft, {name: distill, temperature: 2.0}], roles: {teacher:
+  initial}}` holds the answers to the new rows near those of the model that the run starts from (Li and Hoiem,
+  2016);
+- consolidation: `estimator: ewc`, `si` or `rwalk` holds parameters that earlier tasks need.
 
 The memory is a random sample, drawn so that a smaller one is part of a larger one.
 """
@@ -46,14 +48,16 @@ EVERY = 10**9  # rows: all that there are
     " behind it.",
     costs="a run for each task, and all tasks' held-out rows read before and after each.",
     covers="the matrix of every task after every run, average accuracy and forgetting by the paper's"
-    " formulas; naive, cumulative and rehearsal.",
-    omits="the five domains of code and their API calls; an encoder beside the decoder is another recipe;"
-    " EWC, synaptic intelligence and RWalk.",
+    " formulas; naive, cumulative and rehearsal; EWC, synaptic intelligence, RWalk and learning without"
+    " forgetting are settings of its recipe.",
+    omits="the five domains of code and their API calls; an encoder beside the decoder is another recipe.",
     tests=[
         "methods/plans/continual/test_continual.py::test_the_numbers_of_a_matrix_by_hand",
         "methods/plans/continual/test_continual.py::test_runs_read_their_task_and_the_memory_of_earlier_ones",
         "methods/plans/continual/test_continual.py::test_a_stream_that_was_stopped_goes_on_to_the_same_matrix",
         "methods/plans/continual/test_continual.py::test_a_stream_of_four_tasks",
+        "methods/estimators/first_order/test_consolidation.py"
+        "::test_learning_without_forgetting_compares_with_the_start_of_the_run",
     ],
 )
 class Continual(Plan):
