@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.methods.architectures._base import GENERATE
-from luthier.methods.evaluators._base import Evaluator, batches
-from luthier.model.policy import eval_mode
+from luthier.methods.evaluators._base import Evaluator
+from luthier.methods.evaluators.representation._prompt_states import prompt_states
 from luthier.registry import Metric, build, evaluator
 
 FOLDS = 5
@@ -87,7 +87,7 @@ class AnswerProbe(Evaluator):
         else:
             kinds = sorted({str(row[self.column]) for row in rows})
             labels = {str(row["id"]): float(str(row[self.column]) == kinds[-1]) for row in rows}
-        names, layers = self.states(roles, rows)
+        names, layers = prompt_states(roles, rows, self.batch_size)
         y = torch.tensor([labels[name] for name in names], dtype=torch.float64)
         if min(float(y.sum()), float((1 - y).sum())) < FOLDS:
             return metrics  # too few of one kind to be told from the other
@@ -121,20 +121,6 @@ class AnswerProbe(Evaluator):
         for row, (ids,) in zip(rows, written, strict=True):
             labels[str(row["id"])] = float(judge.scores(row, [roles.renderer.answer(ids)])[0] >= 0.5)
         return labels
-
-    @torch.no_grad()
-    def states(self, roles: Any, rows: Sequence[dict]) -> tuple[list[str], list[Tensor]]:
-        """Row ids, and of each layer [N, d] the states behind the prompts' last tokens."""
-        blank = [{**row, "completions": ["."], "scores": [1.0]} for row in rows]
-        names: list[str] = []
-        parts: list[list[Tensor]] = []
-        for batch in batches(roles, blank, self.batch_size):
-            with eval_mode(roles.policy.model):
-                layers = roles.policy.layers(batch)
-            first = batch.place == 0
-            parts.append([states[first].double().cpu() for states in layers])
-            names += [str(row["id"]) for row in batch.rows]
-        return names, [torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]
 
 
 def predicted(x: Tensor, y: Tensor, folds: Tensor, penalty: float) -> Tensor:
