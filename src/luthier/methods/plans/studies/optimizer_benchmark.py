@@ -40,13 +40,14 @@ Times = Mapping[str, Sequence[float]]  # who -> steps to the target of each work
         "algoperf": "targets by a tuned baseline, the best trial of a study and the median over studies,"
         " performance profiles and the area under them; a target that is not reached counts nothing.",
         "hparam-free-eval": "one rate for all workloads: the default's score beside the best one's, which is"
-        " never less.",
+        " never less; one of the optimizers without a learning rate, Prodigy, whose estimate finds the"
+        " distance.",
     },
     omits={
         "algoperf": "wall-clock time, held-out variants of workloads, the self-tuning track, search spaces"
         " beyond the learning rate, a validation set, and the eight workloads of the benchmark; a run whose"
         " loss is not finite ends the plan.",
-        "hparam-free-eval": "the optimizers without a learning rate (Prodigy, DoG, D-Adaptation, Mechanic and"
+        "hparam-free-eval": "the other optimizers without a learning rate (DoG, D-Adaptation, Mechanic and"
         " others), horizons, and hyperparameters other than the learning rate.",
     },
     tests={
@@ -57,6 +58,7 @@ Times = Mapping[str, Sequence[float]]  # who -> steps to the target of each work
         ],
         "hparam-free-eval": [
             "methods/plans/studies/test_optimizer_benchmark.py::test_one_rate_for_all_workloads",
+            "methods/optimizers/first_order/test_prodigy.py::test_the_estimate_finds_the_distance",
             "methods/plans/studies/test_optimizer_benchmark.py::test_runs_targets_and_scores",
         ],
     },
@@ -71,7 +73,7 @@ class OptimizerBenchmark(Plan):
         default_factory=lambda: ["adamw", "lion", "sgd"]
     )
     # name of an optimizer -> the rate around which its trials are drawn; others: their default
-    rates: dict[str, float] = field(default_factory=lambda: {"sgd": 0.1})
+    rates: dict[str, float] = field(default_factory=lambda: {"sgd": 0.1, "prodigy": 1.0})
     # name -> changes of the recipe
     workloads: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = field(
         default_factory=lambda: {"recipe": {}}
