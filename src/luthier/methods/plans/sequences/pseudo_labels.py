@@ -22,8 +22,7 @@ from luthier.registry import Range, plan
     costs="three runs, of which one is over the unlabelled rows; two more with each further round.",
     covers="tuning, labelling, training a fresh model on the labels, and on the true ones; confident or"
     " balanced rows alone; rounds.",
-    omits="soft labels; architecture `classifier` (labels are texts behind the prompt); the paper's data"
-    " sets.",
+    omits="architecture `classifier` (labels are texts behind the prompt); the paper's data sets.",
     tests=[
         "methods/plans/sequences/test_pseudo_labels.py::test_four_steps",
         "methods/plans/sequences/test_pseudo_labels.py::test_no_rows_is_plain_fine_tuning",

@@ -19,6 +19,7 @@ from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.roles._base import REFERENCE
 from luthier.methods.stages._base import CACHED_LOGPROBS, OLD_LOGPROBS, Stage, completion_logprobs, without
+from luthier.methods.stages.curate.key_tokens import TOKEN_WEIGHTS
 from luthier.registry import stage
 
 
@@ -31,9 +32,10 @@ from luthier.registry import stage
     removes=[PAIRS, SCORES, OLD_LOGPROBS, CACHED_LOGPROBS],
     use_when="a tuned model is to label rows that have no label.",
     costs="a forward pass over every row with each label.",
-    covers="the likeliest label of each row, with a least probability and classes of equal size on request.",
-    omits="soft labels: a row has one label.",
+    covers="the likeliest label of each row, with a least probability and classes of equal size on request,"
+    " or all labels by their probabilities.",
     tests=[
+        "methods/plans/sequences/test_lite_self_training.py::test_soft_labels_are_their_cross_entropy",
         "methods/plans/sequences/test_pseudo_labels.py::test_the_likeliest_label_is_taken",
         "methods/plans/sequences/test_pseudo_labels.py::test_unsure_rows_leave_and_classes_are_equal",
     ],
@@ -47,7 +49,13 @@ class PseudoLabels(Stage):
     of: Literal["reference", "policy"] = "reference"  # who labels
     least: Annotated[float, Field(ge=0, le=1)] = 0.0  # rows whose label is less probable are dropped
     balance: bool = False  # as many rows of each label, the surest
+    # soft labels: a row has all labels, whose tokens weigh (column `token_weights`) what they are probable
+    soft: bool = False
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
+
+    @property
+    def active_provides(self):
+        return self.provides | {TOKEN_WEIGHTS} if self.soft else self.provides
 
     @property
     def active_requires(self):
@@ -63,7 +71,12 @@ class PseudoLabels(Stage):
             sums = [sum(some) for some in tokens]
             top = max(sums)
             share = 1 / sum(math.exp(one - top) for one in sums)
-            out.append({**row, "completions": [labels[sums.index(top)]], "confidence": share})
+            likeliest = labels[sums.index(top)]
+            labelled = {**row, "completions": [likeliest], "confidence": share}
+            if self.soft:
+                weights = [[share * math.exp(sum(own) - top)] * len(own) for own in tokens]
+                labelled |= {"completions": list(labels), "token_weights": weights, "likeliest": likeliest}
+            out.append(labelled)
         return self.drop(roles, out, self.sure(out), "their labels are not sure enough, or of a large class")
 
     def labels_of_rows(self) -> list[str]:
@@ -81,7 +94,7 @@ class PseudoLabels(Stage):
         by_label = defaultdict(list)
         for place, row in enumerate(rows):
             if row["confidence"] >= self.least:
-                by_label[row["completions"][0]].append(place)
+                by_label[row.get("likeliest") or row["completions"][0]].append(place)
         size = min(map(len, by_label.values()), default=0) if self.balance else len(rows)
         places = []
         for several in by_label.values():
