@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -172,3 +173,36 @@ def test_the_guides_stages_are_there(tmp_path):
     report = tune_toy("ultimate-guide-finetuning", tmp_path, changes={"evaluate": ["loss"]})
     assert len(report.runs) == 2
     assert all((Path(folder) / "report.json").is_file() for folder in report.runs)
+
+
+def test_points_trains_on_the_least_surprising_fifth(roles):
+    """Of 40 captions exactly the eight whose perplexity, exp of the mean loss, is lowest."""
+    rows = [{"id": str(k), "prompt": "look:", "completions": [f"a {k} b {k * k}"]} for k in range(40)]
+    for stage in find_published("points-vlm").recipe["plan"][0]["stages"]:
+        rows = list(build("stage", stage)(rows, roles))
+    every = [{"id": str(k), "prompt": "look:", "completions": [f"a {k} b {k * k}"]} for k in range(40)]
+    batch = roles.batch(every)
+    losses = -batch.means(roles.policy.logprobs(batch).detach())
+    lowest = {str(k) for k in losses.argsort()[:8].tolist()}
+    assert {row["id"] for row in rows} == lowest
+    for row in rows:
+        assert row["perplexity"] == pytest.approx(float(losses[int(row["id"])].exp()), rel=1e-3)
+
+
+def test_the_answer_that_agrees_with_the_clip_is_chosen():
+    """Of planted answers the one with the clip's words wins in every row, and rows of equal ones leave."""
+    plan = find_published("videosavi").recipe["plan"]
+    shows = ["a red ball rolls left", "two dogs jump", "the cup falls off the table"]
+    rows = []
+    for k in range(60):
+        clip = shows[k % 3]
+        answers = [shows[(k + 1) % 3], "nothing happens", "someone sings"]
+        answers.insert(k % 4, f"in the clip {clip}")
+        rows.append({"id": str(k), "prompt": "What happens?", "answer": clip, "completions": answers})
+    rows.append({"id": "tie", "prompt": "Who?", "answer": "cat", "completions": ["xx", "yy"]})
+    scored = build("stage", {"name": "score", "reward": [plan["reward"]]})(rows, None)
+    clock = SimpleNamespace(step=0, first=0)
+    roles = SimpleNamespace(clock=clock, warn=lambda sentence: None, dropped={})
+    pairs = list(build("stage", {"name": "pairs", "margin": plan["margin"]})(scored, roles))
+    assert len(pairs) == 60 and all(row["answer"] in row["completions"][0] for row in pairs)
+    assert all(row["scores"][0] > row["scores"][1] for row in pairs)
