@@ -206,7 +206,8 @@ def bench(
     scenarios: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Benchmark: sft, dpo, subset, frozen, fleet, fleet_top, mezo, rollout, start, memory."
+            help="Benchmark: sft, dpo, subset, frozen, fleet, fleet_top, mezo, rollout, start, memory;"
+            " or optimizers: which of them reaches a tuned baseline's loss first."
         ),
     ] = None,
     model: Annotated[
@@ -222,16 +223,48 @@ def bench(
     shape: Annotated[
         list[str] | None, typer.Option(help="Model shape: a, b, c, gpt2, moe; can be repeated (default: a).")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs per contestant; the median is reported.")] = 5,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Runs per contestant (5), or studies of an optimizer (1); the median is reported."
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Of optimizers: learning rates that each may try.")] = 3,
+    steps: Annotated[int, typer.Option(min=5, help="Of optimizers: steps of a run.")] = 40,
     device: Annotated[str, typer.Option(help="Device: cpu or cuda.")] = "cpu",
-    only: Annotated[list[str] | None, typer.Option(help="Only these contestants; can be repeated.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only these contestants, or these optimizers, the baseline first; can be repeated."
+        ),
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for JSON files and charts.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure speed and memory beside TRL + PEFT and a plain loop on the same work, in turns."""
+    """Measure speed and memory beside TRL + PEFT and a plain loop in turns; or which optimizer is fastest."""
     from luthier.study.bench import bench, bench_models
 
     tell = lambda line: typer.echo(line, err=as_json)
+    if scenarios and "optimizers" in scenarios:
+        from luthier.study.bench.optimizers import bench_optimizers
+
+        if len(scenarios) > 1:
+            raise RecipeError("bench: `optimizers` is a benchmark of its own; name no other beside it")
+        studies = repeats or 1
+        result = bench_optimizers(
+            only,
+            model=model,
+            data=data,
+            trials=trials,
+            studies=studies,
+            steps=steps,
+            output_dir=output_dir,
+            tell=tell,
+        )
+        if as_json:
+            typer.echo(dumped(result))
+        return
+    repeats = repeats or 5
     if model or data:
         names = [*(scenarios or ()), *(scenario or ())] or ["sft"]
         results = bench_models(
