@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -106,3 +108,89 @@ def test_what_is_no_image_with_a_class(tmp_path):
     assert "no file that can be read" in bad[0]["reason"]
     with pytest.raises(RecipeError, match="preprocessor_config"):
         build("architecture", "image_classifier").tokenizer(str(tmp_path / "empty"))
+
+
+WITH_HEAD = {"modules_to_save": ["classifier"]}
+SMALL = {
+    "lora": {"name": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"], **WITH_HEAD},
+    "adapter": {"name": "parallel_adapter", "target_modules": ["fc1", "fc2"], **WITH_HEAD},
+    "bitfit": {"name": "bitfit", "also": ["head"]},
+}
+
+
+def attached_to(model, spec):
+    torch.manual_seed(0)
+    model.fresh = []
+    return build("tuner", spec).attach(model)
+
+
+def test_each_tuner_trains_its_own_part(tmp_path):
+    from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+    base = AutoModelForImageClassification.from_pretrained(make_vit(tmp_path)).eval()
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    names = {}
+    for name, spec in SMALL.items():
+        model = copy.deepcopy(base)
+        parameters = attached_to(model, spec).parameters()
+        names[name] = sorted(parameters)
+        torch.testing.assert_close(model(pixels).logits, base(pixels).logits, atol=1e-6, rtol=0)
+    own = {"lora": (".q_proj.", ".v_proj."), "adapter": (".fc1.", ".fc2."), "bitfit": (".bias.",)}
+    for name, parts in own.items():
+        assert all(n.startswith("classifier.") or any(p in n for p in parts) for n in names[name]), names
+    assert all(any("classifier" in n for n in own) for own in names.values())
+    with torch.device("meta"):  # in the size that is used
+        model = ViTForImageClassification(ViTConfig())
+    count = sum(p.numel() for p in model.parameters())
+    tuned = attached_to(model, SMALL["bitfit"])
+    assert sum(p.numel() for p in tuned.parameters().values()) < 0.02 * count
+
+
+def seasons(count: int, shifted: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[count, 3, 16, 16] fields over 16 dates, and which of two crops each is. A second band says in which
+    half of the world it lies; shifted: in the southern one, summer is half a year later.
+    """
+    label, south = torch.arange(count) % 2, torch.arange(count) // 2 % 2
+    curve = torch.sin(torch.arange(16) / 16 * 2 * torch.pi) * (1 - 2 * label[:, None])
+    if shifted:
+        curve = curve * (1 - 2 * south[:, None])
+    fields = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) / 4
+    fields[:, 0] += curve[:, None]
+    fields[:, 1] += (1 - 2 * south)[:, None, None]
+    return fields, label
+
+
+def fit(model, parameters, fields, label, steps: int) -> None:
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(fields).logits, label).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def macro_f1(model, fields, label) -> float:
+    predicted = model(fields).logits.argmax(-1)
+    scores = []
+    for crop in (0, 1):
+        hits = int(((predicted == crop) & (label == crop)).sum())
+        scores.append(2 * hits / int((predicted == crop).sum() + (label == crop).sum()))
+    return sum(scores) / 2
+
+
+def test_shifted_seasons_need_more_than_a_head(tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    base = AutoModelForImageClassification.from_pretrained(make_vit(tmp_path)).eval()
+    fit(base, base.parameters(), *seasons(96, False, 0), steps=50)
+    assert macro_f1(base, *seasons(200, False, 1)) > 0.9 > 0.7 > macro_f1(base, *seasons(200, True, 1))
+    f1 = {}
+    for name, spec in (("head", None), ("lora", SMALL["lora"])):
+        model = copy.deepcopy(base)
+        if spec is None:
+            parameters = list(model.classifier.parameters())
+        else:
+            parameters = list(attached_to(model, spec).parameters().values())
+        fit(model, parameters, *seasons(96, True, 2), steps=60)
+        f1[name] = macro_f1(model, *seasons(200, True, 3))
+    assert f1["lora"] > f1["head"] + 0.1, f1

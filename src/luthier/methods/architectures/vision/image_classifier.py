@@ -17,10 +17,20 @@ from luthier.text.media import ImageProcessor, Processor
 
 
 @architecture(
+    row="peft-wheat-tsvit",
     provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, FIXED_TARGETS, LABEL_HEAD],
     use_when="the model chooses classes of images: rows have `image` and `label`; name it for a checkpoint"
     " without a classification head.",
     costs="images of one shape are read together; up to 256 MB of decoded ones are kept.",
+    covers="low-rank updates of queries and values, biases with the head, and adapters beside feed-forward"
+    " networks of a vision transformer: each trains its own parameters and starts as the base; where seasons"
+    " are shifted, low-rank updates reach what the head alone does not.",
+    omits="the temporo-spatial transformer over series of satellite images, segmentation, prompts among the"
+    " patches (VPT), the wheat fields of five years and F1 on a year that was held out.",
+    tests=[
+        "methods/architectures/vision/test_image_classifier.py::test_each_tuner_trains_its_own_part",
+        "methods/architectures/vision/test_image_classifier.py::test_shifted_seasons_need_more_than_a_head",
+    ],
 )
 class ImageClassifier(MediaClassifier):
     """AutoModelForImageClassification. `hidden` are its logits [N, classes]."""

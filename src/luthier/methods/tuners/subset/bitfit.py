@@ -6,7 +6,7 @@ The initial biases are stored, so disabling the tuner gives the base bit for bit
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.registry import tuner
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
 
 
 @tuner(
@@ -30,7 +33,8 @@ class BitFit(Tuner):
 
     on_quantized: ClassVar[bool] = True  # biases and norms are no codes
 
-    also: tuple[Literal["norms", "head"], ...] = ()  # further weights to train: of norms, of the output head
+    # further weights to train: of norms, of the output head (a classifier's: all above its base network)
+    also: tuple[Literal["norms", "head"], ...] = ()
 
     def attach(self, model):
         norms = [
@@ -38,13 +42,15 @@ class BitFit(Tuner):
         ]
         modules = norms if "norms" in self.also else []
         head = model.get_output_embeddings()
-        if "head" in self.also and head is not None:
+        if "head" in self.also and head is None:
+            modules = [*modules, *label_head(model)]
+        elif "head" in self.also:
             if head.weight is model.get_input_embeddings().weight:
                 raise RecipeError(
                     "tuner 'bitfit': the head shares its weight with the input embeddings;"
                     " remove `head` from `also`"
                 )
-            modules.append(head)
+            modules = [*modules, head]
         moving = {id(p) for m in modules for p in m.parameters(recurse=False)}
         moving |= {id(p) for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
         if not moving:
@@ -53,3 +59,12 @@ class BitFit(Tuner):
                 " adds shifts"
             )
         return TunedWeights(self, model, lambda name, p: id(p) in moving, keep_start=True)
+
+
+def label_head(model: Network) -> list[nn.Module]:
+    """The modules of a network that stand above its base network, such as a classifier's head."""
+    modules: list[nn.Module] = []
+    for name, child in model.named_children():
+        if name != model.base_model_prefix:
+            modules += child.modules()
+    return modules
