@@ -44,6 +44,7 @@ SHAPES = {
     "prompt": {"prompt": "2+2=", "answer": "4"},
     "question_answer": {"question": "What is 2+2?", "answer": "2+2=4\n#### 4"},
     "query_response": {"query": "Hi", "response": "Hello!", "system": "Be brief.", "source": "web"},
+    "multiple_choice": {"question": "2+2?", "choices": ["3", "4"], "answer": 1},
     "comparison": {"prompt": "Hi", "response_a": "What?", "response_b": "Hello!", "winner": "model_b"},
     "translation": {"translation": {"en": "Hello", "fr": "Bonjour"}},
 }
@@ -215,6 +216,57 @@ def test_pairs_under_the_names_of_other_tools(raw):
     assert row["prompt"] in ("Hi", [USER])
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"question": "2+2?", "choices": ["3", "4"], "answer": 1},  # MMLU
+        {"question": "2+2?", "choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answerKey": "2"},  # ARC
+        {"question": "2+2?", "options": {"A": "3", "B": "4"}, "answer_idx": "B"},  # MedQA
+        {"ctx": "2+2?", "endings": ["3", "4"], "label": "1"},  # HellaSwag
+        {"question": "2+2?", "options": [3, 4], "answer": "4"},
+    ],
+    ids=lambda raw: "-".join(raw),
+)
+def test_choices_reach_the_prompt(raw):
+    row = one(raw)
+    assert row["prompt"] == "2+2?\nA. 3\nB. 4\nAnswer:"
+    assert row["completions"] == [" B"] and row["answer"] == "B"
+
+
+def test_an_answer_that_is_no_choice_is_set_aside():
+    raw = {"question": "2+2?", "choices": ["3", "4"]}
+    bad = load([{**raw, "answer": 0}, {**raw, "answer": 2}, {**raw, "answer": "B"}], max_bad_rows=1.0).bad
+    assert [b["reason"] for b in bad] == ["answer is '2', which is none of the 2 choices"]
+
+
+def test_answers_of_squad_are_learned_below_their_passage():
+    row = one(
+        {
+            "context": "It is late.",
+            "question": "When?",
+            "answers": {"text": ["late", "now"], "answer_start": [6, 0]},
+        }
+    )
+    assert row["prompt"] == "It is late.\n\nWhen?\n" and row["completions"] == ["late"]
+    assert row["answers"] == ["late", "now"]
+
+
+def test_turns_in_other_shapes():
+    pair = {"human": "Hi", "assistant": "Hello!"}
+    assert one({"conversation": [pair, pair]})["completions"] == [[BOT, USER, BOT]]
+    assert one({"messages": {"role": ["user", "assistant"], "content": ["Hi", "Hello!"]}})["prompt"] == [USER]
+    assert one({"messages": [USER, BOT], "system": "Be brief."})["prompt"] == [SYSTEM, USER]
+    greeting = one({"messages": [BOT, USER, PLEASE]})
+    assert greeting["prompt"] == [BOT, USER] and greeting["completions"] == [[PLEASE]]
+
+
+def test_texts_that_repeat_their_prompt_lose_it():
+    prompt = "What is the time?"
+    row = one({"prompt": prompt, "chosen": prompt + " Noon.", "rejected": prompt + " No."})
+    assert row["completions"] == [" Noon.", " No."]
+    assert one({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi!"})["completions"] == ["Hi you", "Hi!"]
+
+
 def test_ties_and_unknown_verdicts_are_set_aside():
     raw = {"prompt": "Hi", "response_a": "Hello!", "response_b": "What?"}
     bad = load(
@@ -345,7 +397,7 @@ BROKEN = [
     ({"messages": [USER, {"role": "assistant", "content": 7}]}, "turn 2 of messages is a number, not text"),
     ({"messages": [{"role": "narrator", "content": "x"}, BOT]}, "unknown role 'narrator'"),
     ({"messages": [USER]}, "no assistant turn"),
-    ({"messages": [BOT, USER, BOT]}, "begins with an assistant turn"),
+    ({"messages": [BOT, USER]}, "begins with an assistant turn"),
     ({"messages": 7}, "messages is not a list with at least one message"),
     ({"messages": []}, "messages is not a list with at least one message"),
     ({"messages": None, "other": 1}, "do not match the file's format"),

@@ -364,9 +364,10 @@ def messages(value: Any, name: str) -> list[dict]:
     """
     value = opened(value, name)
     if isinstance(value, dict):
-        value = [value]
+        value = turns_of_columns(value) or [value]
     if not isinstance(value, list) or not value:
         raise unusable(value, name, "is not a list with at least one message")
+    value = [turn for each in value for turn in exchange(each) or [each]]
     turns = []
     for i, turn in enumerate(value, 1):
         if not is_empty_system(turn):
@@ -374,6 +375,23 @@ def messages(value: Any, name: str) -> list[dict]:
     if not turns:
         raise BadRow(f"{name} has no turn but an empty system turn")
     return turns
+
+
+def turns_of_columns(value: dict) -> list[dict]:
+    """Turns of {"role": [...], "content": [...]}, as datasets stores lists of objects; none where it is not
+    that.
+    """
+    lists = {key: cells for key, cells in value.items() if isinstance(cells, list)}
+    if not {"role", "from"} & lists.keys() or len({len(cells) for cells in lists.values()}) != 1:
+        return []
+    return [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
+
+
+def exchange(turn: Any) -> list[dict]:
+    """The two turns of {"human": "...", "assistant": "..."}; none where it is not that."""
+    if not isinstance(turn, dict) or len(turn) < 2 or not turn.keys() <= ROLES.keys():
+        return []
+    return [{"role": name, "content": content} for name, content in turn.items() if content is not None]
 
 
 def is_empty_system(turn: Any) -> bool:
@@ -466,6 +484,15 @@ def role_of(turn: dict, where: str) -> str:
     return ROLES[name]
 
 
+def with_system(turns: list[dict], raw: dict) -> list[dict]:
+    """Turns after the system prompt of the column `system`. Raises BadRow where they have one too."""
+    if not raw.get("system"):
+        return turns
+    if turns[0]["role"] == "system":
+        raise BadRow("there are two system prompts: the system column and the first turn")
+    return [{"role": "system", "content": text(raw, "system")}, *turns]
+
+
 def learning(turn: dict, where: str) -> dict:
     """Whether a turn is learned (`loss`, axolotl's `train`) and how much it counts (`loss_scale`, OpenAI's
     `weight`).
@@ -497,8 +524,11 @@ def conversation(turns: list[dict], name: str, assistant_only: bool) -> tuple[li
 
 
 def first_reply(turns: list[dict], name: str) -> tuple[list[dict], list[dict]]:
-    """Turns -> what comes before the first assistant turn, and the rest up to the last one."""
-    return cut(turns, min(replies(turns, name)), name)
+    """Turns -> what comes before the first assistant turn, and the rest up to the last one. A greeting with
+    which the assistant begins answers nobody: it is read, and the next turn is the first that is learned.
+    """
+    places = replies(turns, name)
+    return cut(turns, next(filter(None, places), 0), name)
 
 
 def last_reply(turns: list[dict], name: str) -> tuple[list[dict], list[dict]]:

@@ -13,6 +13,7 @@ from luthier.methods.formats._base import (
     messages,
     opened,
     tools,
+    with_system,
 )
 from luthier.registry import row_format
 
@@ -26,22 +27,23 @@ class Messages(Format):
     [...]}.
 
     `chat_template_kwargs` is passed to the chat template. Also Gemini's {"systemInstruction", "contents":
-    [{"role": "user", "parts": [{"text": "Hi"}]}, ...]}.
+    [{"role": "user", "parts": [{"text": "Hi"}]}, ...]}, and LMSYS's and Firefly's `conversation`.
     """
 
     reading = "conversations in `messages`; the assistant's turns are learned"
-    columns = ("messages", "contents")
+    columns = ("messages", "conversation", "contents")
     # false: user, system and tool turns are supervised too, except those with "loss": false
     assistant_only_loss: bool = True
 
-    optional = "tools systemInstruction"
+    optional = "tools system systemInstruction"
 
     def read(self, raw):
-        name = first_of(raw, ("messages", "contents"), "messages")
+        name = first_of(raw, ("messages", "conversation", "contents"), "messages")
         value = raw.get(name)
         if name == "contents":
             value = gemini_turns(raw)
-        prompt, rest = conversation(messages(value, name), name, self.assistant_only_loss)
+        turns = with_system(messages(value, name), raw)
+        prompt, rest = conversation(turns, name, self.assistant_only_loss)
         return {"prompt": prompt, "completions": [rest], "tools": tools(raw)}
 
 

@@ -1,6 +1,6 @@
 """ShareGPT conversations: from/value turns by human, gpt, system, function_call, observation or tool."""
 
-from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, conversation, messages, text, tools
+from luthier.methods.formats._base import COMPLETIONS, Format, conversation, messages, tools, with_system
 from luthier.registry import row_format
 
 
@@ -23,10 +23,6 @@ class ShareGPT(Format):
     optional = "tools system"
 
     def read(self, raw):
-        turns = messages(raw.get("conversations"), "conversations")
-        if raw.get("system"):
-            if turns[0]["role"] == "system":
-                raise BadRow("there are two system prompts: the system column and the first turn")
-            turns = [{"role": "system", "content": text(raw, "system")}, *turns]
+        turns = with_system(messages(raw.get("conversations"), "conversations"), raw)
         prompt, rest = conversation(turns, "conversations", self.assistant_only_loss)
         return {"prompt": prompt, "completions": [rest], "tools": tools(raw)}

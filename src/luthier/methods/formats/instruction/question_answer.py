@@ -1,6 +1,6 @@
 """A question and its answer, worked out or short: to train on, and to check sampled answers against."""
 
-from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, opened, plain, text
+from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, first_of, opened, plain, text
 from luthier.registry import row_format
 
 
@@ -14,25 +14,28 @@ class QuestionAnswer(Format):
 
     The prompt ends with a line break, so that the answer begins on its own line (not with `chat: true`). The
     completion is the whole answer; `answer` becomes what follows the last ####, or the answer itself. Of a
-    list of answers the first is learned, all are kept in `answers`. To sample instead: columns: {prompt:
-    question}.
+    list of answers the first is learned, all are kept in `answers`; SQuAD's {"text": [...]} is such a list.
+    To sample instead: columns: {prompt: question}.
     """
 
     reading = "`answer` answers `question`"
-    columns = ("question answer",)
+    columns = ("question answer", "question answers")
     optional = "passage context"
 
     def read(self, raw):
         before = [text(raw, name) for name in ("passage", "context") if raw.get(name)]
-        answer = opened(raw.get("answer"), "answer")
+        name = first_of(raw, ("answer",), "answers")
+        answer = opened(raw.get(name), name)
         several = None
+        if isinstance(answer, dict) and isinstance(answer.get("text"), list):
+            answer = answer["text"]
         if isinstance(answer, dict):
-            raise BadRow("answer is an object, not text")
+            raise BadRow(f"{name} is an object, not text")
         if isinstance(answer, list):
             if not answer:
-                raise BadRow("answer is empty")
+                raise BadRow(f"{name} is empty")
             several, answer = answer, answer[0]
-        solution = final = plain(answer, "answer", ("yes", "no"))
+        solution = final = plain(answer, name, ("yes", "no"))
         if "####" in solution:
             final = solution.rsplit("####", 1)[-1].strip()
         prompt = "\n\n".join([*before, text(raw, "question")]) + self.prompt_end

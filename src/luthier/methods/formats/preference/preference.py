@@ -88,6 +88,7 @@ class Preference(Format):
             prompt, pair = shared(chosen, rejected)
         else:
             prompt, pair = alike(prompts[0], chosen, rejected)
+            pair = without_prompt(prompt, pair)
         if raw.get("system") and "instruction" not in raw:
             prompt, pair = alike(as_turns(prompt, "user"), *pair)
             prompt = [{"role": "system", "content": side(raw["system"], "system")}, *prompt]
@@ -107,6 +108,15 @@ def openai_row(raw: dict) -> dict:
     if isinstance(request, dict) and "messages" in request:
         return {**raw, "prompt": request["messages"], "tools": request.get("tools"), "input": None}
     return {**raw, "prompt": request, "input": None}
+
+
+def without_prompt(prompt, pair: list) -> list:
+    """Texts that both begin with their prompt, of three words or more, without it."""
+    if not isinstance(prompt, str) or len(prompt.split()) < 3:
+        return pair
+    if all(len(text) > len(prompt) and text.startswith(prompt) for text in pair):
+        return [text[len(prompt) :] for text in pair]
+    return pair
 
 
 def shared(chosen, rejected):
