@@ -86,6 +86,16 @@ def test_the_agent_learns_what_pays(best, monkeypatch):
     assert float(torch.tanh(sac.through(agent["actor"], state)[0])) * best > 0.1
 
 
+def test_the_agent_goes_on_bit_for_bit(tmp_path):
+    """Its networks, buffer and decisions are in the checkpoint."""
+
+    def make():
+        return Rig(estimator={"name": "rldp", "target_epsilon": 50.0, "rl_interval": 2}, total=12)
+
+    whole, broken = make().go(12), make().go(7).kill_and_load(tmp_path, make).go(5)
+    assert same(whole, broken) and whole.losses[7:] == broken.losses
+
+
 def test_a_noise_that_is_set_needs_no_agent():
     with pytest.raises(RecipeError, match="leave out noise_multiplier"):
         build("estimator", {"name": "rldp", "noise_multiplier": 1.0})

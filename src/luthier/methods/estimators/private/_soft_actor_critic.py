@@ -77,7 +77,8 @@ def learn(agent: dict[str, Any], batch: int, rng: Generator) -> None:
     """One update of critics, actor and temperature from `batch` drawn entries."""
     count = len(agent["buffer"]["reward"])
     rows = torch.randint(count, (batch,), generator=rng)
-    state, action, reward, following = (agent["buffer"][k][rows] for k in agent["buffer"])
+    names = ("state", "action", "reward", "next")  # a checkpoint need not keep their order
+    state, action, reward, following = (agent["buffer"][name][rows] for name in names)
     temperature = agent["log_temperature"]["value"].exp()
     with torch.no_grad():
         later, density = act(agent, following, rng)
