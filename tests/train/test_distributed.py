@@ -125,6 +125,8 @@ def same_bits(cases, one, two) -> None:
             continue
         assert losses == a.losses, case
         assert tensors.keys() == a.tensors.keys(), case
+        if "processes" in find(*case).contract:  # its file says what differs; losses agree
+            continue
         assert all(torch.equal(tensors[k], v) for k, v in a.tensors.items()), case
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
 
 import luthier
+from helpers.architectures import BART
 from helpers.elastic import IDS, bert, logits
 from helpers.models import make_llama
 from helpers.rows import SUMS
@@ -67,6 +69,9 @@ def test_what_is_no_sub_network_is_refused():
         sliced(bert(), Anatomy(bert()), ((0, 0), (4, 11)))
     with pytest.raises(RecipeError, match=r"depth: \[1.0\]"):
         build("tuner", {"name": "elastic", "depth": [0.5]}).attach(bert())
+    seq2seq = BartForConditionalGeneration(BartConfig(**BART))
+    with pytest.raises(RecipeError, match="has 2 lists of layers .*encoder.layers, .*decoder.layers"):
+        build("tuner", "elastic").attach(seq2seq)
     with pytest.raises(RecipeError, match="layers of equal size"):
         build("tuner", "elastic").attach(make_llama()).export(SHAPE, "nowhere")
 

@@ -26,7 +26,7 @@ COLUMNS = {"o": 0, "down": 1}  # parts that lose columns
 
 class Anatomy:
     """Where the matrices of each layer are. Raises RecipeError where a network has no separate q, k, v, o, up
-    and down.
+    and down, or several lists of layers.
     """
 
     def __init__(self, model: Any):
@@ -46,6 +46,12 @@ class Anatomy:
             raise RecipeError(
                 f"tuner 'elastic': {type(model).__name__} has no separate q, k, v, o, up and down modules in"
                 " each layer, so no parts can be left out"
+            )
+        stacks = dict.fromkeys(where for where, _ in places)
+        if len(stacks) > 1:  # encoder and decoder, or a tower beside the language model: unlike layers
+            raise RecipeError(
+                f"tuner 'elastic': {type(model).__name__} has {len(stacks)} lists of layers"
+                f" ({', '.join(stacks)}), and sub-networks are parts of a single one"
             )
         self.width = model.get_submodule(self.layers[0]["down"]).in_features
         first = next(iter(places))

@@ -42,6 +42,7 @@ Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_le
     " estimator `elastic` draws.",
     starting_rate="start with that of `full`.",
     covers="sub-networks of one tuned network, sorted by importance, and the search of their front.",
+    omits="networks with several lists of layers (encoder-decoders, models with an image tower).",
     tests=[
         "methods/tuners/pruned/test_elastic.py::test_masked_is_sliced",
         "methods/tuners/pruned/test_elastic.py"

@@ -1,7 +1,7 @@
 """CoFiTune: trains a few matrices of some layers, and scales down the gradient of the rows that general
 skills depend on.
 
-Coarse: the feed-forward up and down matrices of the second quarter of the layers, unless set otherwise (plan
+Coarse: the feed-forward up and down matrices of the second quarter of each list of layers, unless set (plan
 'cofitune' searches). Fine: the importance I of a row is |d KL / d gate| of a gate of 1 on its output, between
 two passes over the rows with different dropout, averaged over rows before the absolute value; per layer it is
 standardised and mapped to [0, 1) by |tanh|. The row's gradient is multiplied by 1 - I. The initial values of
@@ -81,8 +81,11 @@ class SoftMaskedWeights(TunedWeights):
         low, high = settings.layer_range
         if not places:
             raise RecipeError(f"tuner 'cofitune' finds no list of layers in {type(model).__name__}")
-        first = min(int(low * len(places)), len(places) - 1)
-        within = set(places[first : max(first + 1, math.ceil(high * len(places)))])
+        within: set[tuple[str, int]] = set()
+        for stack in dict.fromkeys(where for where, _ in places):  # of encoder and decoder each its own share
+            own = [place for place in places if place[0] == stack]
+            first = min(int(low * len(own)), len(own) - 1)
+            within.update(own[first : max(first + 1, math.ceil(high * len(own)))])
         parts = set().union(*(PARTS[m] for m in settings.modules))
 
         def moves(name: str, p) -> bool:
@@ -152,7 +155,8 @@ class SoftMaskedWeights(TunedWeights):
                     kl = one.apply(
                         lambda a, b: divergence(a.log_softmax(-1), b.log_softmax(-1)), beside=[two]
                     )
-                    (kl.mean() / len(rows)).backward()
+                    if kl.requires_grad:  # else the row reads none of these layers (an image tower's)
+                        (kl.mean() / len(rows)).backward()
         finally:
             for h in hooks:
                 h.remove()

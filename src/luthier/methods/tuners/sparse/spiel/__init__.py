@@ -35,6 +35,10 @@ from luthier.registry import tuner
     paper="arXiv:2401.16405",
     row="spiel",
     provides=[DISABLE_ADAPTER, MERGE],
+    contract={
+        "processes": "each process has candidates of its own rows in the first step of an interval, so the"
+        " statistics of the next exchange are not those of one process",
+    },
     use_when="you want sparse fine-tuning of single weights whose positions are to be found while"
     " training, rather than fixed beforehand.",
     costs="values, positions and optimizer state of `density` of the entries; growth `ag` computes"
