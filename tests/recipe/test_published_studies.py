@@ -56,3 +56,18 @@ def test_four_tuners_train_what_their_formulas_say():
     full = sum(p.numel() for p in network().parameters())
     lora = layers * 16 * (2 * (d + d) + 2 * (d + kv))
     assert counts == [full, lora, layers * (2 * kv + config.intermediate_size), 20 * d]
+
+
+def test_five_tuners_of_code_train_what_their_formulas_say():
+    """The same for code; QLoRA trains what LoRA does, above a quantized base."""
+    runs = find_published("peft-code-study").recipe["plan"]
+    counts = [check_trainable(build("tuner", run["tuner"]).attach(network()))["moving"] for run in runs]
+    config = network().config
+    d, layers = config.hidden_size, config.num_hidden_layers
+    kv = d // config.num_attention_heads * config.num_key_value_heads
+    lora = layers * 16 * (2 * (d + d) + 2 * (d + kv))
+    ia3 = layers * (2 * kv + config.intermediate_size)
+    assert counts == [lora, ia3, 20 * d, layers * 20 * 2 * kv, lora]
+    assert all(run["init_from"] is None for run in runs)
+    assert [run.get("quantization") for run in runs] == [None, None, None, None, "nf4"]
+    assert runs[0]["tuner"] == runs[4]["tuner"]
