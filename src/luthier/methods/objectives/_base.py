@@ -49,7 +49,9 @@ class Objective:
         return self.count(batch)
 
     def row_warnings(self, rows: Sequence[dict]) -> list[str]:
-        """What a person should know before these rows are learned: sentences, none where all is well."""
+        """What a person should know before these rows are learned: sentences, none where all is well. Raises
+        RecipeError for rows that cannot be learned.
+        """
         return []
 
     def terms(self) -> list[tuple[float, Objective]]:

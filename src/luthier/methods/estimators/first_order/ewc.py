@@ -57,8 +57,9 @@ class EWC(Consolidation):
     def suits_recipe(self, recipe, methods):
         if methods.online_stages:
             raise RecipeError(
-                f"estimator '{self.name}' reads single training rows at the end of a run, but those of this"
-                " recipe are made at each step; use estimator 'si' or 'rwalk'"
+                f"estimator '{self.name}' reads single training rows at the end of a run, but stage"
+                f" '{methods.online_stages[0].name}' makes those of this recipe at each step; use estimator"
+                " 'si' or 'rwalk'"
             )
 
     def finish_task(self, closure, chain, clock):

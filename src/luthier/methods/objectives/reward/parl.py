@@ -55,17 +55,23 @@ class PARL(Objective):
     beta: Annotated[float, Field(gt=0), Range(0.05, 2.0, log=True)] = 0.5
     distribution: bool = True  # false: the preference loss alone
 
+    def row_warnings(self, rows):
+        """Raises RecipeError where a row has too few samples."""
+        for row in rows:
+            if self.distribution and len(row["completions"]) < 3:
+                raise RecipeError(
+                    f"objective 'parl' needs three or more samples of each prompt, and row {row['id']} has"
+                    f" {len(row['completions'])}; set `n: 3` or more, or `distribution: false`"
+                )
+        return []
+
     def loss(self, roles, batch):
+        self.row_warnings(batch.rows)  # of rows that are written at each step
         rewards = batch.last(roles.policy.outputs(batch).values)
         scores = batch.column("scores")
         losses, first = [], 0
         for row in batch.rows:
             count = len(row["completions"])
-            if self.distribution and count < 3:
-                raise RecipeError(
-                    f"objective 'parl' needs three or more samples of each prompt, and row {row['id']} has"
-                    f" {count}; set `n: 3` or more, or `distribution: false`"
-                )
             own = slice(first, first + count)
             losses.append(self.cost(rewards[own], scores[own]))
             first += count
