@@ -12,7 +12,7 @@ from luthier.errors import RecipeError
 from luthier.methods.stages.select.best import Best
 from luthier.recipe.recipe import Recipe, terms
 from luthier.recipe.validate import validate
-from luthier.registry import build
+from luthier.registry import build, find
 
 ROLLOUT, SCORE = {"name": "rollout", "n": 4}, {"name": "score", "reward": "exact_match"}
 
@@ -171,6 +171,45 @@ def test_words_of_other_tools_are_understood_and_told():
     assert (
         "'base_model' is read as 'model'" in made.warnings and "'lora_rank' is read as 'r'" in made.warnings
     )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("dora", {"name": "lora", "use_dora": True}),
+        ({"name": "dora", "r": 8}, {"name": "lora", "use_dora": True, "r": 8}),
+        ("vera", {"name": "peft", "type": "vera"}),
+        ({"name": "vera", "r": 64}, {"name": "peft", "type": "vera", "config": {"r": 64}}),
+        ({"name": "prompt_tuning", "num_virtual_tokens": 4}, {"name": "prompt", "num_virtual_tokens": 4}),
+    ],
+)
+def test_tuners_under_other_names_keep_their_settings(theirs, ours):
+    assert Recipe.load({"tuner": theirs}).tuner == ours
+
+
+def test_settings_of_a_tuner_under_another_name_may_come_from_the_command_line():
+    assert Recipe.load(None, ["tuner=dora", "tuner.r=8"]).tuner == {"name": "lora", "use_dora": True, "r": 8}
+
+
+def test_other_words_for_numbers_and_optimizers():
+    recipe = Recipe.load({"dtype": "bf16", "optim": "paged_adamw_32bit", "quantization": "4bit"})
+    assert (recipe.dtype, recipe.optim, recipe.quantization) == ("bfloat16", "adamw", "nf4")
+    assert Recipe.load({"dtype": "torch.float16"}).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        ("tuner", "LoRA", "did you mean 'lora'?"),
+        ("objective", "DPO", "did you mean 'dpo'?"),
+        ("tuner", "galore", "'galore' is the name of a method of another kind (transform)"),
+        ("tuner", "lorra", "did you mean 'lora'?"),
+    ],
+)
+def test_what_a_name_that_is_none_may_mean(kind, name, words):
+    with pytest.raises(RecipeError) as error:
+        find(kind, name)
+    assert words in str(error.value)
 
 
 def test_precision_said_twice_is_said_once():

@@ -68,8 +68,29 @@ METHOD_KEYS = {
 }
 # other tools' names of methods -> ours
 NAMES = {
-    "optim": {"adamw_torch": "adamw", "adamw_hf": "adamw", "adamw_torch_fused": "adamw"},
+    "optim": {
+        "adamw_torch": "adamw",
+        "adamw_hf": "adamw",
+        "adamw_torch_fused": "adamw",
+        "paged_adamw": "adamw",
+        "paged_adamw_32bit": "adamw",
+        "lion_32bit": "lion",
+        "paged_lion_32bit": "lion",
+    },
+    "quantization": {
+        "4bit": "nf4",
+        "bnb_4bit": "nf4",
+        "8bit": "int8",
+        "bnb_8bit": "int8",
+        "llm_int8": "int8",
+    },
     "tuner": {
+        "prompt_tuning": "prompt",
+        "prefix_tuning": "prefix",
+        **{
+            name: {"name": "peft", "type": name}
+            for name in ("vera", "oft", "boft", "loha", "lokr", "hra", "fourierft", "randlora", "ln_tuning")
+        },
         "dora": {"name": "lora", "use_dora": True},
         "rslora": {"name": "lora", "use_rslora": True},
         "pissa": {"name": "lora", "init_lora_weights": "pissa"},
@@ -77,6 +98,9 @@ NAMES = {
     "objective": {"reinforce++": "reinforce_pp", "gkd": "distill_jsd", "online_dpo": "dpo"},
 }
 
+
+# other words for types of numbers
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 # keys of luthier 0.1 -> what they are called now
 FORMER_KEYS = {"live": "online_stages", "start": "init_from", "transforms": "optim"}

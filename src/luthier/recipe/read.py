@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import Damaged, RecipeError, quoted, shortened
-from luthier.recipe.aliases import ALIASES, FORMER_KEYS, FORMER_ROLES, METHOD_KEYS, NAMES, QUANTIZATION
+from luthier.recipe.aliases import (
+    ALIASES,
+    DTYPES,
+    FORMER_KEYS,
+    FORMER_ROLES,
+    METHOD_KEYS,
+    NAMES,
+    QUANTIZATION,
+)
 from luthier.recipe.in_memory import own_splits, rows_in_memory
 from luthier.recipe.published import is_published, resolve
 from luthier.registry import classes, did_you_mean, find, former_names, names
@@ -184,8 +192,10 @@ class Reading:
                 return  # `bf16: true, fp16: false` says one thing
             name = "dtype"
             value = {"bf16": "bfloat16", "fp16": "float16"}[key] if value else "auto"
-        if isinstance(value, str):
-            value = NAMES.get(name, {}).get(value, value)
+        value = in_our_names(name, value)
+        if name == "dtype" and isinstance(value, str):
+            word = value.removeprefix("torch.")
+            value = DTYPES.get(word, word)
         if name == "roles" and isinstance(value, Mapping):
             value = self.read_roles(value)
         if name == "learning_rate" and isinstance(value, Mapping):
@@ -323,6 +333,27 @@ class Reading:
         if method == "auto":
             method = "causal"
         self.out[first] = {**as_spec(method), key: value}
+
+
+def in_our_names(key: str, value: Any) -> Any:
+    """A method under the name that it has here: `dora`, alone or with settings, is `lora` with use_dora. Of a
+    method with a `config`, as PEFT's types have it, settings that are not its own go there.
+    """
+    if not isinstance(name_of(value), str) or name_of(value) not in NAMES.get(key, {}):
+        return value
+    meaning = NAMES[key][name_of(value)]
+    if isinstance(value, str):
+        return meaning
+    spec = as_spec(meaning)
+    own = settings_of(METHOD_KEYS.get(key, key), spec["name"])
+    for setting, inner in value.items():
+        if setting == "name":
+            continue
+        if setting in own or "config" not in own:
+            spec[setting] = inner
+        else:
+            spec["config"] = {**spec.get("config", {}), setting: inner}
+    return spec
 
 
 def as_spec(value: Any) -> dict[str, Any]:

@@ -154,7 +154,20 @@ def module_of(kind: str, name: str) -> str:
         return places[name]
     if isinstance(name, str) and name in former_names(kind):
         return places[former_names(kind)[name]]
-    raise RecipeError(f"there is no {kind} '{shortened(name)}'{did_you_mean(str(name), names(kind))}")
+    raise RecipeError(f"there is no {kind} '{shortened(name)}'{nearest(kind, str(name))}")
+
+
+def nearest(kind: str, name: str) -> str:
+    """What a name that a kind does not have may mean: the same in other letters, one of another kind, or one
+    that is written alike.
+    """
+    plain = name.casefold().replace("-", "_")
+    if plain in modules(kind):
+        return f"; did you mean '{plain}'?"
+    others = [other for other in KINDS if plain in modules(other)]
+    if others:
+        return f"; '{plain}' is the name of a method of another kind ({', '.join(others)})"
+    return did_you_mean(name, names(kind))
 
 
 @cache
