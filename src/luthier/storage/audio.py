@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import io
 import struct
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import Damaged
 from luthier.storage import images
+
+if TYPE_CHECKING:  # it is imported where it is needed: every recipe is read by way of this file
+    import numpy as np
 
 MAX_BYTES = 200 << 20  # of a recording's file
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # values of a WAV file's format tag
@@ -37,6 +38,8 @@ def encode(samples: Any, rate: int) -> bytes:
     """samples [n] (a list or an array, usually in -1..1) as a WAV file of 32-bit floats. Raises ValueError
     for what is not a row of numbers.
     """
+    import numpy as np
+
     values = np.asarray(samples, dtype="<f4")
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError("a recording is a list of finite numbers")
@@ -64,6 +67,8 @@ def decode(content: bytes) -> tuple[np.ndarray, int]:
 
 
 def _decode_wav(content: bytes) -> tuple[np.ndarray, int]:
+    import numpy as np
+
     parts = _parts(content)
     described, data = parts.get(b"fmt ", b""), parts.get(b"data", b"")
     if len(described) < 16:
@@ -93,6 +98,8 @@ def _parts(content: bytes) -> dict[bytes, bytes]:
 
 def _samples(data: bytes, tag: int, bits: int) -> np.ndarray:
     """Samples in -1..1, channels in turn."""
+    import numpy as np
+
     width = bits // 8
     data = data[: len(data) // max(width, 1) * max(width, 1)]
     if tag == FLOAT and bits in (32, 64):
@@ -112,6 +119,8 @@ def resampled(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
     """samples [n] at another rate [round(n * to / rate)]: frequencies that the lower rate cannot hold are
     left out, the rest stays as it is (by the Fourier transform of the whole).
     """
+    import numpy as np
+
     if rate == to:
         return samples
     count = max(1, round(len(samples) * to / rate))
