@@ -205,6 +205,8 @@ def dry_run(recipe: Recipe, rows: Sequence[dict] = ()) -> Methods:
     if methods.objective is not None:
         methods.estimator.suits(methods.objective)
         methods.estimator.suits_recipe(recipe, methods)
+        for _, term in methods.objective.terms():
+            term.suits_recipe(recipe, methods)
         check_phases(methods)
         check_values(methods, available, recipe)
         check_samples(methods, available, recipe)

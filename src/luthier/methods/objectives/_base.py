@@ -48,10 +48,11 @@ class Objective:
         there are, or where they are weighted what they weigh together."""
         return self.count(batch)
 
+    def suits_recipe(self, recipe: Any, methods: Any) -> None:
+        """Raise RecipeError for a recipe whose stages write rows that cannot be learned."""
+
     def row_warnings(self, rows: Sequence[dict]) -> list[str]:
-        """What a person should know before these rows are learned: sentences, none where all is well. Raises
-        RecipeError for rows that cannot be learned.
-        """
+        """What a person should know before these rows are learned: sentences, none where all is well."""
         return []
 
     def terms(self) -> list[tuple[float, Objective]]:

@@ -73,8 +73,23 @@ def test_the_term_changes_no_value():
     assert torch.equal(*values)
 
 
-def test_two_samples_are_too_few():
-    with pytest.raises(RecipeError, match="three or more"):
-        build("objective", "parl").loss(
-            SimpleNamespace(policy=OneNumber(0.7)), bandit.batch_of(bandit.pulled([[0, 1]], TRUE))
-        )
+def test_a_stage_that_draws_two_samples_is_refused():
+    objective, stage = build("objective", "parl"), build("stage", {"name": "rollout", "n": 2})
+    with pytest.raises(RecipeError, match="stage 'rollout' draws 2"):
+        objective.suits_recipe(None, SimpleNamespace(online_stages=[stage]))
+    build("objective", {"name": "parl", "distribution": False}).suits_recipe(
+        None, SimpleNamespace(online_stages=[stage])
+    )
+
+
+def test_two_samples_are_learned_without_the_term_and_a_sentence_says_so():
+    batch = bandit.batch_of(bandit.pulled([[0, 1]], TRUE))
+    policy = SimpleNamespace(policy=OneNumber(0.7))
+    losses = [
+        build("objective", {"name": "parl", "distribution": distribution}).loss(policy, batch)
+        for distribution in (True, False)
+    ]
+    assert torch.equal(*losses)
+    rows = [{"completions": ["a", "b"]}, {"completions": ["a", "b", "c"]}]
+    assert "1 of 2 rows" in build("objective", "parl").row_warnings(rows)[0]
+    assert not build("objective", {"name": "parl", "distribution": False}).row_warnings(rows)

@@ -8,7 +8,8 @@ policy here is the optimum under a KL penalty of weight `beta`, a softmax of rew
 for which this product has a closed form: d log policy(y) = (d r(y) - mean of d r) / beta.
 
 A row's completions are samples of that policy, at least three, so that the mean is estimated without bias
-from those beside the pair; `scores` say which of two the judge prefers.
+from those beside the pair (rows of two are learned without the second term, and a sentence says so); `scores`
+say which of two the judge prefers.
 """
 
 from typing import Annotated
@@ -22,7 +23,7 @@ from luthier.errors import RecipeError
 from luthier.methods.architectures._base import VALUES
 from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives._base import Objective
-from luthier.registry import Range, objective
+from luthier.registry import Range, objective, provides_of
 
 
 @objective(
@@ -55,18 +56,25 @@ class PARL(Objective):
     beta: Annotated[float, Field(gt=0), Range(0.05, 2.0, log=True)] = 0.5
     distribution: bool = True  # false: the preference loss alone
 
-    def row_warnings(self, rows):
-        """Raises RecipeError where a row has too few samples."""
-        for row in rows:
-            if self.distribution and len(row["completions"]) < 3:
+    def suits_recipe(self, recipe, methods):
+        for stage in methods.online_stages:
+            draws = getattr(stage, "n", 3)
+            if self.distribution and "completions" in provides_of(stage) and draws < 3:
                 raise RecipeError(
-                    f"objective 'parl' needs three or more samples of each prompt, and row {row['id']} has"
-                    f" {len(row['completions'])}; set `n: 3` or more, or `distribution: false`"
+                    f"objective 'parl' needs three or more samples of each prompt, and stage '{stage.name}'"
+                    f" draws {draws}; set `n: 3` or more, or `distribution: false`"
                 )
-        return []
+
+    def row_warnings(self, rows):
+        few = sum(len(row["completions"]) < 3 for row in rows)
+        if not self.distribution or not few:
+            return []
+        return [
+            f"objective 'parl': {few:,} of {len(rows):,} rows have fewer than three completions; these are"
+            " learned by the preference loss alone, without the distribution term"
+        ]
 
     def loss(self, roles, batch):
-        self.row_warnings(batch.rows)  # of rows that are written at each step
         rewards = batch.last(roles.policy.outputs(batch).values)
         scores = batch.column("scores")
         losses, first = [], 0
@@ -86,7 +94,7 @@ class PARL(Objective):
         gap = rewards[:, None] - rewards
         pairs = F.binary_cross_entropy_with_logits(gap, preferred, reduction="none") * apart
         value = pairs.sum() / max(1, n * (n - 1))
-        if not self.distribution:
+        if not self.distribution or n < 3:  # nobody beside the pair tells the mean
             return value
         both = rewards[:, None] + rewards
         others = (rewards.sum() - both) / (n - 2)  # the mean of those that are not in the pair

@@ -70,6 +70,16 @@ class OfSource(Objective):
     def contract(self) -> dict[str, str]:
         return self.inner.contract
 
+    def suits_recipe(self, recipe, methods):
+        for _, term in self.inner.terms():
+            term.suits_recipe(recipe, methods)
+
+    def row_warnings(self, rows):
+        own = [row for row in rows if row.get("source") == self.source]
+        if not own:
+            return []
+        return [sentence for _, term in self.inner.terms() for sentence in term.row_warnings(own)]
+
     def here(self, batch) -> torch.Tensor:
         """[units] bool."""
         rows = batch.sent(torch.tensor([row.get("source") == self.source for row in batch.rows]))
