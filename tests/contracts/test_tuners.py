@@ -465,9 +465,12 @@ MORE = {  # what a run with some tuner has besides
 }
 
 
+@pytest.mark.parametrize(
+    ("steps", "cuts"), [(4, (2,)), pytest.param(6, (2, 3), marks=pytest.mark.slow)], ids=["half", "third"]
+)
 @pytest.mark.parametrize("name", [*TUNERS, "lora + ggpo", "lora + mgpo"])
-def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
-    """Stopped after half of its steps, it ends as it would have ended."""
+def test_every_tuner_goes_on_bit_for_bit(name, steps, cuts, base, tmp_path):
+    """Stopped after half of its steps (or a third), it ends as it would have ended."""
     import luthier
 
     small = (
@@ -480,20 +483,22 @@ def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
         "data": SUMS[::2],
         "tuner": {"name": name, **small},
         "learning_rate": 5e-3,
-        "max_steps": 4,
-        "save_steps": 2,
+        "max_steps": steps,
+        "save_steps": 1,
+        "save_total_limit": 9,
         "evaluate": ["loss"],
         **MORE.get(name, {}),
     }
     whole = luthier.tune(**asked, output_dir=str(tmp_path / "whole"))
-    folder = tmp_path / "cut"
-    undone(tmp_path / "whole", folder, 2)
-    again = luthier.tune(**asked, output_dir=str(folder))
-    assert any("resuming from checkpoint-2" in note for note in again.notes)
-    assert again.losses == whole.losses
-    ends = [checkpoints.load(checkpoints.paths(f)[-1]).tensors for f in (tmp_path / "whole", folder)]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+    for step in cuts:
+        folder = tmp_path / f"cut{step}"
+        undone(tmp_path / "whole", folder, step)
+        again = luthier.tune(**asked, output_dir=str(folder))
+        assert any(f"resuming from checkpoint-{step}" in note for note in again.notes)
+        assert again.losses == whole.losses
+        ends = [checkpoints.load(checkpoints.paths(f)[-1]).tensors for f in (tmp_path / "whole", folder)]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
 
 
 def undone(whole: Path, folder: Path, step: int) -> None:

@@ -180,6 +180,12 @@ def test_what_stands_beside_a_request_reaches_the_prompt():
     assert gemini["prompt"] == [SYSTEM, USER]
 
 
+def test_a_request_that_is_a_conversation_takes_the_system_column_and_leaves_the_rest():
+    row = one({"prompt": [USER], "response": "Hello!", "system": "Be brief.", "context": "It is late."})
+    assert row["prompt"] == [SYSTEM, USER] and row["completions"] == [[BOT]]
+    assert row["context"] == "It is late.", "not read, so it stays a column"
+
+
 @pytest.mark.parametrize(
     "raw",
     [

@@ -1,11 +1,3 @@
-"""For files of many runs two layers are enough."""
+"""Two layers are enough for many runs."""
 
-from __future__ import annotations
-
-import pytest
-
-
-@pytest.fixture(scope="session")
-def tiny(shallow) -> str:
-    """The folder of the tiny Llama with two layers and its tokenizer."""
-    return shallow
+from helpers.shallow import tiny  # noqa: F401

@@ -13,6 +13,7 @@ from luthier.methods.formats._base import (
     side,
     text,
     tools,
+    with_system,
 )
 from luthier.registry import row_format
 
@@ -50,7 +51,10 @@ class QueryResponse(Format):
     generic = True
 
     def used(self, raw):
-        return {*names_of(raw), *self.optional.split()}
+        names = names_of(raw)
+        if isinstance(side(raw[names[0]], names[0]), list):  # a history of its own; nothing is put into it
+            return {*names, "system", "system_prompt", "tools"}
+        return {*names, *self.optional.split()}
 
     def read(self, raw):
         request, reply = names_of(raw)
@@ -66,12 +70,12 @@ class QueryResponse(Format):
     def prompt(self, raw: dict, request: str, reply: str) -> list[dict]:
         """The system text, the history and the request as turns."""
         content = side(raw[request], request)
+        system = raw.get(first_of(raw, ("system", "system_prompt")))
         if isinstance(content, list):
-            return content
+            return with_system(content, {"system": system})
         for name in ("input", "context"):
             if name not in (request, reply) and raw.get(name) not in (None, ""):
                 content += "\n\n" + text(raw, name)
-        system = raw.get(first_of(raw, ("system", "system_prompt")))
         return instruction({"instruction": content, "system": system, "history": raw.get("history")})
 
 

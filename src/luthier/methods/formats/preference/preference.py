@@ -36,7 +36,8 @@ class Preference(Format):
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.
 
     Without a prompt column, the prompt is the turns that both begin with; of two texts, their common
-    beginning up to the last reply mark or word. Also ms-swift's rejected_response beside query and response
+    beginning up to the last reply mark or word. Texts that both repeat their prompt (three words or more) are
+    read without it. Also ms-swift's rejected_response beside query and response
     or beside messages (whose last turn it replaces), OpenAI's input, preferred_output and
     non_preferred_output, and StackExchange's response_j and response_k.
     """

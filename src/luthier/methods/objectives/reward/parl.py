@@ -8,8 +8,8 @@ policy here is the optimum under a KL penalty of weight `beta`, a softmax of rew
 for which this product has a closed form: d log policy(y) = (d r(y) - mean of d r) / beta.
 
 A row's completions are samples of that policy, at least three, so that the mean is estimated without bias
-from those beside the pair (rows of two are learned without the second term, and a sentence says so); `scores`
-say which of two the judge prefers.
+from those beside the pair; of rows with fewer, a sentence before training says that they are learned without
+the second term, and a stage that would draw fewer is refused. `scores` say which of two the judge prefers.
 """
 
 from typing import Annotated
