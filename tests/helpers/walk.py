@@ -34,6 +34,7 @@ class Outcome(NamedTuple):
     losses: list[float]
     tensors: dict[str, torch.Tensor]
     refusal: str = ""
+    trained: tuple[str, ...] = ()  # names of the tensors that move
 
 
 def outcome(kind: str, name: str, micro: int, processes: Processes = ALONE) -> Outcome:
@@ -53,7 +54,7 @@ def outcome(kind: str, name: str, micro: int, processes: Processes = ALONE) -> O
     trainer = Trainer(roles, rows, objective, chain, build("estimator", "backprop"), batches, processes)
     trainer.hooks = [lambda trainer, log: losses.append(log["loss"])]
     trainer.run()
-    return Outcome(losses, roles.tuner.tensors())
+    return Outcome(losses, roles.tuner.tensors(), trained=tuple(roles.tuner.parameters()))
 
 
 def outcomes(cases: list[tuple[str, str]], micro: int, processes: Processes = ALONE) -> list[Outcome]:
