@@ -32,6 +32,7 @@ shift_seeds(int(os.environ.get("LUTHIER_TEST_SEED", "0")))  # tests/machines.py
 MARKERS = {
     "contracts": "contract",
     "run": "long",
+    "sandbox": "long",
     "study": "long",
     "studio": "long",
 }  # folder -> marker of its tests

@@ -188,6 +188,7 @@ def test_losses_side_by_side_and_who_plays_the_judge_by_length(tiny, tmp_path):
     assert kept["stats"]["table"] == table
 
 
+@pytest.mark.long
 def test_what_is_declined_before_and_after(tmp_path):
     """toy:chat declines unsafe requests and them alone; toy:lm, asked the same in chat, does
     otherwise or not.

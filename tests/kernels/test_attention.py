@@ -108,6 +108,7 @@ def test_second_and_forward_derivatives():
     torch.testing.assert_close(*ahead, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_dropout_is_that_of_operations_torch_differentiates(monkeypatch):
     """The same numbers are left out in values, gradients and second derivatives; and on average, nothing
     is.

@@ -53,6 +53,7 @@ def test_greedy_is_what_transformers_writes(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.long
 def test_a_shared_prompt_writes_what_separate_ones_do(name):
     together = write(name, PROMPTS, [5, 6, 7, 8], n=3)
     for i, prompt in enumerate(PROMPTS):
@@ -98,6 +99,7 @@ def test_rows_that_leave_change_nothing(leave, monkeypatch):
     assert write("llama", PROMPTS, [1, 2, 3, 4], n=4, stop=stop) == usual
 
 
+@pytest.mark.long
 def test_seeds_belong_to_samples_not_to_batches(monkeypatch):
     alone = [write("llama", [p], [s], n=2)[0] for p, s in zip(PROMPTS, (9, 8, 7, 6), strict=True)]
     monkeypatch.setattr(writing, "SEQUENCES", 5)

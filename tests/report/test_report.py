@@ -216,6 +216,7 @@ def test_losses_that_are_no_numbers_or_negative_do_not_break_curves(tmp_path):
     assert json.loads(Tree(positive).data[0])["log"] is True
 
 
+@pytest.mark.long
 def test_a_long_recipe_is_cut(tmp_path):
     recipe = Recipe.load({"data": [{"prompt": f"{i} " * 30, "completion": "x"} for i in range(2000)]})
     assert len(page(recipe, a_report(tmp_path), LOGGED, tmp_path)) < 200_000

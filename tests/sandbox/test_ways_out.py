@@ -124,6 +124,7 @@ print(json.dumps({**answer, "missing": missing_walls(), "report": sandbox_report
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", [ROOT_MODE, slow(BUBBLEWRAP_MODE), slow("refused")])
 @pytest.mark.parametrize("hook", ["hook", "kernel"])
 def test_no_way_out_for_an_ordinary_user(outside, mode, hook, tmp_path):

@@ -86,6 +86,7 @@ def config_of(folder, name="config.json") -> dict:
     return json.loads((Path(folder) / name).read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tuner", ["lora", "full"])
 def test_configs_are_the_bases_but_for_what_tuning_meant(chatty, tmp_path, tuner):
     """And the model stops where a chat with it does; the run folder of a whole model too."""
@@ -101,6 +102,7 @@ def test_configs_are_the_bases_but_for_what_tuning_meant(chatty, tmp_path, tuner
         assert {*loaded.roles.renderer.stop_ids} <= {*(ends if isinstance(ends, list) else [ends])}
 
 
+@pytest.mark.long
 def test_an_adapter_ends_its_turns(chatty, tmp_path):
     run = tuned(chatty, tmp_path / "run", tuner="lora")
     export(run, "lora", tmp_path / "adapter")
@@ -108,6 +110,7 @@ def test_an_adapter_ends_its_turns(chatty, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").eos_token_id == stop[-1]
 
 
+@pytest.mark.long
 def test_the_precision_is_the_runs_unless_asked(chatty, tmp_path):
     """A base in bfloat16, tuned in float32: rounding its small changes away is refused, or told."""
     base = Path(shutil.copytree(chatty, tmp_path / "base"))
@@ -130,6 +133,7 @@ def test_the_precision_is_the_runs_unless_asked(chatty, tmp_path):
         export(run, "merged", tmp_path / "odd", "int3")
 
 
+@pytest.mark.long
 def test_an_unfinished_run_is_told(tiny, tmp_path):
     luthier.tune(recipe_of(tiny) | {"tuner": "lora"}, folder=tmp_path / "run", stop_at=3)
     assert "is not finished" in export(tmp_path / "run", "merged", tmp_path / "merged")
@@ -170,6 +174,7 @@ def test_a_rounded_form_must_be_the_model_but_for_its_rounding(chatty, tmp_path)
         probe.check_rounded(form, Path(chatty), "x", Limits(weights=1e-2))
 
 
+@pytest.mark.long
 def test_the_card_has_the_bases_licence_and_how_the_form_is_used(chatty, tmp_path):
     base = Path(shutil.copytree(chatty, tmp_path / "base"))
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: odd\n---\n# x\n")
@@ -183,6 +188,7 @@ def test_the_card_has_the_bases_licence_and_how_the_form_is_used(chatty, tmp_pat
     assert (tmp_path / "adapter/LICENSE").read_text() == "Ask first."
 
 
+@pytest.mark.long
 def test_earlier_versions_of_transformers_find_the_frequencies(chatty, tmp_path):
     """A base that was saved by transformers 4 has them elsewhere; without them, 4 takes its default."""
     base = Path(shutil.copytree(chatty, tmp_path / "base"))

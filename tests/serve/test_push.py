@@ -135,6 +135,7 @@ def run(tiny, tmp_path_factory) -> Path:
     return Path(luthier.tune(recipe, folder=folder / "run").folder)
 
 
+@pytest.mark.long
 def test_an_adapter_arrives_whole_and_private(run, hub, tmp_path):
     sentence = push(run, "someone/tuned", base_model="org/base")
     assert "someone/tuned (private)" in sentence and "log-probabilities differ" in sentence
@@ -151,6 +152,7 @@ def test_an_adapter_arrives_whole_and_private(run, hub, tmp_path):
     assert hashlib.sha256(hub.files["adapter_model.safetensors"]).digest() == same
 
 
+@pytest.mark.long
 def test_what_cannot_be_used_elsewhere_is_not_uploaded(run, hub, tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="--base-model"):
         push(run, "someone/tuned")
@@ -166,6 +168,7 @@ def test_what_cannot_be_used_elsewhere_is_not_uploaded(run, hub, tmp_path, monke
     assert not hub.repositories and not hub.files
 
 
+@pytest.mark.long
 def test_what_the_hub_does_not_take_is_told(run, hub, tmp_path):
     export_form(run, "merged", tmp_path / "model")
     with pytest.raises(RecipeError, match="the hub refused someone/forbidden"):

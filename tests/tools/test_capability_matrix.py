@@ -13,6 +13,8 @@ from luthier.cli import app
 from luthier.registry import cards
 from luthier.tools import capability_matrix as abilities
 
+pytestmark = pytest.mark.long  # the table tries every tuner
+
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, dict]:
@@ -21,7 +23,6 @@ def table() -> dict[str, dict]:
     return {row["name"]: row for row in json.loads(done.stdout)}
 
 
-@pytest.mark.long
 def test_every_tuner_has_a_row_and_a_share(table):
     assert table.keys() == {c.name for c in cards("tuner")}
     for row in table.values():

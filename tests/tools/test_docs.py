@@ -66,6 +66,7 @@ def test_every_method_says_when_to_use_it_and_what_it_costs():
         assert known or c.kind == "format", f"{c.kind} {c.name}: costs"
 
 
+@pytest.mark.long
 def test_pages_open_with_when_to_use_a_method():
     text = docs.site_pages()["methods/objective/dpo.md"]
     assert text.startswith("# dpo\n\nUse it when ")
@@ -74,6 +75,7 @@ def test_pages_open_with_when_to_use_a_method():
     assert terminal_page(registry.find("objective", "dpo")).startswith("dpo (objective)\n\nUse it when ")
 
 
+@pytest.mark.long
 def test_internal_settings_are_on_no_page():
     made = docs.site_pages()
     assert "| `d` |" in made["methods/tuner/intrinsic_dimension.md"]

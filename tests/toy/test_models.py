@@ -303,6 +303,7 @@ def test_the_model_does_what_its_card_says(measured):
         assert abs(found[key] - share) <= 4 * deviation + 0.09, (key, share, found[key])
 
 
+@pytest.mark.long
 def test_what_is_held_back_is_unknown(measured):
     """Near chance in every model, the tuned one too, so that tuning has something to teach."""
     name, _, found = measured
@@ -311,6 +312,7 @@ def test_what_is_held_back_is_unknown(measured):
         assert found[key] <= 0.2, (name, key)
 
 
+@pytest.mark.long
 def test_lm_knows_its_tasks(measured):
     name, card, found = measured
     if name != "lm":

@@ -96,6 +96,7 @@ def test_a_run_is_the_same_run(base, tmp_path, tuner, role, tiny):
     assert not list((tmp_path / "b").glob("logprob_cache-*"))
 
 
+@pytest.mark.long
 def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks):
     """In the second epoch, between two checkpoints."""
     recipe = base | {

@@ -112,6 +112,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_trained(base, tmp_path, m
     assert not (tmp_path / "before.json").exists()
 
 
+@pytest.mark.long
 def test_what_fits_row_by_row_is_told(base, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "LIBRARY", {True: 0, False: 0})
     base |= {

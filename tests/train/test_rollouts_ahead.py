@@ -58,6 +58,7 @@ def logged(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_draw_is_sampled_by_the_weights_of_so_many_draws_before(recipe, tmp_path, monkeypatch):
     calls = watched(monkeypatch)
     luthier.tune(recipe, folder=tmp_path / "now")
@@ -77,6 +78,7 @@ def test_a_draw_is_sampled_by_the_weights_of_so_many_draws_before(recipe, tmp_pa
 
 
 @pytest.mark.parametrize("num_iterations, stop", [(1, 2), (2, 3)])
+@pytest.mark.long
 def test_what_waits_is_saved(recipe, tmp_path, num_iterations, stop):
     recipe = ahead(recipe, 1) | {"num_iterations": num_iterations}
     whole = luthier.tune(recipe, folder=tmp_path / "whole")

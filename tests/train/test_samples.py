@@ -84,6 +84,7 @@ def test_divergence():
     assert diverged([-0.1] * 5 + [0.2] * 5) is None
 
 
+@pytest.mark.long
 def test_a_run_stops_where_it_diverges(tmp_path):
     rows = [{"prompt": f"{i}+1=", "completion": f" {i + 1}"} for i in range(40)]
     recipe = {

@@ -141,6 +141,7 @@ def test_out_of_memory_halves_the_micro_batch(base, tmp_path, monkeypatch):
     assert near(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
 
 
+@pytest.mark.long
 def test_memory_that_runs_out_in_the_second_pass_of_a_step(base, tmp_path, monkeypatch):
     """SAM has climbed when it happens: it comes back, and the step is done again from where it began."""
     from luthier.methods.architectures.text.causal import Causal

@@ -65,6 +65,7 @@ def events(response) -> list:
     return [body if body == "[DONE]" else json.loads(body) for body in bodies]
 
 
+@pytest.mark.long
 def test_chat_whole_and_as_a_stream(client):
     question = {**HELLO, "model": "low", "n": 2, "logprobs": True, "top_logprobs": 2, "max_tokens": 6}
     whole = client.post(CHAT, json=question).json()
@@ -132,6 +133,7 @@ def test_a_conversation_that_goes_on_is_not_read_again(client):
     assert first["usage"]["prompt_tokens"] - 1 <= cached < second["usage"]["prompt_tokens"]
 
 
+@pytest.mark.long
 def test_calls_come_back_as_calls(served, client, monkeypatch):
     model = served.models["low"]
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -181,6 +183,7 @@ def content(client, **request) -> str:
     return answer.json()["choices"][0]["message"]["content"]
 
 
+@pytest.mark.long
 def test_an_answer_has_the_structure_that_is_asked_for(client):
     """From models that were never taught any, several at once, beside one that may write anything."""
     form = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA}}
@@ -297,6 +300,7 @@ def test_a_full_server_says_when_to_try_again(live, client, monkeypatch):
     assert client.get("/health").status_code == 503
 
 
+@pytest.mark.long
 def test_64_streams_at_once(live, client):
     questions = []
     for i in range(64):

@@ -50,6 +50,7 @@ def texts_of(job: Job, pieces: queue.Queue) -> list[str]:
     return texts
 
 
+@pytest.mark.long
 def test_each_model_answers_as_it_does_alone(served, runs, shallow):
     shared, own = sorted(served.groups, key=lambda group: group is not served.models["low"].group)
     assert served.models["lower"].group is shared and served.models["scaled"].group is own
@@ -77,6 +78,7 @@ def test_each_model_answers_as_it_does_alone(served, runs, shallow):
     assert len(different) > len(served.models)
 
 
+@pytest.mark.long
 def test_samples_end_where_their_settings_say(served):
     with running(served) as engine:
         plain = job_of(served, "low", "3+1=", ignore_eos=True, max_tokens=20)

@@ -66,6 +66,7 @@ def test_a_tone_that_is_played_at_another_rate_is_the_same_tone(tmp_path):
     torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
 
 
+@pytest.mark.long
 def test_the_way_of_a_tuned_model(tmp_path):
     from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 

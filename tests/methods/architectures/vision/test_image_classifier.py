@@ -66,6 +66,7 @@ def test_several_labels_are_binary_cross_entropy(tmp_path):
     torch.testing.assert_close(own, nn.BCEWithLogitsLoss()(logits, targets), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_the_way_of_a_tuned_model(tmp_path):
     """Tuned with a new head, killed and gone on with, exported, and read by transformers alone."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -178,6 +179,7 @@ def macro_f1(model, fields, label) -> float:
     return sum(scores) / 2
 
 
+@pytest.mark.long
 def test_shifted_seasons_need_more_than_a_head(tmp_path):
     from transformers import AutoModelForImageClassification
 

@@ -136,8 +136,9 @@ def test_generates_what_the_model_itself_does(model):
         max_new_tokens=8,
         temperature=0.0,
     )
-    processor, plain = AutoProcessor.from_pretrained(model), AutoModelForImageTextToText.from_pretrained(
-        model
+    processor, plain = (
+        AutoProcessor.from_pretrained(model),
+        AutoModelForImageTextToText.from_pretrained(model),
     )
     text = processor.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
     image = Image.open(row["images"][0]).convert("RGB")
@@ -146,6 +147,7 @@ def test_generates_what_the_model_itself_does(model):
     assert ours[0][0] == theirs[0, inputs["input_ids"].shape[1] :].tolist()
 
 
+@pytest.mark.long
 def test_the_way_of_a_tuned_model(tmp_path):
     """Tuned, asked, exported whole and as an adapter, loaded by transformers; killed and gone on with."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -180,6 +182,7 @@ def text(words: str) -> dict:
     return {"type": "text", "text": words}
 
 
+@pytest.mark.long
 def test_pairs_and_samples_with_images(model, tmp_path):
     """Preferences and rollouts: what is seen decides which answer is better."""
     asked = [{"type": "image"}, text("?")]

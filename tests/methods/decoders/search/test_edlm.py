@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
 from luthier.clock import Clock
@@ -40,6 +41,7 @@ def violations(texts: int, **settings) -> float:
     return float((agreement(written) < -1).float().mean())
 
 
+@pytest.mark.long
 def test_neighbours_agree_more_often():
     """Two steps of independent draws break 1 - (3/4)^4 = 68 % of texts."""
     plain, corrected = violations(300, candidates=1), violations(300, candidates=16)
@@ -58,6 +60,7 @@ def test_one_candidate_is_the_plain_sampler():
         assert texts[0] == texts[1]
 
 
+@pytest.mark.long
 def test_many_candidates_give_the_autoregressive_distribution():
     """One step over all texts of three tokens: from a uniform denoiser to any distribution."""
     every = torch.tensor([*itertools.product((0, 1), repeat=3)])

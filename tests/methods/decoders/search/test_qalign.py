@@ -41,6 +41,7 @@ def test_frequencies_are_the_tilted_distribution():
     assert variation(chains(QAlign(reward=By(lambda text: 2.0))), enumerate_texts(table, MOST)) < 0.03
 
 
+@pytest.mark.long
 def test_without_the_ratio_of_lengths_it_is_another():
     class Unequal(QAlign):
         def acceptance(self, before, after, length, new_length):

@@ -6,6 +6,8 @@ import random
 import re
 from types import SimpleNamespace
 
+import pytest
+
 from luthier.methods.decoders.search.round_trip import RoundTrip
 from luthier.registry import build
 
@@ -64,10 +66,12 @@ def repaired(translate, **settings) -> int:
     return count
 
 
+@pytest.mark.long
 def test_an_identity_translator_repairs_nothing():
     assert repaired(identity, forward=2, backward=2) == 0
 
 
+@pytest.mark.long
 def test_what_forgets_rare_tokens_repairs():
     assert repaired(forgetful, forward=3, backward=1) >= 6
     assert repaired(forgetful, forward=3, backward=1, by="resample") == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from helpers.decoding import By, enumerate_texts, table_roles, tilted, variation
 from luthier.methods.decoders.search.svdd import SVDD
 
@@ -30,6 +32,7 @@ def test_one_proposal_is_plain_sampling():
         assert write(decoder, seed=seed, most=7) == plain[0]
 
 
+@pytest.mark.long
 def test_samples_approach_the_tilted_distribution():
     """With whole texts as chunks the value is exact, and many proposals are an importance sample."""
     decoder = SVDD(reward=By(score), proposals=32, chunk=MOST, alpha=1.0)

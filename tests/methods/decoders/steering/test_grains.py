@@ -14,6 +14,7 @@ from luthier.methods.decoders.steering.grains import GrAInS
 PROMPT = [20, 21, 22, 23]
 
 
+@pytest.mark.long
 def test_scores_add_up():
     """On a network whose positions keep its norms away from zero."""
     torch.manual_seed(0)

@@ -130,6 +130,7 @@ def noisy_sources(n: int = 6, rows: int = 32):
     }, truth
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how",
     [{}, {"inner_steps": 3, "upper_learning_rate": 3.0}, {"momentum": 0.5}, {"final_penalty": 0.02}],
@@ -149,6 +150,7 @@ def test_the_clean_source_is_found(how):
     assert (rig.model.weight - truth).norm() < 0.7 * (even.model.weight - truth).norm()
 
 
+@pytest.mark.long
 def test_momentum_makes_the_gradient_of_the_weights_calmer():
     def spread(**how):
         terms, _ = noisy_sources(rows=4)

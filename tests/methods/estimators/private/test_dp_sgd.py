@@ -198,6 +198,7 @@ def test_a_longer_run_spends_no_more_than_its_target():
     assert composed_epsilon(Ledger.of(rig.chain).steps(), 1.0, 1e-5) <= 2.0
 
 
+@pytest.mark.long
 def test_a_run_says_what_it_spends_and_goes_on_bit_for_bit(base, tmp_path):
     change = {
         "data": [dict(row, id=str(i)) for i, row in enumerate(SUMS * 3)],

@@ -69,6 +69,7 @@ def test_a_slope_is_one_byte():
     assert [encoded(restored(code)) for code in range(-127, 128)] == list(range(-127, 128))
 
 
+@pytest.mark.long
 def test_replicas_stay_alike_and_are_replayed():
     wire = Wire(2)
     runs = [replica(index, wire) for index in range(2)]

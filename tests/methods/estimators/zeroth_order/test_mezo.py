@@ -130,6 +130,7 @@ def test_mezo_takes_one_copy_of_what_moves_and_nothing_of_what_is_frozen():
     assert live.largest <= 32 * 32 and moving <= live.peak <= moving + 5 * one
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("of", ["accuracy", "f1"])
 def test_mezo_raises_a_metric(of):
     """A linear readout of features that it can separate, under a loss that is constant almost everywhere."""

@@ -68,6 +68,7 @@ def test_without_trailing_components_it_is_the_estimate():
         assert torch.allclose(seen.grads[key], estimate, atol=2e-3)
 
 
+@pytest.mark.long
 def test_it_points_along_the_gradient():
     torch.manual_seed(0)
     model, goal = nn.Linear(32, 1, bias=False).double(), torch.randn(32).double()

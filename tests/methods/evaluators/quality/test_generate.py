@@ -52,6 +52,7 @@ def test_a_prompt_is_shown_by_its_last_question():
     assert question({"prompt": "x"}, "all") == "x" and question({"prompt": ""}, "all") == "all"
 
 
+@pytest.mark.long
 def test_free_texts_are_neither_right_nor_wrong(tiny, tmp_path):
     rows = []
     for i, row in enumerate(SUMS[:6]):

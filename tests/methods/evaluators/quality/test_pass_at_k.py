@@ -43,6 +43,7 @@ def test_parts_of_mbpp():
         PassAtK(ks=[20])
 
 
+@pytest.mark.long
 def test_programs_of_which_some_pass(tmp_path):
     """One of three samples is right for one problem, none for the other: endless and greedy programs fail."""
     rows = [{"id": name, "prompt": name, "tests": ["assert double(3) == 6"]} for name in ("a", "b")]

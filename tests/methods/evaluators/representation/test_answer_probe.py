@@ -28,6 +28,7 @@ def test_f1():
     assert f1(torch.zeros(2).bool(), torch.zeros(2).bool()) == 0.0
 
 
+@pytest.mark.long
 def test_a_skill_that_is_not_in_the_output(roles, tmp_path):
     """The network reads which letter a prompt ends with, though its answers say nothing of it."""
     rows = []
@@ -43,6 +44,7 @@ def test_a_skill_that_is_not_in_the_output(roles, tmp_path):
     assert outputs == {"answers_right": pytest.approx(0, abs=0.1)}
 
 
+@pytest.mark.long
 def test_whether_the_answer_will_be_right(roles, tmp_path, monkeypatch):
     """Answers that are right after one letter alone: the state before them says so."""
     rows = [{"id": f"{i:02}", "prompt": f"{i} {'a' if i % 3 else 'b'}", "answer": "7"} for i in range(45)]

@@ -33,6 +33,7 @@ def test_the_smallest_rank_that_vllm_has():
     assert [smallest_rank(PLAIN | {"r": r, "rank_pattern": p}) for r, p in cases] == [1, 16, 128]
 
 
+@pytest.mark.long
 def test_what_vllm_does_not_read_is_merged(tiny, tmp_path):
     recipe = recipe_of(tiny) | {"tuner": {"name": "lora", "r": 4}, "max_steps": 2}
     run = luthier.tune(recipe, folder=tmp_path / "run").folder

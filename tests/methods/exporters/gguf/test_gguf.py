@@ -68,6 +68,7 @@ def run(tiny, tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.long
 def test_a_file_answers_like_the_model(run, tmp_path, kind):
     done = export_form(run, {"name": "gguf", "quantization": kind}, tmp_path / "out")
     assert done.agreement.mean < 0.01 and done.agreement.same >= 0.9 * done.agreement.tokens
@@ -95,6 +96,7 @@ def test_scores_join_what_merges_join():
     assert scores["bc"] > scores["ab"] > scores["abc"] > scores["a"]
 
 
+@pytest.mark.long
 def test_what_is_not_written_here_is_told(run, tmp_path):
     with pytest.raises(RecipeError, match="llama-cpp-python"):
         export_form(run, {"name": "gguf", "quantization": "q4_k_m"}, tmp_path / "out")

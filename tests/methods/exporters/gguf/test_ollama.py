@@ -71,6 +71,7 @@ def test_a_template_that_counts_messages_is_left_to_ollama():
     assert pieces_of(tokenizer) is None
 
 
+@pytest.mark.long
 def test_a_folder_for_ollama_create(tiny, tmp_path):
     pytest.importorskip("gguf")
     base = merging(tiny, tmp_path / "base")

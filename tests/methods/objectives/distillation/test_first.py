@@ -97,6 +97,7 @@ def fitted(net, loss, steps: int = 150):
     return net
 
 
+@pytest.mark.long
 def test_a_student_of_the_calibrated_teacher_is_better_calibrated_than_sft():
     """Few rows with noisy labels: SFT learns the noise and is too sure. The student of a teacher whose top
     probabilities were calibrated has a calibration error at least 30 % lower, and is no less right.

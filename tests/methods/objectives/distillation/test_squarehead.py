@@ -68,6 +68,7 @@ def test_squarehead_measures_by_the_teachers_size():
 
 
 @pytest.mark.parametrize("settings", [{"sparsity": 0.75}, {"pattern": "2:4"}])
+@pytest.mark.long
 def test_zeros_stay_while_all_else_moves(tiny, tmp_path, settings):
     report = tune_two_steps(
         tmp_path, "a", model=tiny, tuner={"name": "pruned", **settings}, max_steps=4, save_steps=2

@@ -92,6 +92,7 @@ def table(net: Bits) -> torch.Tensor:
     return logs.sum(-1).view(64, 64).exp()
 
 
+@pytest.mark.long
 def test_outcomes_are_reached_and_rewards_followed(trained):
     likely = table(trained)
     assert float(likely.diagonal().mean()) > 0.9
@@ -103,6 +104,7 @@ def test_outcomes_are_reached_and_rewards_followed(trained):
     assert float((mixture - reward / reward.sum()).abs().sum() / 2) < 0.1
 
 
+@pytest.mark.long
 def test_the_sum_over_outcomes_is_the_mixture(trained):
     """Token by token by r(y) F(s|y) p(token|s, y), with F(s|y) = F(start|y) p(s|y); one outcome is itself."""
     with torch.no_grad():

@@ -342,6 +342,7 @@ def test_one_step_of_each_in_closed_form():
     torch.testing.assert_close(-policy.weights.grad, want, atol=1e-6, rtol=0)
 
 
+@pytest.mark.long
 def test_the_sft_term_keeps_the_chosen_likely():
     """Overoptimised: many steps on few pairs of alike answers."""
     from luthier.toy import bandit

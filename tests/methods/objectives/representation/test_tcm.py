@@ -24,6 +24,7 @@ def test_tcm_is_its_entropies_by_hand():
     assert torch.allclose(value, surrogate(logp)[None]) and value.shape == (1,)
 
 
+@pytest.mark.long
 def test_a_step_guided_by_tcm_lowers_it_where_a_sum_does_not():
     """A linear classifier, two losses of a source that pull apart, and unlabelled rows of a target."""
     estimator, sums, guided = build("estimator", "pareto_da"), [], []

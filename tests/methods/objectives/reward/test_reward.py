@@ -39,6 +39,7 @@ def test_the_value_of_a_token_is_what_the_head_says_after_it(judge):
     torch.testing.assert_close(batch.last(values), theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_reward_is_trls(judge, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset

@@ -83,6 +83,7 @@ class Judge(torch.nn.Module):
         return (features @ self.weights).softmax(-1) @ torch.arange(1.0, 6.0)
 
 
+@pytest.mark.long
 def test_a_judge_rates_better_than_it_did():
     """On answers that it has not read; planted quality is a mean of three features, its labels are noisy."""
     rng = torch.Generator().manual_seed(0)

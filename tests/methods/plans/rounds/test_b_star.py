@@ -72,6 +72,7 @@ def test_the_temperature_follows_how_narrow_the_policy_is():
     assert chosen == sorted(chosen) and chosen[-1] > 2 * chosen[0], chosen
 
 
+@pytest.mark.long
 def test_the_temperature_rises_and_diversity_stays(recipe, tmp_path):
     """Learning its own samples narrows the policy: with a fixed temperature it forgets right answers."""
     how = {"steps": 20, "lr": 0.1}

@@ -77,6 +77,7 @@ def test_the_first_axis_alone_is_plain_rejection_sampling():
     assert [row["scores"] for row in best] == [row["scores"] for row in plain]
 
 
+@pytest.mark.long
 def test_length_follows_the_direction_after_two_rounds():
     """A policy of two numbers, logits of lengths = b + w * (the second component), fitted to what each round
     chooses.

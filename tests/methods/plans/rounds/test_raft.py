@@ -43,6 +43,7 @@ def test_raft_stops_when_the_reward_no_longer_rises(recipe, rewards, runs, stand
     assert [e if isinstance(e, str) else e["name"] for e in asked[0].evaluate] == ["loss", "generate"]
 
 
+@pytest.mark.long
 def test_raft_rounds_sample_score_choose_and_learn(base, tmp_path):
     """Kept rows are the best of what was drawn; two rounds draw differently, and the second from the first's
     end.
@@ -163,6 +164,7 @@ def round_of_raft(policy, prompts: int, rng: torch.Generator, steps: int = 12) -
         adam.step()
 
 
+@pytest.mark.long
 def test_five_rounds_rise_and_beat_one_of_as_many_samples():
     """The expected reward rises round by round, over seeds, and ends above that of one round with all
     samples at once.

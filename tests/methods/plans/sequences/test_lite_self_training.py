@@ -53,6 +53,7 @@ def test_weights_are_clipped_products_of_gradients(roles):
         list(build("stage", "meta_weights")(rows, roles))
 
 
+@pytest.mark.long
 def test_flipped_labels_weigh_less(tiny):
     """Of a teacher that was warmed up on the labelled rows."""
     roles = make_roles(tiny)

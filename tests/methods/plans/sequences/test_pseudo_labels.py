@@ -68,6 +68,7 @@ def test_unsure_rows_leave_and_classes_are_equal():
     assert [row["id"] for row in labelled(labels=NAMES, balance=True)] == ["1", "2"]
 
 
+@pytest.mark.long
 def test_accuracy_rises_over_the_first_step():
     """A linear model on 50 labelled rows of two far clusters in 40 dimensions, and 2000 unlabelled ones."""
     gains = []

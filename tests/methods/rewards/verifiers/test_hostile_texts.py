@@ -43,6 +43,7 @@ def test_code_is_read_in_no_time(name):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.long
 def test_python_tests(name):
     assert grade(HOSTILE[name], timeout=3.0) == [0.0]
 

@@ -77,6 +77,7 @@ def area(pairs: list[dict]) -> float:
     return float(roc_auc_score([1, 1, 0, 0], [0.9, 0.1, 0.9, 0.1], sample_weight=likely.numpy()))
 
 
+@pytest.mark.long
 def test_the_listener_learns_what_is_right():
     """From 0.5; pairs by correctness alone leave it there."""
     pairs = pairs_of(made(most=15))

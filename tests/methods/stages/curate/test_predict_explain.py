@@ -30,6 +30,7 @@ def test_step_by_step_makes_two_tasks_of_a_row():
     ]
 
 
+@pytest.mark.long
 def test_step_by_step_is_the_weighted_sum_of_two_losses(base, tmp_path):
     rows = [{**r, "rationale": f"because of {r['answer']}"} for r in SUMS]
     both = {

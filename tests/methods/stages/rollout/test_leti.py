@@ -29,6 +29,7 @@ def written():
     return roles, {row["completions"][0].split("<|lang_feedback|>")[0]: row for row in rows}
 
 
+@pytest.mark.long
 def test_rows_have_the_format(written):
     roles, rows = written
     assert set(rows) == set(PROGRAMS) and roles.policy.prompts == ["<|good|>Add one.\n"]
@@ -53,6 +54,7 @@ def test_feedback_names_the_exception(written):
     assert bare["prompt"].startswith("<|bad|>") and bare["completions"] == [PROGRAMS[1]]
 
 
+@pytest.mark.long
 def test_programs_behind_the_good_token_are_right_more_often():
     """A policy with a logit for each program behind each token, fitted to the rows of its own programs."""
     programs = [f"def f(x): return x + {k}" for k in range(4)]

@@ -297,6 +297,7 @@ def test_whatever_leaves_has_its_line(base, tmp_path):
     assert all(line["reason"] for line in lines)
 
 
+@pytest.mark.long
 def test_stages_that_were_finished_are_read_back(base, tmp_path, monkeypatch):
     """A run that ended amid its second stage goes on with the rows of the first, and its lines are there."""
     rows = [{"prompt": f"say {i}", "completion": str(i)} for i in range(8)]

@@ -77,6 +77,7 @@ def test_adam_without_moments_is_the_plain_direction():
     assert torch.allclose(direction * 1e4, g, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_scores_are_those_of_brute_force(lora, pool):
     """Not projected: against float64 sums over checkpoints, rows and subtasks."""
     target = [{**row, "task": str(i % 2)} for i, row in enumerate(SUMS[20:24])]
@@ -106,6 +107,7 @@ def test_copies_of_the_target_rank_first(lora):
     assert {row["prompt"] for row in chosen} == {row["prompt"] for row in target}
 
 
+@pytest.mark.long
 def test_projected_products_rank_as_exact_ones():
     """A million numbers to 8192: products keep their order (Spearman above 0.95)."""
     rng = torch.Generator().manual_seed(0)
@@ -123,6 +125,7 @@ def test_projected_products_rank_as_exact_ones():
     assert torch.equal(Projection(numbers, 0, 3)(goal), goal)
 
 
+@pytest.mark.long
 def test_chosen_rows_teach_the_target_more_than_random_ones(lora):
     target = load_rows(SPEECH[:2]).rows
     pool = load_rows([*SUMS[:24], *SPEECH[2:]]).rows

@@ -29,6 +29,7 @@ def test_likeness_of_sets_is_jaccards():
     assert float(jaccard(torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 2.0]))) == 0.0
 
 
+@pytest.mark.long
 def test_an_autoencoder_explains_sparse_mixtures(tmp_path):
     x, _, _ = planted(3000, 16, 24, 2)
     encoder = Autoencoder.trained(x, 48, 4, 400, torch.Generator().manual_seed(1), batch=512)
@@ -41,6 +42,7 @@ def test_an_autoencoder_explains_sparse_mixtures(tmp_path):
     assert torch.equal(again.encode(x[:5]), features[:5])
 
 
+@pytest.mark.long
 def test_features_tell_skills_apart_that_share_neurons():
     """Five skills of eight directions each in ten neurons, and half of the tokens of any skill: by features
     the target's rows come first, by cosine of the neurons fewer of them do.

@@ -35,6 +35,7 @@ def run(rewrites, rows=ROWS, roles=None, **settings):
     return list(stage(rows, roles or nobody()))
 
 
+@pytest.mark.long
 def test_the_fast_program_stays_and_never_the_wrong_one():
     (row,) = run([FAST, WRONG])
     assert FAST in row["completions"][0] and row["rounds"] == 1 and row["tests"] == TESTS

@@ -9,6 +9,8 @@ from luthier.data.load import load_rows
 from luthier.methods.stages.select._short_run import ShortRun, mean_loss, restored
 from luthier.registry import build
 
+pytestmark = pytest.mark.long  # endless programs run to their time limit
+
 RIGHT = "def double(x):\n    return 2 * x"
 WRONG = ("def double(x):\n    return x", "def double(x):\n    while True: pass", "def double(x:\n")
 SEEDS = [

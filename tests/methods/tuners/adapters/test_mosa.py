@@ -71,6 +71,7 @@ def test_gradients_stay_in_the_part_that_was_drawn(split):
         assert torch.allclose(layer(x), layer.base_layer(x) + change, atol=1e-5)
 
 
+@pytest.mark.long
 def test_one_part_trains_as_the_plain_adapter(base, tmp_path):
     """Bit for bit, with the same seed."""
     import luthier

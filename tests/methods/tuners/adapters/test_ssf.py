@@ -74,6 +74,7 @@ def test_a_norm_is_refused_by_a_tuner_of_matrices():
         put("lora_sb", target_modules=["input_layernorm"])
 
 
+@pytest.mark.long
 def test_ssf_solves_what_a_head_alone_does_not():
     """Shifted features: every unit of a frozen layer is near its limit, whatever it reads."""
 

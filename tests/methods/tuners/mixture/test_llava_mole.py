@@ -86,6 +86,7 @@ def test_the_gradient_of_balance_is_that_of_its_formula():
     assert attached.parameters()[f"{GATE}.router"].grad is None  # unscaled: from balance alone
 
 
+@pytest.mark.long
 def test_two_domains_in_conflict_go_to_experts_of_their_own():
     """The first token marks the domain; the same inputs map to opposite outputs."""
     ends, split = {}, 0.0

@@ -135,6 +135,7 @@ def test_the_average_starts_at_the_mean_and_routers_move_alone(tmp_path):
     assert all(torch.equal(before[name], p) for name, p in again.parameters().items())
 
 
+@pytest.mark.long
 def test_many_tasks_need_more_than_one_adapter():
     """Six maps of the same inputs, of rank one each: one shared update of equal budget fits their mean."""
     ends = {}

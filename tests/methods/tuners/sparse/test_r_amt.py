@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from helpers.subset_tuners import base, loss_of, put, say, train
 
 
+@pytest.mark.long
 def test_r_amt_masks():
     attached, before = put("r_amt"), base()
     W = torch.randn(3, 5)

@@ -4,6 +4,7 @@ drawn and found without all of a weight.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import PeftModel
 
@@ -68,6 +69,7 @@ def test_a_planted_sparse_part_is_found():
     assert torch.isin(found, planted).float().mean() > 0.9 and (W - U @ V - S).norm() < 0.1 * W.norm()
 
 
+@pytest.mark.long
 def test_places_are_drawn_and_found_without_all_of_a_weight():
     torch.manual_seed(0)
     for n, k in ((10, 3), (10, 9), (1000, 400)):
