@@ -39,6 +39,20 @@ def test_a_new_row_is_the_mean_of_what_the_token_was():
         assert tokenizer.decode([262]) == "<lookup>"
 
 
+def test_new_rows_leave_the_logits_of_old_tokens():
+    """On texts of old tokens their logits stay; and the logit of a new token is the mean of its parts'."""
+    tokens = torch.arange(40, 60)[None]
+    for tie in (True, False):
+        model, tokenizer = make_llama(num_hidden_layers=2, tie_word_embeddings=tie).eval(), make_tokenizer()
+        old = tokenizer("<lookup>", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            before = model(tokens).logits
+            add_tokens(model, tokenizer, NewTokens(tuple(NEW)))
+            after = model(tokens).logits
+        torch.testing.assert_close(after[..., : before.shape[-1]], before, atol=1e-6, rtol=0)
+        torch.testing.assert_close(after[..., 262], before[..., old].mean(-1), atol=1e-5, rtol=0)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("tuner", [{"name": "lora", "r": 2}, "ssf", "full"], ids=["lora", "ssf", "full"])

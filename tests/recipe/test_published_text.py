@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import luthier
+from helpers.models import make_llama, make_tokenizer
 from helpers.published import logged, tune_toy
 from luthier import toy
 from luthier.data.load import load_rows
@@ -206,3 +209,28 @@ def test_the_answer_that_agrees_with_the_clip_is_chosen():
     pairs = list(build("stage", {"name": "pairs", "margin": plan["margin"]})(scored, roles))
     assert len(pairs) == 60 and all(row["answer"] in row["completions"][0] for row in pairs)
     assert all(row["scores"][0] > row["scores"][1] for row in pairs)
+
+
+@pytest.mark.long
+def test_the_task_token_decides_the_kind_of_answer(tmp_path):
+    """Behind an unseen sequence the likeliest token is one of the two answers of the task."""
+    tasks = {"promoter": "A", "enhancer": "C", "splice": "G"}
+    sequences = ["".join(bases) for bases in product("ACGT", repeat=3)]
+    rows = []
+    for sequence in sequences[::2]:
+        for task, base in tasks.items():
+            answer = "is" if sequence[0] == base else "no"
+            rows.append({"prompt": f"{sequence}<{task}>", "completion": f"<{answer}_{task}>"})
+    make_llama(num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    changes = {"model": str(tmp_path / "base"), "learning_rate": 1e-2, "max_steps": 40}
+    report = tune_toy("omni-dna", tmp_path / "run", {"tasks": rows}, changes)
+    loaded = luthier.load(report.folder)
+    number = loaded.tokenizer.convert_tokens_to_ids
+    for task in tasks:
+        answers = {number(f"<is_{task}>"), number(f"<no_{task}>")}
+        for sequence in sequences[1::6]:
+            row = {"id": sequence, "prompt": f"{sequence}<{task}>", "completions": [f"<is_{task}>"]}
+            prompt = torch.tensor([loaded.roles.renderer.encode(row).prompt])
+            with torch.no_grad():
+                assert int(loaded.model(prompt).logits[0, -1].argmax()) in answers
