@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from luthier.errors import RecipeError
-from luthier.study.bench import bench, picture, table
+from luthier.study.bench import bench, contestants, picture, scenarios, table
 from luthier.study.bench.measure import Measured, summarize
 from luthier.study.bench.scenarios import SCENARIOS, make_job, work
 from luthier.study.bench.shapes import lengths, make
@@ -87,3 +88,13 @@ def test_unknown_words_are_refused():
         bench(["sfd"], ["tiny"], tell=lambda line: None)
     with pytest.raises(RecipeError, match="no shape"):
         bench(["sft"], ["z"], tell=lambda line: None)
+
+
+@pytest.mark.parametrize(("dtype", "short"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")])
+def test_all_work_in_the_precision_in_which_the_chip_multiplies(monkeypatch, dtype, short):
+    monkeypatch.setattr(contestants, "pick_dtype", lambda name, device: dtype)
+    job = contestants.Job("sft", "a folder", "LlamaConfig", [[[3], [4]]])
+    name = str(dtype).removeprefix("torch.")
+    assert contestants.recipe_of(job)["dtype"] == name
+    assert scenarios.BF16.texts(job)["label"] == f"TRL + PEFT, {short}, no checkpointing"
+    assert scenarios.PLAIN.texts(job)["settings"].startswith(f"{name} base")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from luthier.model.load import pick_dtype
 from luthier.study.bench.shapes import END, PAD, text
 
 LORA: dict[str, Any] = dict(r=16, lora_alpha=32)
@@ -47,6 +48,11 @@ class Job:
     n: int = 8  # samples of a prompt
     ends: list[int] | None = None  # tokens of each sample of a rollout
     members: int = 1  # runs on one base model, which differ in seed and learning rate only
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, for everyone: bfloat16, or float32 on a chip that does not multiply in bfloat16."""
+        return pick_dtype("auto", torch.device(self.device))
 
     @property
     def targets(self) -> list[str]:
@@ -76,7 +82,7 @@ def recipe_of(job: Job, **changes: Any) -> dict[str, Any]:
         data=rows,
         tuner=tuner,
         objective=objective,
-        dtype="bfloat16",
+        dtype=str(job.dtype).removeprefix("torch."),
         evaluate=[],
         eval_data=0,
         per_device_train_batch_size=job.batch,
@@ -142,9 +148,9 @@ def luthier_members(job: Job, together: bool) -> Run:
 # ---------------------------------------------------------------------------------------------- TRL
 
 
-def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
-    """SFTTrainer or DPOTrainer with PEFT; base: the precision of the model, which TRL loads in float32 by
-    itself.
+def trl(job: Job, *, base: torch.dtype = torch.float32, **settings: Any) -> Run:
+    """SFTTrainer or DPOTrainer with PEFT; base: the precision of the model. TRL's own is float32 with bf16
+    autocast, which is left out where the chip does not multiply in bfloat16.
     """
     try:
         import trl as library
@@ -180,6 +186,7 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
         disable_tqdm=True,
         logging_steps=10**6,
         learning_rate=1e-4,
+        bf16=job.dtype == torch.bfloat16,
     )
     arguments |= settings
     trainer_class: Any = library.SFTTrainer
@@ -204,7 +211,7 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
         lora = LoraConfig(
             **LORA, target_modules=job.targets, layers_to_transform=job.layers, task_type="CAUSAL_LM"
         )
-        model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=base or torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=base)
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = trainer_class(
                 model=model,
@@ -224,10 +231,10 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
 # ---------------------------------------------------------------------------------------------- a plain loop
 
 
-def _network(job: Job, tuned: bool = True, dtype: torch.dtype = torch.bfloat16) -> Any:
+def _network(job: Job, tuned: bool = True) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=job.dtype)
     model = model.to(job.device)
     if not tuned:
         return model
@@ -254,8 +261,8 @@ def padded(rows: Sequence[Sequence[list[int]]], device: str) -> dict[str, torch.
 
 
 def plain(job: Job) -> Run:
-    """transformers + PEFT, bf16 base, padded batches, all logits: what is written when nobody thinks of
-    speed, or DPO by hand.
+    """transformers + PEFT, base in the job's precision, padded batches, all logits: what is written when
+    nobody thinks of speed, or DPO by hand.
     """
 
     def logprobs(model: Any, batch: dict) -> torch.Tensor:
@@ -403,10 +410,11 @@ def rollout(job: Job, how: str) -> Run:
 # ---------------------------------------------------------------------------------------------- the machine
 
 
-def peak(job: Job, dtype: torch.dtype = torch.bfloat16) -> Run:
+def peak(job: Job, dtype: torch.dtype | None = None) -> Run:
     """The best rate of a matrix product on this machine, FLOP a second: what a share of the peak is a share
-    of.
+    of; dtype: the job's unless it is named.
     """
+    dtype = dtype or job.dtype
     shapes = [(256, 768, 768), (2048, 768, 768), (2048, 768, 2048), (4096, 1024, 1024)]
     if job.device == "cuda":
         shapes.append((8192, 8192, 8192))

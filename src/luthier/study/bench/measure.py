@@ -266,6 +266,7 @@ def summarize(shape: str, job: Job, parameters: dict[str, int], measured: Measur
             "batch": job.batch,
             "epochs": job.epochs,
             "prompts_times_samples": job.n,
+            "dtype": str(job.dtype).removeprefix("torch."),
             **done,
         },
         "matmul_peak_gflops": measured.peak / 1e9,
@@ -282,8 +283,7 @@ def _summarize_runs(contestant: Contestant, job: Job, runs: list[dict[str, float
     seconds = [run[key] for run in runs]
     median = statistics.median(seconds)
     return {
-        "label": contestant.label,
-        "settings": contestant.settings,
+        **contestant.texts(job),
         "rival": contestant.rival,
         "seconds": seconds,
         "median": median,

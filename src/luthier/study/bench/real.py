@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from luthier.errors import RecipeError
+from luthier.model.load import pick_dtype
 from luthier.registry import did_you_mean
 from luthier.study.bench.contestants import Job, peak
 from luthier.study.bench.measure import machine
@@ -172,14 +173,17 @@ def _other(changes: dict[str, Any]) -> Callable[[Work, Path], list[str]]:
 def sides(scenario: str, device: str) -> dict[str, Side]:
     """luthier, and the other tools with each of the settings among which the best is looked for."""
     every = {OURS: Side("luthier", _luthier)}
-    plain: dict[str, Any] = {"dtype": "bfloat16"}
+    dtype = pick_dtype("auto", torch.device(device))  # float32 on a chip that does not multiply in bfloat16
+    halves = dtype == torch.bfloat16
+    short = "bf16" if halves else "fp32"
+    plain: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
     if device == "cuda" and find_spec("flash_attn"):
         plain["attention"] = "flash_attention_2"
     if scenario == "generate":
         every["transformers"] = Side("transformers, dynamic cache", _other(plain))
         every["static"] = Side("transformers, static cache", _other(plain | {"cache": "static"}))
         return every
-    base: dict[str, Any] = {"gradient_checkpointing": False, "bf16": True}
+    base: dict[str, Any] = {"gradient_checkpointing": False, "bf16": halves}
     if device == "cuda" and find_spec("liger_kernel"):
         base["use_liger_kernel"] = True
     if scenario == "grpo":
@@ -191,9 +195,9 @@ def sides(scenario: str, device: str) -> dict[str, Side]:
             "beta": 0.0,
         }
     elif device == "cpu":
-        # float32 weights, bf16 autocast, checkpointing
-        every["trl"] = Side("TRL + PEFT, its defaults", _other({}))
-    every["trl_bf16"] = Side("TRL + PEFT, bf16", _other(plain | {"settings": base}))
+        # float32 weights, bf16 autocast where the chip has it, checkpointing
+        every["trl"] = Side("TRL + PEFT, its defaults", _other({"settings": {"bf16": halves}}))
+    every["trl_bf16"] = Side(f"TRL + PEFT, {short}", _other(plain | {"settings": base}))
     more = {
         "sft": ("packing", {"packing": True, "per_device_train_batch_size": 2}),
         "dpo": ("reference beforehand", {"precompute_ref_log_probs": True}),
@@ -201,7 +205,9 @@ def sides(scenario: str, device: str) -> dict[str, Side]:
     }
     if scenario in more:
         label, settings = more[scenario]
-        every["trl_more"] = Side(f"TRL + PEFT, bf16, {label}", _other(plain | {"settings": base | settings}))
+        every["trl_more"] = Side(
+            f"TRL + PEFT, {short}, {label}", _other(plain | {"settings": base | settings})
+        )
     return every
 
 

@@ -21,46 +21,50 @@ class Contestant:
     rival: bool = True  # counts among those that luthier is compared with
     settings: str = ""  # beside the work
 
+    def texts(self, job: Job) -> dict[str, str]:
+        """Label and settings, with the precision of the job."""
+        words = {"dtype": str(job.dtype).removeprefix("torch."), "short": "fp32"}
+        if words["dtype"] == "bfloat16":
+            words["short"] = "bf16"
+        return {"label": self.label.format(**words), "settings": self.settings.format(**words)}
 
-def _bf16(**more: Any) -> Callable[[Job], who.Run]:
-    import torch
 
-    return lambda job: who.trl(job, base=torch.bfloat16, gradient_checkpointing=False, **more)
+def _same_base(**more: Any) -> Callable[[Job], who.Run]:
+    """TRL with the base model in luthier's precision, and without checkpointing."""
+    return lambda job: who.trl(job, base=job.dtype, gradient_checkpointing=False, **more)
 
 
 def _packed(job: Job) -> who.Run:
-    import torch
-
     mean = sum(len(p) + len(c) for p, c in job.rows) / len(job.rows)
     fits = max(1, round(job.batch * mean / 1024))  # as many tokens in a step as the others have
-    return who.trl(
-        job, base=torch.bfloat16, gradient_checkpointing=False, packing=True, per_device_train_batch_size=fits
-    )
+    return _same_base(packing=True, per_device_train_batch_size=fits)(job)
 
 
 def _recomputing(job: Job) -> who.Run:
-    import torch
-
-    return who.trl(job, base=torch.bfloat16)
+    return who.trl(job, base=job.dtype)
 
 
 OURS = Contestant("luthier", who.luthier, rival=False)
 DEFAULT = Contestant(
-    "TRL + PEFT, its defaults", who.trl, settings="float32 base, bf16 autocast, checkpointing"
+    "TRL + PEFT, its defaults",
+    who.trl,
+    settings="float32 base, bf16 autocast where the chip has it, checkpointing",
 )
 BF16 = Contestant(
-    "TRL + PEFT, bf16, no checkpointing", _bf16(), settings="bfloat16 base, gradient_checkpointing=False"
+    "TRL + PEFT, {short}, no checkpointing",
+    _same_base(),
+    settings="{dtype} base, gradient_checkpointing=False",
 )
-PACKED = Contestant("TRL + PEFT, bf16, packing", _packed, settings="as bf16, packing=True (bfd, 1024)")
+PACKED = Contestant("TRL + PEFT, {short}, packing", _packed, settings="as {short}, packing=True (bfd, 1024)")
 RECOMPUTING = Contestant(
-    "TRL + PEFT, bf16, checkpointing", _recomputing, settings="bfloat16 base, gradient_checkpointing=True"
+    "TRL + PEFT, {short}, checkpointing", _recomputing, settings="{dtype} base, gradient_checkpointing=True"
 )
 PRECOMPUTED = Contestant(
-    "TRL + PEFT, bf16, precomputed reference",
-    _bf16(precompute_ref_log_probs=True),
-    settings="as bf16; the time of the reference is not counted",
+    "TRL + PEFT, {short}, precomputed reference",
+    _same_base(precompute_ref_log_probs=True),
+    settings="as {short}; the time of the reference is not counted",
 )
-PLAIN = Contestant("transformers + PEFT loop", who.plain, settings="bfloat16 base, padded, all logits")
+PLAIN = Contestant("transformers + PEFT loop", who.plain, settings="{dtype} base, padded, all logits")
 
 SCENARIOS: dict[str, dict[str, Contestant]] = {
     "sft": {"luthier": OURS, "trl": DEFAULT, "trl_bf16": BF16, "trl_packed": PACKED, "plain": PLAIN},
