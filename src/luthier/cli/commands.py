@@ -38,7 +38,7 @@ GROUPS = {
     "Rows and methods": (measuring.data, catalogue.methods, catalogue.papers, tools.import_configuration),
     "Measure": (measuring.inspect, measuring.evaluate),
     "Compare and search": (studies.compare, studies.search, studies.reproduce, studies.bench),
-    "Use": (use.chat, use.serve, use.export, use.push, use.studio),
+    "Use": (use.chat, use.serve, use.export, use.merge, use.push, use.studio),
     "This machine": (catalogue.doctor, tools.completion),
 }
 NAMES = {tools.import_configuration: "import"}  # where the name is Python's own word

@@ -184,6 +184,45 @@ def push(
     typer.echo(push(folder, words[1], settings, public=public, base_model=base_model, message=message))
 
 
+def merge(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG.yaml | FOLDER...",
+            help="A YAML of mergekit; or folders of models, of runs with full weights, or of adapters.",
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder to write to.")],
+    merger: Annotated[
+        str | None,
+        typer.Option(
+            help="average, or a mapping such as '{name: ties, density: 0.2}' (luthier methods merger)."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder of the model that all of them began with, for mergers of changes."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: as the first model has it).")
+    ] = None,
+) -> None:
+    """Merge models, or adapters, into one, tensor by tensor from disk to disk."""
+    from luthier.serve.mergekit import Merge, read_mergekit
+    from luthier.serve.merging import merge_folders
+    from luthier.storage.bounded_yaml import load_yaml
+
+    if len(models) == 1 and Path(models[0]).suffix in (".yaml", ".yml"):
+        if merger or base or dtype:
+            raise RecipeError(
+                "merger, base and dtype stand in the YAML; leave --merger, --base and --dtype out"
+            )
+        what = read_mergekit(Path(models[0]))
+    else:
+        what = Merge(load_yaml(merger or "average", "--merger"), models, base, dtype)
+    typer.echo(merge_folders(what, output_dir))
+
+
 def studio(
     folder: Annotated[Path, typer.Argument(help="Folder for runs, uploads and exports.")] = Path("."),
     port: Annotated[

@@ -28,6 +28,12 @@ class Merger:
         """
         raise NotImplementedError
 
+    def tensor_by_tensor(self) -> bool:
+        """Does each tensor of the result follow from the tensors of its own name alone? Merges of large
+        models then take one tensor after another from the disk.
+        """
+        return False
+
     def alike(self, several: Sequence[Mapping[str, Tensor]]) -> list[str]:
         """The names that all of them have, in one order. Raises RecipeError where names or shapes differ."""
         if not several:

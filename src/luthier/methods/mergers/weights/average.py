@@ -46,6 +46,9 @@ class Average(Merger):
             ):
                 raise ValueError("weights must not be negative, and not all 0")
 
+    def tensor_by_tensor(self):
+        return self.by_layer is None
+
     @torch.no_grad()
     def merge(self, several, base=None):
         names = self.alike(several)

@@ -44,6 +44,9 @@ class Breadcrumbs(Merger):
         if self.gamma <= self.beta:
             raise ValueError("gamma must be above beta")
 
+    def tensor_by_tensor(self):
+        return True
+
     def merge(self, several, base=None):
         weights = weights_for(self, self.weights, several, 1.0)
 

@@ -34,6 +34,9 @@ class Dare(Merger):
     ties: bool = False  # are signs elected, and only agreeing changes averaged?
     draw: int = 0  # number of the draw; another one drops other entries
 
+    def tensor_by_tensor(self):
+        return True
+
     def merge(self, several, base=None):
         weights = weights_for(self, self.weights, several, 1.0 / max(1, len(several)))
 

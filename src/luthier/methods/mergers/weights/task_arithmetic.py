@@ -24,6 +24,9 @@ class TaskArithmetic(Merger):
     weights: list[float] | None = None  # weight of each run; 1 if not given; negative unlearns
     scale: float = 1.0  # of the sum
 
+    def tensor_by_tensor(self):
+        return True
+
     def merge(self, several, base=None):
         weights = weights_for(self, self.weights, several, 1.0)
 

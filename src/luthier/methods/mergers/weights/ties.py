@@ -30,6 +30,9 @@ class Ties(Merger):
     weights: list[float] | None = None  # weight of each run; 1 if not given
     scale: Annotated[float, Range(0.3, 1.5)] = 1.0  # of the merged change
 
+    def tensor_by_tensor(self):
+        return True
+
     def merge(self, several, base=None):
         weights = weights_for(self, self.weights, several, 1.0)
 

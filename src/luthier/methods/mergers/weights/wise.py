@@ -39,6 +39,9 @@ class Wise(Merger):
     alpha: Annotated[float, Field(ge=0), Range(0.0, 1.0)] | list[Annotated[float, Field(ge=0)]] = 0.5
     outside: Annotated[float, Field(ge=0)] = 1.0  # share of what is in no layer, where `alpha` is a list
 
+    def tensor_by_tensor(self):
+        return not isinstance(self.alpha, list)
+
     @torch.no_grad()
     def merge(self, several, base=None):
         names = self.alike(several)
