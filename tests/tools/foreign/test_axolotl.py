@@ -37,7 +37,7 @@ def test_lora():
     assert (recipe.learning_rate, recipe.lr_scheduler_type, recipe.warmup_steps) == (2e-4, "cosine", 0.1)
     assert (recipe.num_train_epochs, recipe.eval_steps, recipe.save_steps) == (1, 0.25, 0.999)
     assert (recipe.gradient_checkpointing, recipe.dtype, recipe.report_to) == (True, "auto", [])
-    assert notes("lora.yml")["optimizer"].outcome == "changed"
+    assert notes("lora.yml")["optimizer"].outcome == "mapped" and recipe.optim["name"] == "adamw_8bit"
 
 
 def test_qlora_without_warm_up():

@@ -135,7 +135,8 @@ def put_optimizer(draft: Draft, name: str, key: str) -> None:
         draft.put("optim.name", "adamw")
         draft.change(key, "optim", f"there is no optimizer '{name}'; {INSTEAD}")
     else:
-        draft.put("optim.name", ours, *([key] if name.split("_")[-1] not in ("8bit", "4bit") else []))
+        same = ours.endswith("_8bit") or name.split("_")[-1] not in ("8bit", "4bit")
+        draft.put("optim.name", ours, *([key] if same else []))
         draft.change(key, "optim", f"'{name}' as {ours}, whose state is kept in full precision")
     draft.put("optim.weight_decay", number(draft.get("weight_decay", 0.0)), "weight_decay")
     draft.put("optim.max_grad_norm", number(draft.get("max_grad_norm", 1.0)), "max_grad_norm")
@@ -153,7 +154,7 @@ def put_optimizer(draft: Draft, name: str, key: str) -> None:
 def optimizer_of(name: str) -> str | None:
     """Our optimizer of a name of transformers such as paged_adamw_8bit; None where there is none."""
     if name.startswith(ADAMW) and "mini" not in name:
-        return "adamw"
+        return "adamw_8bit" if name.endswith("_8bit") else "adamw"
     for ours in ("lion", "sgd", "adafactor"):
         if name.removeprefix("paged_").startswith(ours):
             return ours

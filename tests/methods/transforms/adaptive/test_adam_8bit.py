@@ -7,7 +7,9 @@ import torch
 
 from luthier.methods.transforms.adaptive.adam_8bit import restored, rounded, table
 from luthier.methods.tuners._base import ParamGroup
+from luthier.recipe.recipe import Recipe
 from luthier.registry import build
+from luthier.tools.foreign.training_arguments import optimizer_of
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -45,3 +47,10 @@ def test_steps_are_adams_to_a_few_percent():
         ours = method.apply({"weight": g}, one, group, step)["weight"]
         theirs = adam.apply({"weight": g}, two, group, step)["weight"]
         assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+
+
+def test_the_names_of_other_tools():
+    for name in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"):
+        assert Recipe.load({"optim": name}).optim == "adamw_8bit"
+        assert optimizer_of(name) == "adamw_8bit"
+    assert optimizer_of("adamw_torch_4bit") == "adamw"
