@@ -27,6 +27,7 @@ from luthier.registry import Range, estimator
     costs="one more forward pass over each batch.",
     starting_rate="that of the tuner.",
     covers="risk extrapolation between environments, as one of the methods that rich features are for.",
+    omits="the rich features themselves, by discovery and synthesis; IRM, CLOvE; results on ColoredMNIST.",
     tests=[
         "methods/estimators/multi_objective/test_v_rex.py::test_the_gradient_is_that_of_mean_and_variance",
         "methods/estimators/multi_objective/test_v_rex.py::test_losses_draw_together",
