@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import luthier
 from helpers.objectives import average, batch_of, cast, network, pair_rows
 from helpers.plans import played, report
 from luthier.recipe.published import find_published
@@ -71,3 +72,24 @@ def test_five_tuners_of_code_train_what_their_formulas_say():
     assert all(run["init_from"] is None for run in runs)
     assert [run.get("quantization") for run in runs] == [None, None, None, None, "nf4"]
     assert runs[0]["tuner"] == runs[4]["tuner"]
+
+
+def test_lora_and_prefixes_differ_in_nothing_but_the_tuner():
+    """Two runs on the same rows from the same model, with the trainable parameters of their formulas."""
+    pipeline = find_published("code-change-peft-study").recipe
+    runs = pipeline["plan"]
+    assert [set(run) for run in runs] == [{"tuner", "learning_rate", "init_from"}] * 2
+    assert runs[0]["init_from"] is runs[1]["init_from"] is None
+    counts = [check_trainable(build("tuner", run["tuner"]).attach(network()))["moving"] for run in runs]
+    config = network().config
+    d, layers = config.hidden_size, config.num_hidden_layers
+    kv = d // config.num_attention_heads * config.num_key_value_heads
+    assert counts == [layers * 8 * (2 * d + d + kv), layers * 20 * 2 * kv]
+
+
+def test_topics_are_measured_by_f1_weighted_by_rows(tmp_path):
+    """Tuned on one set of rows and measured on another, whose languages may be others."""
+    report = luthier.tune(Recipe.load("recipe:masakhanews"), folder=tmp_path)
+    assert {"f1", "f1_weighted", "f1/business", "f1/sports"} <= report.after.keys()
+    halves = (report.after["f1/business"] + report.after["f1/sports"]) / 2
+    assert report.after["f1_weighted"] == pytest.approx(halves)  # one row of each label in the test

@@ -133,11 +133,23 @@ def test_metrics_by_hand():
     present = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 0]]).bool()
     out = of_labels(chosen, present, ["a", "b", "c"])
     third = pytest.approx(2 / 3)
-    assert out == {"f1": pytest.approx(4 / 9), "f1_micro": third, "f1/a": third, "f1/b": third, "f1/c": 0.0}
+    means = {"f1": pytest.approx(4 / 9), "f1_micro": third, "f1_weighted": third}
+    assert out == {**means, "f1/a": third, "f1/b": third, "f1/c": 0.0}
     out = of_numbers(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[2.0], [4.0], [100.0]]))
     assert out["mse"] == pytest.approx((1 + 4 + 96**2) / 3) and out["spearman"] == pytest.approx(1.0)
     assert out["pearson"] == pytest.approx(np.corrcoef([1, 2, 4], [2, 4, 100])[0, 1])
     assert "pearson" not in of_numbers(torch.ones(3, 1), torch.randn(3, 1))
+
+
+def test_f1_weighted_is_the_mean_over_rows():
+    """Each row counts with the F1 of its label, by scikit-learn's definition: the rare label hardly shows."""
+    present = torch.nn.functional.one_hot(torch.tensor([0] * 9 + [1]), 3).bool()
+    chosen = torch.nn.functional.one_hot(torch.tensor([0] * 9 + [2]), 3).bool()
+    out = of_labels(chosen, present, ["often", "rare", "never"])
+    assert out["f1_weighted"] == pytest.approx(0.9) and out["f1"] == pytest.approx(1 / 3)
+    swapped = of_labels(chosen[[9, *range(9)]], present[[9, *range(9)]], ["often", "rare", "never"])
+    assert swapped == out
+    assert of_labels(present, present, ["often", "rare", "never"])["f1_weighted"] == 1.0
 
 
 @pytest.mark.long

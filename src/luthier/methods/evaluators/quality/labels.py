@@ -20,6 +20,7 @@ from luthier.registry import Metric, evaluator
     metrics=[
         Metric("f1", "F1, mean of labels", unit="%", better="higher", rank=4),
         Metric("f1_micro", "F1, all labels together", unit="%", better="higher", rank=5),
+        Metric("f1_weighted", "F1, mean of labels by their rows", unit="%", better="higher", rank=6),
         Metric("mse", "mean squared error", better="lower", rank=1),
         Metric("mae", "mean absolute error", better="lower", rank=2),
         Metric("pearson", "Pearson correlation", better="higher", rank=3),
@@ -30,8 +31,8 @@ from luthier.registry import Metric, evaluator
     costs="one forward pass over the held-out rows.",
 )
 class Labels(Evaluator):
-    """Of classes and several labels `f1` (macro), `f1_micro`, and `f1/NAME` of each label; of a regression
-    `mse`, `mae`, `pearson` and `spearman` (of several numbers their means).
+    """Of classes and several labels `f1` (macro), `f1_micro`, `f1_weighted`, and `f1/NAME` of each label; of
+    a regression `mse`, `mae`, `pearson` and `spearman` (of several numbers their means).
     """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
@@ -69,6 +70,8 @@ def of_labels(chosen: Tensor, present: Tensor, names: list[str]) -> dict[str, fl
     total = chosen.sum(0) + present.sum(0)
     each = 2 * right / total.clamp(min=1)
     out = {"f1": float(each.mean()), "f1_micro": float(2 * right.sum() / total.sum().clamp(min=1))}
+    of_rows = present.sum(0)
+    out["f1_weighted"] = float((each * of_rows).sum() / of_rows.sum().clamp(min=1))
     return out | {f"f1/{name}": value for name, value in zip(names, each.tolist(), strict=True)}
 
 
