@@ -27,8 +27,8 @@ from luthier.registry import estimator
     starting_rate="that of the tuner.",
     covers="the largest of the groups' mean losses as what is minimized, by exponentiated weights or the"
     " worst group alone.",
-    omits="groups by the errors of earlier networks, rounds of discovery, balanced classes in each group,"
-    " and the synthesis of one network by distillation: nothing here builds rich features.",
+    omits="the plan that repeats discovery (stage `error_groups` makes a round's groups) and the synthesis of"
+    " one network by distillation: rich features are not built.",
     tests=[
         "methods/estimators/multi_objective/test_group_dro.py::test_weights_grow_with_the_losses",
         "methods/estimators/multi_objective/test_group_dro.py::test_the_worst_group_alone",
