@@ -191,6 +191,13 @@ def test_settings_of_a_tuner_under_another_name_may_come_from_the_command_line()
     assert Recipe.load(None, ["tuner=dora", "tuner.r=8"]).tuner == {"name": "lora", "use_dora": True, "r": 8}
 
 
+def test_keys_of_training_arguments_are_recognised():
+    with pytest.raises(RecipeError, match="no key 'deepspeed'; it is one of transformers' TrainingArguments"):
+        Recipe.load({"deepspeed": "zero2.json"})
+    with pytest.raises(RecipeError, match="no key 'sede'; did you mean 'seed'"):
+        Recipe.load({"sede": 1})
+
+
 def test_other_words_for_numbers_and_optimizers():
     recipe = Recipe.load({"dtype": "bf16", "optim": "paged_adamw_32bit", "quantization": "4bit"})
     assert (recipe.dtype, recipe.optim, recipe.quantization) == ("bfloat16", "adamw", "nf4")

@@ -5,8 +5,10 @@ settings of methods may stand at the top, and every value remembers where it cam
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +321,8 @@ class Reading:
                     owners.append(f"{kind} '{cls.name}'")
         if owners:
             return f"; it is a setting of {', '.join(owners[:3])}"
+        if is_training_argument(key):
+            return "; it is one of transformers' TrainingArguments: see `luthier import FILE`"
         return did_you_mean(key, {*self.defaults, *ALIASES}.union(*places.values()))
 
     def set_in(self, place: str, key: str, value: Any) -> None:
@@ -333,6 +337,17 @@ class Reading:
         if method == "auto":
             method = "causal"
         self.out[first] = {**as_spec(method), key: value}
+
+
+def is_training_argument(key: str) -> bool:
+    """Whether transformers' trainer has a setting of that name. Its source is read, for the class takes
+    seconds to import.
+    """
+    package = find_spec("transformers")
+    source = Path(package.origin or "").with_name("training_args.py") if package else None
+    if source is None or not source.is_file():
+        return False
+    return re.search(rf"^    {re.escape(key)}: ", source.read_text("utf-8"), re.MULTILINE) is not None
 
 
 def in_our_names(key: str, value: Any) -> Any:
