@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import MambaConfig, MambaForCausalLM
 
 from helpers.tuners import anywhere, base, put
 from luthier.errors import RecipeError
@@ -52,3 +53,38 @@ def test_counted_budgets_count_the_chosen_modules_alone():
             assert sum(p.numel() for p in apet.parameters().values()) == 500
             spt = put("spt", budget=500, **where)
             assert abs(sum(p.numel() for p in spt.parameters().values()) - 500) <= len(spt.layers)
+
+
+@pytest.mark.parametrize("name", ["lora", "apet", "iaa", "spt", "peft"])
+def test_layers_that_are_not_there_are_named(name):
+    """Whichever way the modules are chosen, and where one of several layers is missing."""
+
+    def attach(**where):
+        return put(name, **({"type": "vera", "config": where} if name == "peft" else where))
+
+    for layers in ([0, 9], [9]):
+        with pytest.raises(RecipeError, match="layers_to_transform 9 matches none of the 4 modules"):
+            attach(layers_to_transform=layers, target_modules=["q_proj", "down_proj"])
+    with pytest.raises(RecipeError, match=r"layers_to_transform \[\] names no layer"):
+        attach(layers_to_transform=[])
+    whole = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert modules_of(attach(layers_to_transform=[1], target_modules=whole)) == {whole[1]}
+
+
+def test_what_a_state_space_network_does_not_call_is_left_out():
+    """The step sizes of Mamba are computed from a weight whose module is never called."""
+    shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+
+    def attach(name: str, **settings) -> set[str]:
+        attached = put(name, MambaForCausalLM(MambaConfig(**shape)), **settings)
+        return {n.rpartition(".")[2] for n in getattr(attached, "layers", ())}
+
+    assert attach("lora") == attach("lora", layers_to_transform=[1]) == {"in_proj", "x_proj"}
+    assert attach("lora", exclude_modules=r".*in_proj") == {"x_proj"}
+    assert attach("spiel") == attach("apet", n=50) == {"in_proj", "x_proj", "out_proj"}
+    with pytest.raises(RecipeError, match="without calling the module"):
+        attach("lora", target_modules=["dt_proj"])
+    attach("pruned")
+    for name, settings in (("antidote", {}), ("pruned", {"criterion": "wanda"})):
+        with pytest.raises(RecipeError, match=f"tuner '{name}' measures what matrices read"):
+            attach(name, **settings)

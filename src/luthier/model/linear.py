@@ -35,6 +35,18 @@ def linear_modules(model: nn.Module) -> dict[str, Any]:
     return modules
 
 
+def uncalled_modules(model: nn.Module) -> list[str]:
+    """Names of the linear modules whose weights a network reads without calling them, so that nothing can be
+    measured or added there: the step sizes of selective state spaces (Mamba, Jamba).
+    """
+    names = []
+    for name in linear_modules(model):
+        mixer, _, leaf = name.rpartition(".")
+        if leaf == "dt_proj" and hasattr(model.get_submodule(mixer), "A_log"):
+            names.append(name)
+    return names
+
+
 def base_layer(module: Any) -> Any:
     """The module that an adapter's layer wraps, or the module itself."""
     if hasattr(module, "get_base_layer"):

@@ -121,7 +121,8 @@ class Layerwise(Delta):
     def enter(self, model):
         from luthier.methods.tuners._peft.chosen import chosen_modules
 
-        width = model.get_input_embeddings().weight.shape[1]
+        table = getattr(model.get_input_embeddings(), "weight", None)  # patches have none
+        width = model.config.hidden_size if table is None else table.shape[1]
         for name, matrix in chosen_modules(self, model).items():
             place = layer_of(f"{name}.")
             if place is None or oriented(matrix).shape[0] != width:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists as exists
 
 from luthier.methods.tuners._peft.registration import config_for
 from luthier.methods.tuners._peft.targets import ends_one
-from luthier.model.linear import linear_modules
+from luthier.model.linear import linear_modules, uncalled_modules
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -22,9 +22,9 @@ def chosen_modules(settings: Any, model: Network) -> dict[str, Any]:
     config = config_for(settings, model)
     chosen = {}
     if config.target_modules == "all-linear":
-        head = model.get_output_embeddings()
+        head, left_out = model.get_output_embeddings(), uncalled_modules(model)
         for name, module in linear_modules(model).items():
-            if module is not head and not _excluded(name, config.exclude_modules):
+            if module is not head and name not in left_out and not _excluded(name, config.exclude_modules):
                 chosen[name] = module
         return chosen
     for name, module in model.named_modules():

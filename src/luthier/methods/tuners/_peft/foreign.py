@@ -18,7 +18,13 @@ from peft.utils.peft_types import PeftType
 from luthier.compat.peft import name_all_linear
 from luthier.errors import RecipeError
 from luthier.methods.tuners._peft.registration import register
-from luthier.methods.tuners._peft.targets import as_list, ends_one, first_line, modules_in_layers
+from luthier.methods.tuners._peft.targets import (
+    as_list,
+    ends_one,
+    first_line,
+    modules_in_layers,
+    only_ends,
+)
 from luthier.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -124,10 +130,13 @@ def place(config: PeftConfig, model: Network) -> None:
                 " modules in config: {target_modules: [...]}"
             )
         config.target_modules = "all-linear"
-    layers = as_list(getattr(config, "layers_to_transform", None))
-    if layers and isinstance(config.target_modules, str):
-        config.target_modules = set(modules_in_layers("peft", config.target_modules, layers, config, model))
-        config.layers_to_transform = config.layers_pattern = None
+    target = usual.get(network) if config.target_modules is None else config.target_modules
+    if target and getattr(config, "layers_to_transform", None) is not None:
+        layers = as_list(config.layers_to_transform)
+        inside = modules_in_layers("peft", target, layers, config, model)
+        if not only_ends(target, model):
+            config.target_modules = set(inside)
+            config.layers_to_transform = config.layers_pattern = None
     if kind == "IA3":
         _fit_feedforward(config, model)
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import RecipeError
 from luthier.model.anatomy import layer_of
-from luthier.model.linear import linear_modules
+from luthier.model.linear import linear_modules, uncalled_modules
 from luthier.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class ModuleNames:
 
     def __init__(self, model: Network):
         self.names = [n for n, _ in model.named_modules() if n]
+        self.uncalled = set(uncalled_modules(model))
         # last names of the modules that hold a matrix, and how many there are of each
         self.leaves: dict[str, int] = {}
         for name, module in model.named_modules():
@@ -65,15 +66,24 @@ FUSED_STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h
 LORA_LIKE = {"ADALORA", "LORA", "RANDLORA", "XLORA"}
 
 
-def bypassed_modules(model: Network, config: PeftConfig) -> list[str]:
-    """What PEFT's all-linear is to leave out of a state-space network, where PEFT refuses LoRA on it."""
-    if getattr(config, "target_modules", None) != "all-linear" or getattr(config, "exclude_modules", None):
-        return []
+def bypassed_modules(model: Network, config: PeftConfig, settings: Any) -> Any:
+    """`exclude_modules` of all-linear settings with what a state-space network does not call, and what PEFT
+    refuses LoRA on there; None: as they are.
+    """
+    targets = [getattr(where, "target_modules", None) for where in (config, settings)]
+    targets.append((getattr(settings, "config", None) or {}).get("target_modules"))
+    if "all-linear" not in targets or not hasattr(config, "exclude_modules"):
+        return None
+    out = {name.rpartition(".")[2] for name in uncalled_modules(model)}
     lora_like = str(getattr(config.peft_type, "value", config.peft_type)) in LORA_LIKE
-    if not lora_like or getattr(model.config, "model_type", None) not in FUSED_STATE_SPACE:
-        return []
-    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return sorted(linear & {"conv1d", "out_proj"})
+    if lora_like and getattr(model.config, "model_type", None) in FUSED_STATE_SPACE:
+        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        out |= linear & {"conv1d", "out_proj"}
+    if not out:
+        return None
+    if isinstance(config.exclude_modules, str):
+        return rf"{config.exclude_modules}|.*\.({'|'.join(sorted(out))})"
+    return sorted(out | set(as_list(config.exclude_modules)))
 
 
 def tied_modules(model: Network) -> list[list[str]]:
@@ -87,34 +97,56 @@ def tied_modules(model: Network) -> list[list[str]]:
 
 
 def in_layers(settings: Any, model: Network) -> Any:
-    """Settings in which `layers_to_transform` is carried out where PEFT itself cannot, beside all-linear or a
-    regular expression: their modules in these layers, by their whole names. Raises RecipeError where there
-    are none.
+    """Settings in which `layers_to_transform` is carried out where PEFT itself cannot, beside all-linear, a
+    regular expression or whole names: their modules in these layers, by their whole names. Raises RecipeError
+    where a layer has none.
     """
-    layers, target = as_list(settings.layers_to_transform), settings.target_modules
-    if not layers or not isinstance(target, str):
+    if settings.layers_to_transform is None:
         return settings
+    layers, target = as_list(settings.layers_to_transform), settings.target_modules
     inside = modules_in_layers(settings.name, target, layers, settings, model)
+    if only_ends(target, model):
+        return settings
     return replace(settings, target_modules=inside, layers_to_transform=None, layers_pattern=None)
 
 
-def modules_in_layers(tuner: str, target: str, layers: list[int], where: Any, model: Network) -> list[str]:
-    """The whole names of the modules in these layers that `target`, all-linear or a regular expression,
-    chooses. where: settings with a `layers_pattern`. Raises RecipeError where a layer has none.
+def only_ends(target: Any, model: Network) -> bool:
+    """Whether these are ends of names: PEFT looks at the layer of a module for them alone."""
+    if isinstance(target, str):
+        return False
+    names = {name for name, _ in model.named_modules()}
+    return not any(name in names and _depth(name, None) is not None for name in target)
+
+
+def modules_in_layers(tuner: str, target: Any, layers: list[int], where: Any, model: Network) -> list[str]:
+    """The whole names of the modules in these layers that `target` chooses: all-linear, a regular expression,
+    or a list of names and their ends, where what stands in no layer stays. where: settings with a
+    `layers_pattern`. Raises RecipeError where a layer has none.
     """
+    if not layers:
+        raise RecipeError(f"tuner '{tuner}': layers_to_transform [] names no layer; leave it out for all")
+    names: list[str] = []
+    outside: list[str] = []
     if target == "all-linear":
         head = model.get_output_embeddings()
-        names = [name for name, module in linear_modules(model).items() if module is not head]
-    else:
+        left_out = uncalled_modules(model)
+        for name, module in linear_modules(model).items():
+            if module is not head and name not in left_out:
+                names.append(name)
+    elif isinstance(target, str):
         names = [name for name, _ in model.named_modules() if re.fullmatch(target, name)]
-    depths = {name: _depth(name, where.layers_pattern) for name in names}
+    else:
+        names = [name for name, _ in model.named_modules() if any(ends_one(end, [name]) for end in target)]
+        outside = [name for name in names if name in target and _depth(name, None) is None]
+    pattern = getattr(where, "layers_pattern", None)
+    depths = {name: _depth(name, pattern) for name in names}
     for layer in layers:
-        if layer not in depths.values():
+        if names and layer not in depths.values():
             raise RecipeError(
                 f"tuner '{tuner}': layers_to_transform {layer} matches none of the {len(names)}"
                 " modules that target_modules chooses"
             )
-    return [name for name in names if depths[name] in layers]
+    return [name for name in names if depths[name] in layers or name in outside]
 
 
 def _depth(name: str, patterns: Any) -> int | None:

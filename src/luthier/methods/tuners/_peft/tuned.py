@@ -66,9 +66,9 @@ class PeftTunedModel(TunedModel):
                     f"tuner '{settings.name}': target_parameters '{name}' is quantized; keep"
                     " the experts unquantized with quantization.skip_modules: [experts]"
                 )
-        bypassed = bypassed_modules(model, config)
-        if bypassed:
-            config.exclude_modules = bypassed
+        bypassed = bypassed_modules(model, config, settings)
+        if bypassed is not None:
+            cast(Any, config).exclude_modules = bypassed
         named = getattr(config, "target_modules", None) is not None  # else the modules are PEFT's usual ones
         mode = model.training
         with warnings.catch_warnings(record=True) as caught:
@@ -116,12 +116,12 @@ class PeftTunedModel(TunedModel):
                     f"tuner '{self.settings.name}': target_parameters '{name}' matches"
                     f" nothing{did_you_mean(name, present.bare)}"
                 )
-        for index in as_list(getattr(config, "layers_to_transform", None)):
-            if not any(f".{index}." in h for h in hit):
-                raise RecipeError(
-                    f"tuner '{self.settings.name}': layers_to_transform {index} matches none of"
-                    f" the {len(hit)} modules"
-                )
+        if silent := sorted(present.uncalled & set(hit)):
+            raise RecipeError(
+                f"tuner '{self.settings.name}': {type(self.model).__name__} reads the weight of {silent[0]}"
+                " without calling the module, so nothing can be learned beside it; leave it out of"
+                " target_modules"
+            )
         whole = []
         for name, module in self.model.named_modules():
             rows = isinstance(module, TrainableTokensWrapper)  # PEFT ties rows of tokens by itself

@@ -11,7 +11,7 @@ pruned layers; of a model tuned with LoRA the merged weights are pruned.
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -44,6 +44,8 @@ from luthier.registry import Range, tuner
 )
 class Antidote(Tuner):
     """Of each row of a matrix, what matters most for harmful answers becomes zero."""
+
+    reads_rows: ClassVar[bool] = True
 
     ratio: Annotated[float, Field(ge=0, lt=1), Range(0.05, 0.3)] = 0.1  # share of each row that becomes zero
     init_rows: Annotated[int, Field(ge=1)] = 1000  # harmful rows that are read

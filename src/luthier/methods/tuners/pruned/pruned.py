@@ -26,6 +26,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of
+from luthier.model.linear import uncalled_modules
 from luthier.model.statistics import statistics
 from luthier.registry import tuner
 
@@ -60,6 +61,11 @@ class Pruned(Tuner):
             match = PATTERN.fullmatch(self.pattern)
             if not match or not 0 < int(match[1]) < int(match[2]):
                 raise RecipeError(f"pattern: '{self.pattern}' must have the form kept:group, such as 2:4")
+
+    @property
+    def reads_rows(self) -> bool:
+        """Is importance measured on rows?"""
+        return self.criterion != "magnitude"
 
     def attach(self, model):
         return PrunedModel(self, model)
@@ -124,6 +130,13 @@ class PrunedModel(TunedWeights):
         }
         if not self.matrices:
             raise RecipeError(f"tuner 'pruned' finds no matrices in the layers of {type(model).__name__}")
+        silent = [name for name in uncalled_modules(model) if f"{name}.weight" in self.matrices]
+        if silent and settings.reads_rows:
+            raise RecipeError(
+                f"tuner '{settings.name}' measures what matrices read, and {type(model).__name__} reads the"
+                f" weight of {silent[0]} without calling the module; tuner 'pruned' with criterion magnitude"
+                " measures nothing"
+            )
         self.stays = {n: torch.ones_like(model.get_parameter(n), dtype=torch.bool) for n in self.matrices}
 
     def memory(self):
