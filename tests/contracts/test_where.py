@@ -71,6 +71,21 @@ def test_layers_that_are_not_there_are_named(name):
     assert modules_of(attach(layers_to_transform=[1], target_modules=whole)) == {whole[1]}
 
 
+@pytest.mark.parametrize("name", ["lora", "apet", "ssf", "peft"])
+def test_patterns_that_say_nothing(name):
+    def attach(**where):
+        return put(name, **({"type": "oft", "config": where} if name == "peft" else where))
+
+    for key in ("target_modules", "exclude_modules"):
+        with pytest.raises(RecipeError, match=f"{key} '\\(' is no regular expression"):
+            attach(**{key: "("})
+    with pytest.raises(RecipeError, match=r"layers_to_transform.* (too|must)"):
+        attach(layers_pattern="layers")
+    for excluded in (["q_prj"], r".*q_prj"):
+        warnings = attach(exclude_modules=excluded).warnings
+        assert any("q_prj' matches nothing" in text for text in warnings)
+
+
 def test_what_a_state_space_network_does_not_call_is_left_out():
     """The step sizes of Mamba are computed from a weight whose module is never called."""
     shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}

@@ -20,6 +20,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._peft.registration import register
 from luthier.methods.tuners._peft.targets import (
     as_list,
+    check_where,
     ends_one,
     first_line,
     modules_in_layers,
@@ -120,6 +121,7 @@ def place(config: PeftConfig, model: Network) -> None:
     kind = type_of(config)
     if not hasattr(config, "target_modules") or kind == "TRAINABLE_TOKENS":
         return
+    check_where("peft", config)
     usual = _usual_modules(config)
     network = getattr(model.config, "model_type", "")
     named = config.target_modules is not None or getattr(config, "target_parameters", None)

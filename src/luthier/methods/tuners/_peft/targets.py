@@ -54,6 +54,13 @@ class ModuleNames:
             else None
         )
 
+    def unmatched(self, config: PeftConfig) -> list[str]:
+        """What `exclude_modules` names, or its regular expression, and no module has."""
+        excluded = getattr(config, "exclude_modules", None)
+        if isinstance(excluded, str):
+            return [] if any(re.fullmatch(excluded, name) for name in self.names) else [excluded]
+        return sorted(name for name in as_list(excluded) if not ends_one(name, self.names))
+
     def hint(self, name: str | None) -> str:
         """What was probably meant, and what there is."""
         near = did_you_mean(name.rpartition(".")[2], self.leaves) if name else ""
@@ -96,11 +103,32 @@ def tied_modules(model: Network) -> list[list[str]]:
     return [g for g in groups.values() if len(g) > 1]
 
 
+def check_where(tuner: str, where: Any) -> None:
+    """Raises RecipeError for a regular expression that is none, and for `layers_pattern` without layers."""
+    for key in ("target_modules", "exclude_modules"):
+        pattern = getattr(where, key, None)
+        if not isinstance(pattern, str):
+            continue
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RecipeError(
+                f"tuner '{tuner}': {key} '{pattern}' is no regular expression ({error}); write one name"
+                " as a list"
+            ) from None
+    if getattr(where, "layers_pattern", None) and where.layers_to_transform is None:
+        raise RecipeError(
+            f"tuner '{tuner}': layers_pattern names the list in which layers_to_transform are counted; set"
+            " layers_to_transform, too"
+        )
+
+
 def in_layers(settings: Any, model: Network) -> Any:
     """Settings in which `layers_to_transform` is carried out where PEFT itself cannot, beside all-linear, a
     regular expression or whole names: their modules in these layers, by their whole names. Raises RecipeError
     where a layer has none.
     """
+    check_where(settings.name, settings)
     if settings.layers_to_transform is None:
         return settings
     layers, target = as_list(settings.layers_to_transform), settings.target_modules

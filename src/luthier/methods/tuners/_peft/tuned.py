@@ -66,6 +66,7 @@ class PeftTunedModel(TunedModel):
                     f"tuner '{settings.name}': target_parameters '{name}' is quantized; keep"
                     " the experts unquantized with quantization.skip_modules: [experts]"
                 )
+        unmatched = present.unmatched(config)
         bypassed = bypassed_modules(model, config, settings)
         if bypassed is not None:
             cast(Any, config).exclude_modules = bypassed
@@ -88,6 +89,9 @@ class PeftTunedModel(TunedModel):
         # else they are PEFT's, for fused experts
         own = any(k.endswith("_pattern") for k in getattr(settings, "config", None) or {})
         self.warnings = tuple(s for s in messages if own or "_pattern keys did not match" not in s)
+        for name in unmatched:
+            hint = present.hint(name)
+            self.warnings += (f"tuner '{settings.name}': exclude_modules '{name}' matches nothing{hint}",)
         self.layers: dict[str, BaseTunerLayer] = {}
         self.token_rows: dict[str, BaseTunerLayer] = {}  # of tokens that train beside the layers
         for name, module in model.named_modules():
