@@ -123,7 +123,7 @@ def base_for(merger: Any, merge: Merge, several: list[TensorFiles]) -> TensorFil
         if any(adapters):
             raise RecipeError("adapters are merged without a base model; export the runs as merged first")
         return TensorFiles(Path(merge.base))
-    if "base" in merger.requires and not (merger.name == "slerp" and len(several) == 2):
+    if merger.needs_base(len(several)):
         more = "; export the adapters as merged first" if any(adapters) else ": give --base"
         raise RecipeError(f"merger '{merger.name}' needs the base model that the runs began with{more}")
     return None

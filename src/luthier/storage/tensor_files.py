@@ -86,7 +86,10 @@ class TensorFiles(Mapping[str, Tensor]):
     def empty(self, name: str) -> Tensor:
         """A tensor without entries, of a tensor's dtype."""
         part = self.open(self.folder / self.file_of[name]).get_slice(name)
-        return torch.empty(0, dtype=TORCH[part.get_dtype()])
+        dtype = part.get_dtype()
+        if dtype not in TORCH:
+            raise RecipeError(f"{self.folder}: {name} is {dtype}; merge the model before it is quantized")
+        return torch.empty(0, dtype=TORCH[dtype])
 
 
 def write_tensors(path: Path, places: Mapping[str, tuple[torch.dtype, list[int]]], tensors: Mapping) -> None:

@@ -28,6 +28,10 @@ class Merger:
         """
         raise NotImplementedError
 
+    def needs_base(self, n: int) -> bool:
+        """Does a merge of n models need the model that all of them began with?"""
+        return "base" in self.requires
+
     def tensor_by_tensor(self) -> bool:
         """Does each tensor of the result follow from the tensors of its own name alone? Merges of large
         models then take one tensor after another from the disk.

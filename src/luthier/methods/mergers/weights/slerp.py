@@ -47,6 +47,9 @@ class Slerp(Merger):
     attention: list[Share] | None = None  # t of attention over depth, e.g. [0, 0.5, 0.3, 0.7, 1]
     mlp: list[Share] | None = None  # t of the MLP over depth
 
+    def needs_base(self, n):
+        return n != 2  # of one run the base is the other end
+
     def tensor_by_tensor(self):
         return not (self.attention or self.mlp)
 
