@@ -182,7 +182,8 @@ def test_one_method_tells_its_settings():
 def test_papers_cover_the_catalogue():
     found = json.loads(luth("papers", "--json").stdout)
     assert len(found) == len({p["row"] for p in found}) == 322
-    assert all(set(p) == {"row", "title", "kind", "family", "by", "coverage"} and p["title"] for p in found)
+    keys = {"row", "title", "kind", "family", "by", "coverage", "adjacent"}
+    assert all(set(p) == keys and p["title"] for p in found)
     ssf = next(p for p in found if p["row"] == "ssf")
     assert ssf["by"] == ["tuner/ssf"]
     assert any(p["by"] == [] for p in found)

@@ -41,6 +41,16 @@ def test_a_page_of_a_paper():
     assert catalogue.paper_page("zecoler")[-1] == "No method implements it."
 
 
+def test_papers_that_tune_nothing_say_so():
+    others = catalogue.adjacent()
+    assert set(others) == {paper["row"] for paper in catalogue.papers() if paper["family"] == "adjacent"}
+    for row, entry in others.items():
+        assert any("tunes no foundation model" in line for line in catalogue.paper_page(row))
+        for test in entry.tests.split():
+            path, _, name = test.partition("::")
+            assert name in functions(path), test
+
+
 def test_a_declaration_of_several_papers_says_it_of_each():
     from luthier.registry import Coverage, coverage_of
 

@@ -3,7 +3,8 @@ here imports a network.
 
 `papers.json` holds the short name, title, kind and family of every paper of the catalogue. `write_papers`
 makes it from a jsonl file that has these columns among others. Which method implements a paper is read from
-the declarations (`row="ssf"`).
+the declarations (`row="ssf"`). `adjacent.yaml` says of papers that tune no foundation model why, and what
+stands for them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from luthier.registry.describe import EXCEPTIONS
 from luthier.storage.bounded_yaml import load_yaml, read_yaml
 
 PAPERS = Path(__file__).with_name("papers.json")
+ADJACENT = Path(__file__).with_name("adjacent.yaml")
 COLUMNS = ("name", "title", "kind", "family")
 
 
@@ -76,7 +78,8 @@ def pages(name: str, kind: str | None = None, write: Callable[[type], str] = pag
 
 def papers(word: str | None = None, own: bool = False) -> list[dict[str, Any]]:
     """The papers of the catalogue whose name, title, kind, family or method contains `word`; `by`: the
-    methods that implement each; `coverage`: what each of these has of it. own: luthier's methods alone.
+    methods that implement each; `coverage`: what each of these has of it; `adjacent`, of papers that tune no
+    foundation model: why, and what stands for them. own: luthier's methods alone.
     """
     implementers = implemented(own)
     matches = []
@@ -87,16 +90,16 @@ def papers(word: str | None = None, own: bool = False) -> list[dict[str, Any]]:
         if word and word.lower() not in text.lower():
             continue
         coverage = [{"by": source, **asdict(c)} for source, c in by.items() if c != Coverage()]
-        matches.append(
-            {
-                "row": name,
-                "title": title,
-                "kind": kind,
-                "family": family,
-                "by": list(by),
-                "coverage": coverage,
-            }
-        )
+        match = {
+            "row": name,
+            "title": title,
+            "kind": kind,
+            "family": family,
+            "by": list(by),
+            "coverage": coverage,
+            "adjacent": asdict(adjacent()[name]) if name in adjacent() else None,
+        }
+        matches.append(match)
     return matches
 
 
@@ -110,9 +113,12 @@ def paper_page(row: str) -> list[str]:
     else:
         return []
     lines = [f"{row} ({paper['kind']}, {paper['family']})", paper["title"], ""]
-    if not paper["by"]:
+    if row in adjacent():
+        lines += adjacent()[row].lines()
+    elif not paper["by"]:
         return [*lines, "No method implements it."]
-    lines.append(f"Implemented by: {', '.join(paper['by'])}")
+    if paper["by"]:
+        lines.append(f"Implemented by: {', '.join(paper['by'])}")
     for part in paper["coverage"]:
         lines += ["", part["by"]]
         lines.append(f"    there: {part['covers'] or '-'}")
@@ -125,6 +131,26 @@ def paper_page(row: str) -> list[str]:
 def all_papers() -> tuple[dict[str, str], ...]:
     """papers.json."""
     return tuple(json.loads(PAPERS.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Adjacent:
+    """Why a paper tunes no foundation model, and what stands for it."""
+
+    why: str
+    instead: str
+    tests: str = ""  # tests that show it, as pytest names them below tests/
+
+    def lines(self) -> list[str]:
+        """As `luthier papers NAME` prints it."""
+        tests = [f"    test: tests/{test}" for test in self.tests.split()]
+        return [f"It tunes no foundation model: {self.why}", f"    in its stead: {self.instead}", *tests]
+
+
+@cache
+def adjacent() -> dict[str, Adjacent]:
+    """adjacent.yaml."""
+    return {row: Adjacent(**entry) for row, entry in read_yaml(ADJACENT).items()}
 
 
 def implemented(own: bool = False) -> dict[str, dict[str, Coverage]]:

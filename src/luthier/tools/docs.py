@@ -2,7 +2,7 @@
 `--check` fails where they differ, `--site FOLDER` writes a whole docs folder for the site, with a page for
 every method.
 
-In the repository: docs/methods/<kind>.md, docs/papers.md, docs/claims.md, docs/published.md, and between two
+In the repository: docs/methods/<kind>.md, docs/papers.md, docs/adjacent.md, docs/claims.md, docs/published.md, and between two
 marks the table of keys in docs/recipes.md and the toy tasks in docs/toy.md. Everything else in docs/ is
 written by hand.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from luthier import compat, registry
-from luthier.recipe.catalogue import all_papers, papers
+from luthier.recipe.catalogue import adjacent, all_papers, papers
 from luthier.recipe.published import published
 from luthier.study.reproduce.page import page as claims_page
 from luthier.tools.method_page import escape, site_page
@@ -41,6 +41,7 @@ def pages() -> dict[str, str]:
             out[f"methods/{kind}.md"] = tidy(index(kind))
     out["methods/index.md"] = tidy(kinds(own=True))
     out["papers.md"] = tidy(papers_page())
+    out["adjacent.md"] = tidy(adjacent_page())
     out["claims.md"] = tidy(claims_page())
     out["compat.md"] = tidy(compat_page())
     out["published.md"] = tidy(published_page())
@@ -138,10 +139,12 @@ def papers_page() -> str:
     """The papers of the catalogue that a method of luthier's implements or a claim tries."""
     done = [p for p in papers(own=True) if p["by"]]
     total = len(all_papers())
+    others = len(adjacent().keys() - {p["row"] for p in done})
     lines = [
         "# Papers",
         "",
-        f"{len(done)} of the {total} papers of the catalogue are implemented or tried;"
+        f"{len(done)} of the {total} papers of the catalogue are implemented or tried, {others} more"
+        " [tune no foundation model](adjacent.md);"
         " `luthier papers` lists them all, `luthier papers NAME` prints what is said here of one.",
         "",
     ]
@@ -155,6 +158,22 @@ def papers_page() -> str:
         for part in p["coverage"]:
             lines += coverage_lines(part)
         lines.append("")
+    return "\n".join(lines)
+
+
+def adjacent_page() -> str:
+    """The papers of the catalogue that tune no foundation model, and what stands for each."""
+    lines = [
+        "# Papers that tune nothing",
+        "",
+        "Papers of the catalogue that tune no foundation model. What of them can be used in tuning stands",
+        "beside them; for the rest there is nothing to tune, and no method pretends to be it.",
+        "",
+        "| paper | why it is not fine-tuning | in its stead |",
+        "| - | - | - |",
+    ]
+    for row, entry in adjacent().items():
+        lines.append(f"| {row} | {cell(entry.why)} | {cell(entry.instead)} |")
     return "\n".join(lines)
 
 

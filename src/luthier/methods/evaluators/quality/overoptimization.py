@@ -32,13 +32,22 @@ from luthier.registry import Artifact, Metric, build, evaluator
     ],
     artifacts=[Artifact("overoptimization.jsonl")],
     paper="arXiv:2311.00168",
-    row="alignment-ceiling",
+    row="alignment-ceiling objective-mismatch-mbrl",
     requires=[GENERATE],
     use_when="you train against a learned reward and can score answers by something better, if slower: it"
     " says from which step on the reward misleads.",
     costs="`samples` answers to each of `n` prompts at each evaluation, scored twice.",
-    covers="the table over a run's steps, rank correlations of its links, and the step of over-optimization.",
-    omits="tables over many reward models; refusals of benign prompts (evaluator `refusals`); KL (the log).",
+    covers={
+        "alignment-ceiling": "the table over a run's steps, rank correlations of its links, and the step of"
+        " over-optimization.",
+        "objective-mismatch-mbrl": "the correlation of what is trained with what it stands for.",
+    },
+    omits={
+        "alignment-ceiling": "tables over many reward models; refusals of benign prompts (evaluator"
+        " `refusals`); KL (the log).",
+        "objective-mismatch-mbrl": "models of dynamics and their control, which tune no foundation model;"
+        " rows weighted by their distance from what the controller does.",
+    },
     tests=[
         "methods/evaluators/quality/test_overoptimization.py::test_links_of_known_correlation",
         "methods/evaluators/quality/test_overoptimization.py::test_a_reward_that_likes_length",

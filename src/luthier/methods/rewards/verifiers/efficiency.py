@@ -47,10 +47,14 @@ print("seconds", *_times)
 
 @reward(
     paper="arXiv:2412.17264",
+    row="llm-interactive-code-optimization",
     requires=[TESTS, REFERENCE_PROGRAM],
     use_when="answers are Python programs that have to be right and fast.",
     costs="two or three sandboxed processes for each completion, one of which runs the tests `repeats` times"
     " `turns`.",
+    covers="a rewrite counts as faster where its tests pass and its median time falls, beside a reference.",
+    omits="the person who talks with a chat model, and the libraries that were made faster.",
+    tests="methods/rewards/verifiers/test_efficiency.py::test_outcomes_in_their_order",
 )
 class Efficiency(Reward):
     """base + gain * min(t_reference / t, cap) of right programs; `failing`, `error` or `none` of others."""
