@@ -2,9 +2,9 @@
 `--check` fails where they differ, `--site FOLDER` writes a whole docs folder for the site, with a page for
 every method.
 
-In the repository: docs/methods/<kind>.md, docs/papers.md, docs/adjacent.md, docs/claims.md, docs/published.md, and between two
-marks the table of keys in docs/recipes.md and the toy tasks in docs/toy.md. Everything else in docs/ is
-written by hand.
+In the repository: docs/methods/<kind>.md, docs/papers.md, docs/adjacent.md, docs/claims.md,
+docs/published.md, and between two marks the table of keys in docs/recipes.md and the toy tasks in
+docs/toy.md. Everything else in docs/ is written by hand.
 """
 
 from __future__ import annotations

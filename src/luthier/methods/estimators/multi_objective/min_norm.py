@@ -18,7 +18,7 @@ from luthier.registry import estimator
     use_when="an objective has several terms and no step should increase any of them.",
     costs="one backward pass and one stored gradient for each term.",
     starting_rate="that of the tuner.",
-    covers="the shortest vector in the hull of the goals' gradients, which is all that tuning shares with it.",
+    covers="the shortest vector in the hull of the goals' gradients, all that tuning shares with it.",
     omits="subgradients of non-smooth goals, differential equations and their reduced models.",
     tests="methods/estimators/multi_objective/test_min_norm.py"
     "::test_min_norm_is_the_shortest_mix_and_no_term_is_against_it",
