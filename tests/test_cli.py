@@ -77,9 +77,7 @@ for words in listings:
 def test_neither_import_nor_listings_load_a_network():
     """One after the other in one process: what one of them loads would be seen at the next, too."""
     words = json.dumps([HEAVY, LISTINGS])
-    done = subprocess.run(
-        [sys.executable, "-c", LISTING, words], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", LISTING, words], capture_output=True, text=True, check=True)
     imported, *listed = map(json.loads, done.stdout.splitlines())
     assert imported == []
     assert listed == [[words, []] for words in LISTINGS]
