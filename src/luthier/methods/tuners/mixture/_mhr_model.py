@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.errors import RecipeError
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer
-from luthier.methods.tuners.mixture._routed import RoutedModel
-from luthier.registry import did_you_mean
+from luthier.methods.tuners.mixture._routed import NamedRows
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -17,36 +15,17 @@ if TYPE_CHECKING:
 ADAPTED = {"skills", "tasks", "train"}  # settings in which a start may differ
 
 
-class MHRModel(RoutedModel):
+class MHRModel(NamedRows):
     """Rows are read under the mixture of their column `task`."""
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model)
-        self.per_row = settings.tasks is not None
         if settings.train == "routers":
             for layer in self.layers.values():
                 if isinstance(layer, DeltaLayer):
                     params: Any = layer.adapter_params[ADAPTER]
                     params.A.requires_grad_(False)
                     params.B.requires_grad_(False)
-
-    def task_of(self, row: Any) -> int:
-        """The number of a row's task; -1: it names none."""
-        name = row.get("task")
-        if name is None:
-            return -1
-        if str(name) not in self.settings.tasks:
-            hint = did_you_mean(str(name), self.settings.tasks)
-            raise RecipeError(f"a row has task '{name}', which tuner 'mhr' does not list in tasks{hint}")
-        return self.settings.tasks.index(str(name))
-
-    def routes(self, batch):
-        return torch.tensor([self.task_of(row) for row in batch.rows])
-
-    def prompt_routes(self, prompts, rows):
-        if not rows:
-            return torch.full((len(prompts),), -1)
-        return torch.tensor([self.task_of(row) for row in rows])
 
     # --- a start from an inventory
 

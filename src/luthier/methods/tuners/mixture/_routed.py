@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from luthier.errors import RecipeError
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
+from luthier.registry import did_you_mean
 
 if TYPE_CHECKING:
     from luthier.model.batch import Batch
@@ -60,6 +62,21 @@ def low_rank(x: Tensor, route: Tensor, factors: Factors, out: int) -> Tensor:
     return y.reshape(*x.shape[:-1], out)
 
 
+def added(y: Tensor, route: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """y [..., width] plus, at the places of every route from 0 on, what that route's function makes of them;
+    nothing where a place has the route -1.
+    """
+    places = spread(route, y.shape[:-1])
+    if places is None:  # nobody says which rows these are
+        return y
+    where, flat = places.reshape(-1), y.reshape(-1, y.shape[-1])
+    for one in places.unique().tolist():
+        if one >= 0:
+            rows = (where == one).nonzero()[:, 0]
+            flat = flat.index_add(0, rows, change(flat[rows], one))
+    return flat.reshape(y.shape)
+
+
 class RoutedModel(PeftTunedModel):
     """A Delta whose layers have a tensor `route`, filled before anything is read."""
 
@@ -94,3 +111,38 @@ class RoutedModel(PeftTunedModel):
             if isinstance(layer, DeltaLayer):
                 params: Any = layer.adapter_params[ADAPTER]
                 params._buffers["route"] = route.to(layer.get_base_layer().weight.device)
+
+
+class NamedRows(RoutedModel):
+    """A row's column `column` names its route: one of the names that the setting `listed` lists."""
+
+    column, listed = "task", "tasks"
+
+    def __init__(self, settings: Any, model: Network):
+        super().__init__(settings, model)
+        self.per_row = self.names is not None
+
+    @property
+    def names(self) -> list[str] | None:
+        """The names of the routes; None: rows do not differ."""
+        return getattr(self.settings, self.listed)
+
+    def route_of(self, row: Any) -> int:
+        """The number of what a row names; -1: it names nothing. Raises RecipeError for another name."""
+        name, names = row.get(self.column), self.names or []
+        if name is None:
+            return -1
+        if str(name) not in names:
+            raise RecipeError(
+                f"a row has {self.column} '{name}', which tuner '{self.settings.name}' does not list in"
+                f" {self.listed}{did_you_mean(str(name), names)}"
+            )
+        return names.index(str(name))
+
+    def routes(self, batch):
+        return torch.tensor([self.route_of(row) for row in batch.rows])
+
+    def prompt_routes(self, prompts, rows):
+        if not rows:
+            return torch.full((len(prompts),), -1)
+        return torch.tensor([self.route_of(row) for row in rows])

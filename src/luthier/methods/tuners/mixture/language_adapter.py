@@ -22,7 +22,7 @@ from torch import Tensor
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.methods.tuners.adapters._bottleneck import FUNCTIONS, Bottleneck
-from luthier.methods.tuners.mixture._routed import spread, unrouted
+from luthier.methods.tuners.mixture._routed import added, unrouted
 from luthier.registry import tuner
 
 
@@ -83,15 +83,7 @@ class LanguageAdapter(Bottleneck):
     def forward(self, x, y, p, layer):
         if self.languages is None:
             return y + self.change(y, p, 0)
-        places = spread(p.route, y.shape[:-1])
-        if places is None:  # nobody says which rows these are
-            return y
-        where, flat = places.reshape(-1), y.reshape(-1, y.shape[-1])
-        for language in places.unique().tolist():
-            if language >= 0:
-                rows = (where == language).nonzero()[:, 0]
-                flat = flat.index_add(0, rows, self.change(flat[rows], p, language))
-        return flat.reshape(y.shape)
+        return added(y, p.route, lambda rows, language: self.change(rows, p, language))
 
 
 def union(languages: list[str], parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
