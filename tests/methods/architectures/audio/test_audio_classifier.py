@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForAudioClassification
 
 import luthier
 from helpers.media import RATE, make_ast, make_wav2vec2, tone, tones
@@ -13,6 +14,7 @@ from luthier.data.load import load_rows
 from luthier.methods.formats._base import BadRow
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy, Roles
+from luthier.recipe.published import find_published
 from luthier.registry import build
 from luthier.serve.export import export_form
 
@@ -100,3 +102,55 @@ def test_what_is_no_recording_with_a_class(tmp_path):
     raw = [{"audio": {"array": [0.0, float("nan")], "sampling_rate": RATE}, "label": "low"}]
     assert "finite" in load_rows([*raw, *tones(3)], max_bad_rows=1.0).bad[0]["reason"]
     assert tone(250)["sampling_rate"] == RATE
+
+
+def ways(name: str) -> list[dict]:
+    """The tuners of the study, with bottlenecks of a width that suits a tiny network."""
+    tuners = [way["tuner"] for way in find_published("petl-ast").recipe["plan"]["ways"]]
+    small = [{**t, "reduction_factor": 4} if "reduction_factor" in t else t for t in tuners]
+    return [t for t in small if isinstance(t, dict) and t["name"] == name]
+
+
+def tuned(path: str, tuner: dict):
+    torch.manual_seed(1)
+    model = AutoModelForAudioClassification.from_pretrained(path).eval()
+    model.fresh = []
+    return build("tuner", tuner).attach(model)
+
+
+def test_tuners_of_a_spectrogram_start_at_the_base_with_their_formulas(tmp_path):
+    path = make_ast(tmp_path)
+    plain = AutoModelForAudioClassification.from_pretrained(path).eval()
+    sound = torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(0))
+    head = sum(p.numel() for p in plain.classifier.parameters())
+    width, k, layers = 16, 4, 2
+    adapter = 2 * width * k + k + width
+    counts = {"part": 0, "lora": 2 * layers * 2 * 6 * width, "houlsby": 2 * layers * adapter}
+    counts |= {"pfeiffer": layers * adapter, "sublayer_adapter": layers * adapter}
+    for name, count in counts.items():
+        for tuner in ways(name):
+            attached = tuned(path, tuner)
+            own = sum(p.numel() for p in attached.parameters().values())
+            assert own == count + head, name
+            same = torch.allclose(attached.model(sound).logits, plain(sound).logits, atol=1e-6)
+            assert same == (tuner.get("composition") != "replace"), tuner
+
+
+def test_an_adapter_on_a_spectrogram_beats_the_linear_probe(tmp_path):
+    """Whether two tones are alike: the head of a random network alone does not say."""
+    path, generator = make_ast(tmp_path), torch.Generator().manual_seed(3)
+    low, high = torch.randint(2, (2, 48), generator=generator)
+    sounds = torch.randn(48, 32, 16, generator=generator) / 4
+    sounds[:, :16, :8] += (2.0 * low - 1)[:, None, None]
+    sounds[:, 16:, 8:] += (2.0 * high - 1)[:, None, None]
+    label, losses = low ^ high, {}
+    for name in ("part", "houlsby"):
+        attached = tuned(path, ways(name)[0])
+        adam = torch.optim.Adam(attached.parameters().values(), lr=0.02)
+        for _ in range(40):
+            adam.zero_grad()
+            loss = torch.nn.functional.cross_entropy(attached.model(sounds).logits, label)
+            loss.backward()
+            adam.step()
+        losses[name] = loss.item()
+    assert losses["houlsby"] < 0.7 * losses["part"], losses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.subset_tuners import base, put
+from luthier.errors import RecipeError
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "t5"])
@@ -24,3 +25,9 @@ def test_part_moves_exactly_what_it_names(kind):
     }[kind]
     model = base(kind)
     assert put("part", model).names == [n for n, _ in model.named_parameters() if n.startswith(last)]
+
+
+def test_the_head_alone_is_a_linear_probe():
+    assert put("part", base("llama"), part="head").names == ["lm_head.weight"]
+    with pytest.raises(RecipeError, match="shares its weight with the input embeddings"):
+        put("part", base("tied"), part="head")

@@ -46,8 +46,9 @@ from luthier.registry import tuner
 class UnifiedAdapter(SublayerAdapter):
     """A bottleneck at sublayers, composed from its parts."""
 
-    # how the change d enters: h + d, h + s d, or (1 - l) h + l d with a trained l that starts at 0
-    composition: Literal["add", "scaled", "gated"] = "scaled"
+    # how the change d enters: h + d, h + s d, (1 - l) h + l d with a trained l that starts at 0, or d alone
+    # (no residual within the adapter: training does not start at the base model)
+    composition: Literal["add", "scaled", "gated", "replace"] = "scaled"
     scaling: Annotated[float, Field(gt=0)] = 4.0  # s
     learn_scaling: bool = False  # train s, from there
 
@@ -62,6 +63,8 @@ class UnifiedAdapter(SublayerAdapter):
     def composed(self, y, change, p):
         if self.composition == "add":
             return y + change
+        if self.composition == "replace":
+            return change
         if self.composition == "gated":
             return (1 - p.gate) * y + p.gate * change
         return y + change * (p.scale if self.learn_scaling else self.scaling)

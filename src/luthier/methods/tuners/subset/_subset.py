@@ -139,3 +139,24 @@ class LayerwiseWeights(TunedWeights):
         """Let these layers move, and all that is in no layer."""
         live = set(live)
         self.let(lambda name: self.layer.get(name, -1) in live or name not in self.layer)
+
+
+def head_of(model: Network, tuner: str) -> list[nn.Module]:
+    """What gives the answers: the output embeddings, or what stands above the base network, such as a
+    classifier's head. Raises RecipeError where that is the input embeddings, too.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        modules: list[nn.Module] = []
+        for name, child in model.named_children():
+            if name != model.base_model_prefix:
+                modules += child.modules()
+        # what no checkpoint had weights for is new with the head, such as the pooler below it
+        modules += [model.get_submodule(name) for name in getattr(model, "fresh", ())]
+        return modules
+    if head.weight is getattr(model.get_input_embeddings(), "weight", None):
+        raise RecipeError(
+            f"tuner '{tuner}': the head shares its weight with the input embeddings; train something else"
+            " than the head"
+        )
+    return [head]

@@ -6,17 +6,14 @@ The initial biases are stored, so disabling the tuner gives the base bit for bit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
-from luthier.methods.tuners.subset._subset import TunedWeights
+from luthier.methods.tuners.subset._subset import TunedWeights, head_of
 from luthier.registry import tuner
-
-if TYPE_CHECKING:
-    from luthier.model.network import Network
 
 
 @tuner(
@@ -41,16 +38,8 @@ class BitFit(Tuner):
             m for m in model.modules() if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("Norm")
         ]
         modules = norms if "norms" in self.also else []
-        head = model.get_output_embeddings()
-        if "head" in self.also and head is None:
-            modules = [*modules, *label_head(model)]
-        elif "head" in self.also:
-            if head.weight is model.get_input_embeddings().weight:
-                raise RecipeError(
-                    "tuner 'bitfit': the head shares its weight with the input embeddings;"
-                    " remove `head` from `also`"
-                )
-            modules = [*modules, head]
+        if "head" in self.also:
+            modules = [*modules, *head_of(model, "bitfit")]
         moving = {id(p) for m in modules for p in m.parameters(recurse=False)}
         moving |= {id(p) for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
         if not moving:
@@ -59,12 +48,3 @@ class BitFit(Tuner):
                 " adds shifts"
             )
         return TunedWeights(self, model, lambda name, p: id(p) in moving, keep_start=True)
-
-
-def label_head(model: Network) -> list[nn.Module]:
-    """The modules of a network that stand above its base network, such as a classifier's head."""
-    modules: list[nn.Module] = []
-    for name, child in model.named_children():
-        if name != model.base_model_prefix:
-            modules += child.modules()
-    return modules

@@ -1,5 +1,5 @@
-"""Trains one part of the network: its token embeddings and output layer, or its last layer (of the decoder,
-in an encoder-decoder).
+"""Trains one part of the network: its token embeddings and output layer, its last layer (of the decoder, in
+an encoder-decoder), or its output alone (a linear probe).
 
 Two ways of specialising a model to one project, between full fine-tuning and a prefix: L-EO and L-LDB. The
 initial values of the trained weights are stored, so disabling the tuner gives the base bit for bit.
@@ -11,7 +11,7 @@ from typing import Literal
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
-from luthier.methods.tuners.subset._subset import TunedWeights
+from luthier.methods.tuners.subset._subset import TunedWeights, head_of
 from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
@@ -30,15 +30,18 @@ from luthier.registry import tuner
     ],
 )
 class Part(Tuner):
-    """Embeddings and output, or the last layer."""
+    """Embeddings and output, the last layer, or the output alone."""
 
-    # what is trained; tied embeddings and output are one tensor
-    part: Literal["embeddings", "last_layer"] = "last_layer"
+    # what is trained; tied embeddings and output are one tensor. head: the output alone, a linear probe
+    part: Literal["embeddings", "last_layer", "head"] = "last_layer"
 
     def attach(self, model):
         if self.part == "embeddings":
             ends = [model.get_input_embeddings(), model.get_output_embeddings()]
             mine = {id(p) for m in ends if m is not None for p in m.parameters()}
+            return TunedWeights(self, model, lambda name, p: id(p) in mine, keep_start=True)
+        if self.part == "head":
+            mine = {id(p) for m in head_of(model, "part") for p in m.parameters(recurse=False)}
             return TunedWeights(self, model, lambda name, p: id(p) in mine, keep_start=True)
         order = list(dict.fromkeys(place for n, _ in model.named_parameters() if (place := layer_of(n))))
         if not order:
