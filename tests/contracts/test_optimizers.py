@@ -104,6 +104,7 @@ def test_transforms_keep_their_promises(name, tmp_path):
     kept = {n: {k: g.clone() for k, g in slots.items()} for n, slots in grads.items()}
     weights = rig.tuner.tensors()
     transform = rig.chain.transforms[0]
+    transform.begin(rig.chain.rate, last=False)
     gathered = transform.gather(grads)
     for n, group in param_groups.items():
         out = transform.apply(gathered[n], {}, group, 1)

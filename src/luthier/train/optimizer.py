@@ -257,6 +257,9 @@ class Chain:
 
     def _updates(self, grads: Params, state: dict, group: ParamGroup) -> Params:
         born, step = state.get("born", {}), state["step"]
+        last = self.clock.step + 1 >= self.clock.total
+        for transform in self.transforms:
+            transform.begin(self.rate, last)
         if not born:
             return apply_chain(self.transforms, grads, state, group, step)
         updates: Params = {}

@@ -48,6 +48,11 @@ class Transform:
         """This transform, knowing what it will be applied to."""
         return self
 
+    def begin(self, rate: float, last: bool) -> None:
+        """Before a group is stepped: the learning rate that its updates are multiplied by, and whether the
+        run ends with this step.
+        """
+
     # has it `update_together`? On a GPU a chain of such transforms steps all tensors in a few launches
     together: ClassVar[bool] = False
 
