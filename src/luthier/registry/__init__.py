@@ -22,6 +22,7 @@ from luthier.registry.declare import (
     coverage_of,
     declare,
     decoder,
+    environment,
     estimator,
     evaluator,
     exporter,

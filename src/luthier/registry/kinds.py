@@ -39,6 +39,12 @@ KINDS = {
             "reward", "rewards", "Rewards: scores of a text", "online_stages: [{{name: score, reward: {}}}]"
         ),
         Kind(
+            "environment",
+            "environments",
+            "Environments: worlds in which a policy acts over several turns",
+            "online_stages: [{{name: episodes, environment: {}}}]",
+        ),
+        Kind(
             "role",
             "roles",
             "Roles: reference, teacher and other models beside the policy",

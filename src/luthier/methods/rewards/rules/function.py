@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from luthier.errors import RecipeError
 from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
 from luthier.sandbox.sandbox import run_many
+from luthier.storage.user_code import load_named, split_path
 
 ANSWER_MARK = "\0score:"
 
@@ -34,19 +31,15 @@ class Function(Reward):
     memory_mb: Annotated[int, Field(ge=16)] = 512  # memory of a call in the sandbox
 
     def __post_init__(self):
-        file, _, name = self.path.rpartition(":")
-        if not file.endswith(".py") or not name.isidentifier():
-            raise ValueError(f"path: '{self.path}' is not file.py:function")
-        if not Path(file).expanduser().is_file():
-            raise ValueError(f"path: there is no file {file}")
+        file, name = split_path(self.path)
         if not self.sandbox:
-            loaded(file, name)
+            load_named(file, name, "reward 'function'")
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
-        file, _, name = self.path.rpartition(":")
+        file, name = split_path(self.path)
         if self.sandbox:
             return self.apart(Path(file).expanduser().read_text(encoding="utf-8"), name, row, texts)
-        function = loaded(file, name)
+        function = load_named(file, name, "reward 'function'")
         return [function(row, text) for text in texts]
 
     def apart(self, source: str, name: str, row: dict, texts: list[str]) -> list[float]:
@@ -62,21 +55,3 @@ class Function(Reward):
             _, mark, number = result.stdout.rpartition(ANSWER_MARK)
             scores.append(float(number) if mark and result.ok else 0.0)
         return scores
-
-
-@cache
-def loaded(file: str, name: str) -> Callable[[dict, str], Any]:
-    """The function of a file, imported once. Raises RecipeError where it is not there."""
-    path = Path(file).expanduser().resolve()
-    described = importlib.util.spec_from_file_location(f"luthier_reward_{path.stem}", path)
-    if described is None or described.loader is None:
-        raise RecipeError(f"reward 'function': {file} cannot be imported")
-    module = importlib.util.module_from_spec(described)
-    try:
-        described.loader.exec_module(module)
-    except Exception as error:
-        raise RecipeError(f"reward 'function': {file} cannot be imported: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise RecipeError(f"reward 'function': {file} has no function '{name}'")
-    return function
