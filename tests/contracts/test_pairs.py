@@ -67,6 +67,7 @@ FAMILIES = {  # architecture/family -> class of the config and settings, class o
     "seq2seq/bart": (("BartConfig", BART | {"vocab_size": 262}), SEQ2SEQ),
     "masked_lm/bert": (BERT, MASKED),
     "classifier/bert": (BERT, MASKED),  # its head is new
+    "segmenter/bert": (BERT, MASKED),
     "classifier/llama": (("LlamaConfig", LLAMA[1] | LABELS), CLASSES),
     "reward_model/llama": (LLAMA, CAUSAL),
     "vision_language/llava": make_llava,  # or what writes it into a folder
@@ -112,7 +113,7 @@ ONLINE = {
         {"name": "normalize_rewards"},
     ],
 }
-BY_STAGE = {"reward_moments"}  # roles that no objective asks
+NO_OBJECTIVE = {"reward_moments", "offline"}  # roles that only a stage or an evaluator asks
 # their settings name parameters of a tuner
 OF_ONE_TUNER = {name for name in names("transform") if "promises" in find("transform", name).contract}
 REMOTE = {c.name for c in cards("role") if ".remote." in c.module}  # their models are behind an address
@@ -181,7 +182,7 @@ def objective_for(role: str, estimator: str, architecture: str) -> tuple[Any, fr
     """The plainest objective that asks a role, suits an estimator and can be asked of an architecture, and
     what it requires. Where none does it all: one that asks the role and suits the estimator.
     """
-    asked = set() if role == "none" else {player_of(role)} - BY_STAGE
+    asked = set() if role == "none" else {player_of(role)} - NO_OBJECTIVE
     available = {*build("architecture", architecture.split("/")[0]).provides, *asked}
     available |= {"completions", "pairs", "scores", "source", "reference", "teacher"}
     plays_network = role != "none" and player_of(role) in ("reference", "teacher")
@@ -233,7 +234,9 @@ class Models:
 
 @functools.cache
 def rows_of(architecture: str) -> list[dict[str, Any]]:
-    """ROWS; for what reads files, with a file in the place of each prompt."""
+    """ROWS; for what reads texts alone, texts; for what reads files, a file in each prompt."""
+    if architecture == "segmenter":
+        return [{"text": f"{row['prompt']}\n{row['chosen']}", "source": row["source"]} for row in ROWS]
     if architecture not in ("image_classifier", "audio_classifier"):
         return ROWS
     rows = []
@@ -257,6 +260,14 @@ def roles_of(pick: Pick, model: str, needed: frozenset[str]) -> dict[str, Any]:
     if "teacher" in needed:
         roles.setdefault("teacher", "initial")
     return roles
+
+
+def measured_by(role: str) -> list[dict[str, Any]]:
+    """The evaluator that asks a role which neither an objective nor a stage asks."""
+    if role == "none" or player_of(role) not in NO_OBJECTIVE - set(ONLINE):
+        return []
+    asking = [name for name in names("evaluator") if player_of(role) in card("evaluator", name).requires]
+    return [small("evaluator", asking[0])]
 
 
 def provider(kind: str, words: Any) -> list[dict[str, Any]]:
@@ -292,8 +303,8 @@ def recipe_of(pick: Pick) -> Recipe:
             "warmup_steps": 0,
             "max_steps": 2,
             "per_device_train_batch_size": 4,
-            "evaluate": [],
-            "eval_data": 0,
+            "evaluate": measured_by(pick.role),
+            "eval_data": 0.25 if measured_by(pick.role) else 0,
             "save_steps": 2,
         }
     )
@@ -463,6 +474,7 @@ def names_both(pick: Pick, sentence: str) -> bool:
     parts = [f"'{pick.tuner}'", f"'{pick.role}'", f"'{pick.estimator}'", f"'{pick.optim.strip('[]')}'"]
     parts += ["objective", *(f"'{stage['name']}'" for stage in (*recipe.stages, *recipe.online_stages))]
     parts += [f"roles.{name}" for name in recipe.roles]
+    parts += [f"'{evaluator['name']}'" for evaluator in measured_by(pick.role)]
     network = (f"'{architecture}'", f"a {architecture}", "classifier", recipe.model)
     named = sum(part in sentence for part in parts)
     return named + (any(n in sentence for n in network) or family in sentence.lower()) >= 2

@@ -41,6 +41,9 @@ def test_glad_on_a_quadratic_is_its_closed_form():
         def bind(self, attached):
             return self
 
+        def begin(self, rate, last):
+            pass
+
         def gather(self, every):
             return every
 
