@@ -118,9 +118,10 @@ def test_long_texts_come_in_pieces(encoder):
     encoded = renderer.encode_all(texts(text))
     assert not encoded.bad and len(encoded.rows) > 3 and encoded.stats["longest"] <= 2 * 16
     pieces = [without_breaks(row["completions"][0])[0] for row in encoded.rows]
-    assert "".join(pieces).replace(" ", "") == text.replace("\n", "")
-    # every second line ends where a piece does
-    assert sum(sum(renderer.encode(row).completions[0]) for row in encoded.rows) == 4
+    whole = pieces[0] + "".join(piece[1:] for piece in pieces[1:])
+    assert whole.replace(" ", "") == text.replace("\n", "")
+    # every second line ends where a piece does: its mark is the first of the next piece
+    assert sum(sum(renderer.encode(row).completions[0]) for row in encoded.rows) == 8
     bad = renderer.encode_all([{"id": "0", "prompt": "a", "completions": ["b"]}, *texts("x")]).bad
     assert "rows of `text` alone" in bad[0]["reason"] and "fewer than two tokens" in bad[1]["reason"]
 
@@ -203,6 +204,7 @@ def taught(encoder) -> dict[str, Roles]:
     return out
 
 
+@pytest.mark.long
 def test_noise_teaches_what_needs_no_punctuation(taught, tmp_path):
     clean = texts(*(sentences(4, seed, "the") for seed in range(100, 110)))
     bare = list(build("stage", {"name": "sentence_noise", "share": 1.0})(clean, nobody()))
@@ -210,6 +212,7 @@ def test_noise_teaches_what_needs_no_punctuation(taught, tmp_path):
     assert f1(taught["noise"], bare, tmp_path) > f1(taught["clean"], bare, tmp_path) + 0.2
 
 
+@pytest.mark.long
 def test_few_sentences_adapt_by_low_rank(taught, tmp_path):
     """Fifty sentences in another style; unloaded, the network is what it was."""
     roles = taught["noise"]

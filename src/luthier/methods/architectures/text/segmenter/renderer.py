@@ -87,21 +87,30 @@ class SegmentRenderer(Renderer):
         return out
 
     def parts_of(self, text: str, most: int) -> list[str]:
-        """A text in parts of at most `most` tokens each, with their line breaks; all of it where it fits. A
-        last part of one token is left out: it has no end of a line to predict.
+        """A text in parts of at most `most` tokens each, with their line breaks; all of it where it fits. What
+        follows the last token of a text is not predicted, so a part begins with the last one of the part
+        before it: every token counts once.
         """
         joined, ends = without_breaks(text, self.separator)
         _, spans = self.tokens(joined)
         room = max(2, most - len(self.prefix) - len(self.suffix))
         if len(spans) <= room:
             return [text]
-        parts = []
-        for start in range(0, len(spans) - 1, room):
-            some = spans[start : start + room]
-            first, last = some[0][0], some[-1][1]
+        parts, start, stop = [], 0, 0
+        while stop < len(spans):
+            stop = min(start + room, len(spans))
+            first, last = spans[start][0], spans[stop - 1][1]
             inner = [end - first for end in ends if first < end < last]
             parts.append(with_breaks(joined[first:last], inner, self.separator))
+            start = self.last_word(joined, spans, start, stop)
         return parts
+
+    def last_word(self, text: str, spans: list[tuple[int, int]], start: int, stop: int) -> int:
+        """The last of the tokens start + 1 to stop - 1 that is no space: spaces at the end of a part are lost."""
+        for k in range(stop - 1, start, -1):
+            if text[slice(*spans[k])].strip():
+                return k
+        return stop - 1
 
     def prompt(self, row: dict) -> list[int]:
         return self.encode(row).prompt
