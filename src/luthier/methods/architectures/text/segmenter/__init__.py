@@ -58,8 +58,8 @@ LOOKAHEAD = 48  # tokens, of the paper's networks
     covers="line breaks of texts taken out and predicted token by token; a band of attention, so that a logit"
     " does not depend on tokens beyond the lookahead; fewer layers of an encoder; a share of the texts, or a"
     " copy of each, without punctuation and case; overlapping blocks whose probabilities are averaged, and"
-    " sentences that are the text again when joined; F1 at a threshold that is set and at the best one for the"
-    " held-out rows; low-rank adaptation from few sentences.",
+    " sentences that are the text again when joined; F1 at a threshold that is set and at the best one for"
+    " the held-out rows; low-rank adaptation from few sentences.",
     omits="a threshold that is chosen on the sentences of an adaptation and carried to others by itself; the"
     " auxiliary head that predicts punctuation, and pretraining on texts of 85 languages; noise"
     " of social media other than case and marks; limited lookahead for networks without a padded 4-D mask;"

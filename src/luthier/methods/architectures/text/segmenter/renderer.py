@@ -87,9 +87,9 @@ class SegmentRenderer(Renderer):
         return out
 
     def parts_of(self, text: str, most: int) -> list[str]:
-        """A text in parts of at most `most` tokens each, with their line breaks; all of it where it fits. What
-        follows the last token of a text is not predicted, so a part begins with the last one of the part
-        before it: every token counts once.
+        """A text in parts of at most `most` tokens each, with their line breaks; all of it where it fits.
+        What follows the last token of a text is not predicted, so a part begins with the last one of the
+        part before it: every token counts once.
         """
         joined, ends = without_breaks(text, self.separator)
         _, spans = self.tokens(joined)
@@ -106,7 +106,7 @@ class SegmentRenderer(Renderer):
         return parts
 
     def last_word(self, text: str, spans: list[tuple[int, int]], start: int, stop: int) -> int:
-        """The last of the tokens start + 1 to stop - 1 that is no space: spaces at the end of a part are lost."""
+        """The last of the tokens start + 1 to stop - 1 that is no space: a part's last spaces are lost."""
         for k in range(stop - 1, start, -1):
             if text[slice(*spans[k])].strip():
                 return k
