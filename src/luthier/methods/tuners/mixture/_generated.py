@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 
 
 class GeneratedModel(NamedRows):
-    """The slots that the settings list in `shared` are one tensor each; it begins as the first layer's."""
+    """The slots that the settings list in `shared` are one tensor for all layers where it has one shape; it
+    begins as the first layer's.
+    """
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model)
-        first: dict[str, Any] = {}
+        first: dict[tuple[str, Any], Any] = {}
         for layer in self.layers.values():
             if not isinstance(layer, DeltaLayer):
                 continue
             params = cast(Any, layer.adapter_params[ADAPTER])
             for slot in settings.shared:
                 if hasattr(params, slot):
-                    setattr(params, slot, first.setdefault(slot, getattr(params, slot)))
+                    own = getattr(params, slot)
+                    setattr(params, slot, first.setdefault((slot, own.shape), own))
