@@ -1,5 +1,5 @@
-"""Files to raw rows, one at a time and with their place: jsonl, json, csv, tsv, txt and parquet, packed (.gz,
-.bz2, .xz, .zst) or not.
+"""Files to raw rows, one at a time and with their place: jsonl, json, csv, tsv, txt, md and parquet, packed
+(.gz, .bz2, .xz, .zst) or not.
 
 A line that cannot be read is a `BadLine`, never an exception; only a file that is no such file at all is
 refused.
@@ -378,5 +378,6 @@ READERS: dict[str, Callable[[Path, int], RawRows]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".txt": read_txt,
+    ".md": read_txt,
     ".parquet": read_parquet,
 }

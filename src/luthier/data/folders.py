@@ -66,6 +66,8 @@ def data_files(folder: Path) -> list[DataFile]:
             break
         if len(paths) > MAX_FILES:
             raise RecipeError(f"folder {folder} holds more than {MAX_FILES:,} data files")
+    if any(file_kind(path) != ".md" for path in paths):  # beside rows they are notes about them
+        paths = [path for path in paths if file_kind(path) != ".md"]
     return [data_file(path, folder) for path in paths]
 
 
@@ -79,7 +81,7 @@ def holds_rows(path: Path) -> bool:
     if is_hidden(path.name) or file_kind(path) not in READERS or not path.is_file():
         return False
     stem = path.name.partition(".")[0].lower()
-    if file_kind(path) == ".txt":
+    if file_kind(path) in (".txt", ".md"):
         return not DOCUMENT.match(path.name)
     return stem not in NOT_ROWS and not DOCUMENT.fullmatch(stem)
 

@@ -19,6 +19,7 @@ from luthier.data.audio import arrays_in_files, audio_in_files
 from luthier.data.files import too_long
 from luthier.data.images import images_in_files, place_images
 from luthier.data.lines import BadLine
+from luthier.data.nested import unnested
 from luthier.data.quarantine import bad_row, check_bad_rows, write_quarantine
 from luthier.data.recognise import every_format, format_of_row, matching_formats, recognise_format
 from luthier.data.sources import Source, expand, held_out_source, is_row, read_source, resolve_source
@@ -165,10 +166,10 @@ def load_rows(
 ) -> LoadedRows:
     """Rows of a source, or of a list of sources, in canonical form.
 
-    A source is a list of rows; a path to .jsonl, .json, .csv, .tsv, .parquet or .txt (.gz too); a folder of
-    such files or one written by `save_to_disk`; `toy:TASK/SPLIT`; the name of a data set on the hub; an entry
-    of LLaMA-Factory's dataset_info.json (`dataset_info.json:NAME`) or of axolotl's `datasets:`; or {path,
-    split, name, format, columns, tags, limit}.
+    A source is a list of rows; a path to .jsonl, .json, .csv, .tsv, .parquet, .txt or .md (.gz too); a folder
+    of such files or one written by `save_to_disk`; `toy:TASK/SPLIT`; the name of a data set on the hub; an
+    entry of LLaMA-Factory's dataset_info.json (`dataset_info.json:NAME`) or of axolotl's `datasets:`; or
+    {path, split, name, format, columns, tags, limit}.
 
     max_bad_rows: the share of a source's rows that may be bad. quarantine: where the bad rows are written.
     Raises RecipeError for what cannot be found or recognised, TooManyBadRows where more are bad.
@@ -206,12 +207,15 @@ def load_source(
 ) -> LoadedRows:
     """One source. ids: those of rows loaded before, to which its own are added."""
     raw_rows, bad = read_raw_rows(source, max_row_chars)
-    total = len(raw_rows) + len(bad)
-    if not total:
+    if not raw_rows and not bad:
         raise RecipeError(f"{source.label} has no rows")
     if not raw_rows:
-        check_bad_rows(bad, total, source.label, max_bad_rows, quarantine)
+        check_bad_rows(bad, len(bad), source.label, max_bad_rows, quarantine)
     raw_rows, notes = in_known_names(raw_rows, source)
+    if not source.format:
+        raw_rows, place = unnested(raw_rows, source.label)
+        raw_rows, notes = raw_rows[: source.limit], [*notes, *place]
+    total = len(raw_rows) + len(bad)
     file_format = format_of_source(source, raw_rows)
     rows: list[dict] = []
     for where, raw in raw_rows:

@@ -12,6 +12,19 @@ from luthier.registry import build, classes
 
 SAMPLE = 32  # rows of equal columns that are tried with each format
 LISTED = 20  # columns that a message lists
+# columns of tasks that no format reads -> what helps
+OTHER_TASKS = (
+    (
+        {"anchor", "positive", "negative"},
+        "anchor, positive and negative are rows for embedding models, which are not trained here; as"
+        " preferences they are read with columns: {prompt: anchor, chosen: positive, rejected: negative}",
+    ),
+    (
+        {"tokens", "ner_tags"},
+        "tokens with ner_tags are rows for token classification, which is not trained here; write them as"
+        ' instructions, such as {"prompt": the sentence, "completion": its entities}',
+    ),
+)
 
 
 @cache
@@ -78,6 +91,9 @@ def no_format(columns: Iterable[str], label: str) -> str:
     names.
     """
     columns = sorted(columns)
+    for names, advice in OTHER_TASKS:
+        if names <= {*columns}:
+            return f"{label}: {advice}"
     needed = nearest_formats(set(columns))[:4]
     nearest = "; ".join(f"{name} needs {' + '.join(required)}" for name, required in needed)
     listed = ", ".join(columns[:LISTED]) or "(none)"

@@ -14,7 +14,8 @@ class QuestionAnswer(Format):
 
     The prompt ends with a line break, so that the answer begins on its own line (not with `chat: true`). The
     completion is the whole answer; `answer` becomes what follows the last ####, or the answer itself. Of a
-    list of answers the first is learned, all are kept in `answers`; SQuAD's {"text": [...]} is such a list.
+    list of answers the first is learned, all are kept in `answers`; SQuAD's {"text": [...]} and
+    [{"text": ...}, ...] are such lists.
     To sample instead: columns: {prompt: question}.
     """
 
@@ -32,6 +33,7 @@ class QuestionAnswer(Format):
         if isinstance(answer, dict):
             raise BadRow(f"{name} is an object, not text")
         if isinstance(answer, list):
+            answer = [entry.get("text") if isinstance(entry, dict) else entry for entry in answer]
             if not answer:
                 raise BadRow(f"{name} is empty")
             several, answer = answer, answer[0]
