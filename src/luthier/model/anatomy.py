@@ -2,8 +2,8 @@
 what.
 
 Names are those of transformers: Llama, Qwen, Gemma, Mistral, Phi, GPT-2, NeoX, OPT, Bloom, Falcon, BERT,
-RoBERTa, DistilBERT, DeBERTa, ALBERT, T5, BART, GPT-J. Methods that sit on a certain part find it here and
-nowhere else.
+RoBERTa, DistilBERT, DeBERTa, ALBERT, ModernBERT, XLNet, T5, BART, GPT-J, wav2vec 2.0 and its kin, the towers
+of Qwen-VL. Methods that sit on a certain part find it here and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,16 +16,30 @@ LAYER = re.compile(r"^(.*?(?:layers?|\bh|blocks?))\.(\d+)\.")
 NORM = re.compile(r"norm|\bln_", re.IGNORECASE)
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 INSIDE = {  # attention: part -> last names
-    "q": {"q_proj", "query", "q", "q_lin", "query_proj"},
-    "k": {"k_proj", "key", "k", "k_lin", "key_proj"},
-    "v": {"v_proj", "value", "v", "v_lin", "value_proj"},
-    "qkv": {"qkv_proj", "c_attn", "query_key_value", "Wqkv"},
-    "o": {"o_proj", "out_proj", "c_proj", "dense", "o", "out_lin"},
+    "q": {"q_proj", "query", "q", "q_lin", "query_proj", "linear_q"},
+    "k": {"k_proj", "key", "k", "k_lin", "key_proj", "linear_k"},
+    "v": {"v_proj", "value", "v", "v_lin", "value_proj", "linear_v"},
+    "qkv": {"qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv"},
+    "o": {"o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "Wo", "linear_out", "proj"},
 }
 OUTSIDE = {  # feed-forward
-    "up": {"up_proj", "c_fc", "fc1", "fc_in", "wi", "wi_1", "dense_h_to_4h", "lin1", "w3", "ffn"},
+    "up": {
+        "up_proj",
+        "c_fc",
+        "fc1",
+        "fc_in",
+        "wi",
+        "wi_1",
+        "dense_h_to_4h",
+        "lin1",
+        "w3",
+        "ffn",
+        "intermediate_dense",
+        "layer_1",
+        "dense1",
+    },
     "gate": {"gate_proj", "wi_0", "w1"},
-    "gate_up": {"gate_up_proj"},
+    "gate_up": {"gate_up_proj", "Wi"},
     "down": {
         "down_proj",
         "c_proj",
@@ -37,6 +51,10 @@ OUTSIDE = {  # feed-forward
         "lin2",
         "w2",
         "ffn_output",
+        "Wo",
+        "output_dense",
+        "layer_2",
+        "dense2",
     },
 }
 BERTS = {"intermediate": "up", "output": "down"}  # whose two matrices are both called dense

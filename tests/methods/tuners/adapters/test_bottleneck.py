@@ -13,10 +13,16 @@ from transformers import (
     DistilBertForMaskedLM,
     GPTJConfig,
     GPTJForCausalLM,
+    HubertConfig,
+    HubertModel,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     PhiConfig,
     PhiForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
 from helpers.tuners import base, put
@@ -91,6 +97,33 @@ def albert():
     return AlbertForMaskedLM(AlbertConfig(**shape, num_hidden_layers=2, num_attention_heads=4))
 
 
+def modernbert():
+    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+    return ModernBertForMaskedLM(ModernBertConfig(**shape, **special, num_attention_heads=4))
+
+
+SOUND = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    conv_dim=(8, 8),
+    conv_stride=(5, 4),
+    conv_kernel=(10, 8),
+    num_conv_pos_embeddings=8,
+    num_conv_pos_embedding_groups=2,
+)
+
+
+def wav2vec2():
+    return Wav2Vec2Model(Wav2Vec2Config(**SOUND))
+
+
+def hubert():
+    return HubertModel(HubertConfig(**SOUND))
+
+
 FAMILIES = {  # network -> ends of attention, and how many; ends of feed-forward, and how many
     t5: (".o", 6, ".wo", 4),
     bart: ("attn.out_proj", 6, "fc2", 4),
@@ -98,6 +131,9 @@ FAMILIES = {  # network -> ends of attention, and how many; ends of feed-forward
     gptj: ("attn.out_proj", 2, "mlp.fc_out", 2),
     distilbert: ("attention.out_lin", 2, "ffn.lin2", 2),
     albert: ("attention.dense", 1, "ffn_output", 1),  # its layers share one module
+    modernbert: ("attn.Wo", 2, "mlp.Wo", 2),
+    wav2vec2: ("attention.out_proj", 2, "feed_forward.output_dense", 2),
+    hubert: ("attention.out_proj", 2, "feed_forward.output_dense", 2),
 }
 
 
