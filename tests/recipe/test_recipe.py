@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -317,3 +320,23 @@ def test_a_path_that_the_system_refuses_is_one_sentence(key):
 def test_what_is_no_sum_and_no_list_is_one_sentence(changes):
     with pytest.raises(RecipeError, match="^(objective: '0|recipe: stages: input should be a valid list)"):
         validate(Recipe.load({"model": "toy:lm-small", "data": "toy:arithmetic", **changes}))
+
+
+def test_a_misplaced_setting_names_its_owners_and_a_misspelt_one_imports_no_method():
+    code = (
+        "import sys\n"
+        "from luthier.errors import RecipeError\n"
+        "from luthier.recipe import Recipe\n"
+        "try: Recipe.load({'model': 'm', 'tuner': 'full', sys.argv[1]: 0.5})\n"
+        "except RecipeError as why: print(why)\n"
+        "print(*[m for m in sys.modules if m.startswith('luthier.methods.estimators.')])"
+    )
+    misplaced = python("-c", code, "rho").splitlines()
+    assert misplaced[0].startswith("a recipe has no key 'rho'; it is a setting of estimator")
+    misspelt = python("-c", code, "rhoo").splitlines()
+    assert misspelt[0].startswith("a recipe has no key 'rhoo'") and "sharpness" not in misspelt[1]
+
+
+def python(*arguments: str) -> str:
+    """What another Python prints."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True).stdout

@@ -24,7 +24,8 @@ from luthier.recipe.aliases import (
 )
 from luthier.recipe.in_memory import own_splits, rows_in_memory
 from luthier.recipe.published import is_published, resolve
-from luthier.registry import classes, did_you_mean, find, former_names, names
+from luthier.registry import did_you_mean, find, former_names, names
+from luthier.registry.discover import module_of, source_of
 from luthier.storage import audio, files, images
 from luthier.storage.bounded_yaml import MAX_CHARACTERS, load_yaml
 from luthier.storage.toy import is_toy, toy_name, toy_package
@@ -314,13 +315,8 @@ class Reading:
 
     def hint(self, key: str, places: Mapping[str, set[str]]) -> str:
         """What a key that nothing here has may have meant."""
-        owners = []
-        for kind in ("tuner", "objective", "optimizer", "estimator"):
-            for cls in classes(kind):
-                if key in settings_of(kind, cls.name):
-                    owners.append(f"{kind} '{cls.name}'")
-        if owners:
-            return f"; it is a setting of {', '.join(owners[:3])}"
+        if owners := owners_of(key):
+            return f"; it is a setting of {', '.join(owners)}"
         if is_training_argument(key):
             return "; it is one of transformers' TrainingArguments: see `luthier import FILE`"
         return did_you_mean(key, {*self.defaults, *ALIASES}.union(*places.values()))
@@ -337,6 +333,28 @@ class Reading:
         if method == "auto":
             method = "causal"
         self.out[first] = {**as_spec(method), key: value}
+
+
+def owners_of(key: str) -> list[str]:
+    """Three of the methods that have a setting of this name. Only those are imported whose file names it:
+    importing all of them takes seconds.
+    """
+    owners = []
+    for kind in ("tuner", "objective", "optimizer", "estimator"):
+        for name in names(kind):
+            source = source_of(module_of(kind, name))
+            if declares_setting(source, key) and key in settings_of(kind, name):
+                owners.append(f"{kind} '{name}'")
+            if len(owners) == 3:
+                return owners
+    return owners
+
+
+def declares_setting(source: Path, key: str) -> bool:
+    """Whether a class in a file, or in the base files beside it, has a field of this name."""
+    field_of = re.compile(rf"^    {re.escape(key)}: ", re.MULTILINE)
+    bases = source.parent.glob("_*.py")
+    return any(field_of.search(file.read_text("utf-8")) for file in (source, *bases))
 
 
 def is_training_argument(key: str) -> bool:
