@@ -326,7 +326,7 @@ def test_a_misplaced_setting_names_its_owners_and_a_misspelt_one_imports_no_meth
     code = (
         "import sys\n"
         "from luthier.errors import RecipeError\n"
-        "from luthier.recipe import Recipe\n"
+        "from luthier.recipe.recipe import Recipe\n"
         "try: Recipe.load({'model': 'm', 'tuner': 'full', sys.argv[1]: 0.5})\n"
         "except RecipeError as why: print(why)\n"
         "print(*[m for m in sys.modules if m.startswith('luthier.methods.estimators.')])"
