@@ -5,6 +5,7 @@ is not.
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -33,6 +34,15 @@ def test_a_declaration_is_whole(kind, name):
     if cls.paper:
         assert cls.paper.startswith(("arXiv:", "doi:", "https://")), cls.paper
     assert f"# {name}" in page(cls)
+
+
+@pytest.mark.parametrize("kind, name", EVERY, ids=lambda x: x)
+def test_a_method_speaks_in_its_own_name(kind, name):
+    """What it inherits from another method or a family does not name that one in its messages."""
+    for cls in find(kind, name).__mro__[1:]:
+        if cls.__module__.startswith("luthier."):
+            others = set(re.findall(rf"\b{kind} '(\w+)'", inspect.getsource(cls))) - {name}
+            assert not others, f"{cls.__name__} names {kind} {others}, and {name} inherits it"
 
 
 @pytest.mark.parametrize("kind, name", EVERY, ids=lambda x: x)

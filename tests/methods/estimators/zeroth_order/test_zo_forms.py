@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from helpers.optimizers import Rig
@@ -55,3 +56,13 @@ def test_a_conservative_step_is_mezos_where_that_is_best():
     run.go(1), plain.go(1)
     for k, p in run.tuner.tensors().items():
         assert torch.allclose(p, plain.tuner.tensors()[k], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mezo", "sparse_mezo", "just_one_byte", "zo_sign", "zo_conservative"])
+def test_what_is_said_of_a_clip_names_the_estimator(name):
+    """And zoodip, whose estimate is as long as a gradient, has nothing to say."""
+    chain = build("optimizer", {"name": "sgd", "max_grad_norm": 1.0}).chain()
+    (sentence,) = build("estimator", name).chain_warnings(chain)
+    assert sentence.startswith(f"estimator '{name}': the norm of its estimate is")
+    assert "max_grad_norm 1 clips nearly all of it" in sentence
+    assert not build("estimator", "zoodip").chain_warnings(chain)

@@ -29,7 +29,7 @@ SHAPE = ((1, 40), (2, 96), (0, 0), (1, 7))
 
 def test_the_largest_sub_network_is_the_network():
     model = make_llama()
-    anatomy, before = Anatomy(model), logits(model)
+    anatomy, before = Anatomy(model, "elastic"), logits(model)
     with masked(model, anatomy, anatomy.whole):
         assert torch.equal(logits(model), before)
     assert torch.equal(logits(sliced(model, anatomy, anatomy.whole)), before)
@@ -41,7 +41,7 @@ def test_the_largest_sub_network_is_the_network():
 )
 def test_masked_is_sliced(make, shape):
     model = make()
-    anatomy, before = Anatomy(model), logits(model)
+    anatomy, before = Anatomy(model, "elastic"), logits(model)
     small = sliced(model, anatomy, shape)
     with masked(model, anatomy, shape):
         assert (logits(model) - logits(small)).abs().max() < 1e-5
@@ -53,20 +53,20 @@ def test_masked_is_sliced(make, shape):
 @pytest.mark.parametrize("make, shape", [(make_llama, SHAPE), (bert, ((2, 30), (4, 11)))])
 def test_multiplications_are_those_that_hooks_count(make, shape):
     model, counted = make(), []
-    small = sliced(model, Anatomy(model), shape)
+    small = sliced(model, Anatomy(model, "elastic"), shape)
     for m in small.modules():
         if isinstance(m, nn.Linear):
             m.register_forward_hook(lambda m, x, y: counted.append(y.numel() * x[0].shape[-1]))
     logits(small)
-    assert sum(counted) == macs(model, Anatomy(model), shape) * IDS.numel()
+    assert sum(counted) == macs(model, Anatomy(model, "elastic"), shape) * IDS.numel()
 
 
 def test_what_is_no_sub_network_is_refused():
     for shape in (SHAPE[:2], ((3, 1),) * 4, ((1, 0),) * 4, ((0, 0),) * 4):
         with pytest.raises(RecipeError, match="not a valid sub-network"):
-            sliced(make_llama(), Anatomy(make_llama()), shape)
+            sliced(make_llama(), Anatomy(make_llama(), "elastic"), shape)
     with pytest.raises(RecipeError, match="no layer can be left out"):
-        sliced(bert(), Anatomy(bert()), ((0, 0), (4, 11)))
+        sliced(bert(), Anatomy(bert(), "elastic"), ((0, 0), (4, 11)))
     with pytest.raises(RecipeError, match=r"depth: \[1.0\]"):
         build("tuner", {"name": "elastic", "depth": [0.5]}).attach(bert())
     seq2seq = BartForConditionalGeneration(BartConfig(**BART))

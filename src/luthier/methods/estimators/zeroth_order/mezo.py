@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, reduce
 from operator import add
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -72,19 +72,21 @@ PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the
 class MeZO(Estimator):
     """g = (L(p + eps z) - L(p - eps z)) / (2 eps) * z, the mean over `n_probes` directions z."""
 
+    # what the norm of the estimate is, where a clip at the usual gradient norm would eat it; "" where not
+    norm: ClassVar[str] = "that of the gradient times the square root of the number of trainable parameters"
+
     eps: Annotated[float, Field(gt=0)] = 1e-3  # scale of the perturbation
     n_probes: Annotated[int, Field(ge=1)] = 1  # directions per step; each costs two forward passes
     noise: Literal["normal", "sign"] = "normal"  # distribution of the directions; sign: +1 or -1 (as in SPSA)
 
     def chain_warnings(self, chain):
-        if any(getattr(transform, "rescales", False) for transform in chain):
+        if not self.norm or any(getattr(transform, "rescales", False) for transform in chain):
             return []  # whatever follows brings the step to its own size
         for transform in chain:
             if getattr(transform, "max_grad_norm", 0):
                 return [
-                    "estimator 'mezo': the norm of its estimate is that of the gradient times the square root"
-                    f" of the number of trainable parameters; max_grad_norm {transform.max_grad_norm:g}"
-                    " clips nearly all of it, so set it to 0"
+                    f"estimator '{self.name}': the norm of its estimate is {self.norm}; max_grad_norm"
+                    f" {transform.max_grad_norm:g} clips nearly all of it, so set it to 0"
                 ]
         return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from luthier.methods.estimators._base import FORWARD_ONLY
 from luthier.methods.estimators.zeroth_order.mezo import MeZO
@@ -27,6 +28,8 @@ from luthier.registry import estimator
 )
 class ZOSign(MeZO):
     """sign(L(p + eps z) - L(p - eps z)) z, the mean over `n_probes` directions."""
+
+    norm: ClassVar[str] = "the square root of the number of trainable parameters"
 
     def slope(self, above, below):
         return math.copysign(1.0, above - below) if above != below else 0.0

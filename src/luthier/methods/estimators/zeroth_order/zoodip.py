@@ -15,7 +15,7 @@ paper and we 1e-3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -60,6 +60,7 @@ LIMIT = 2**31  # bytes of all histories
 class ZOODiP(MeZO):
     """(L(p + eps z) - L(p)) / eps z, without what the past says is noise."""
 
+    norm: ClassVar[str] = ""  # that of the gradient: the length of a direction is divided out
     fixed_tensors = True  # each has a history
 
     tau: Annotated[int, Field(ge=2)] = 128  # values in the history, and steps between two looks at it

@@ -29,7 +29,7 @@ class Anatomy:
     and down, or several lists of layers.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, tuner: str):
         text = model.config.get_text_config()
         self.heads = getattr(text, "num_attention_heads", 0)
         self.groups = getattr(text, "num_key_value_heads", None) or self.heads
@@ -44,13 +44,13 @@ class Anatomy:
             not {"q", "k", "v", "o", "up", "down"} <= layer.keys() for layer in self.layers
         ):
             raise RecipeError(
-                f"tuner 'elastic': {type(model).__name__} has no separate q, k, v, o, up and down modules in"
+                f"tuner '{tuner}': {type(model).__name__} has no separate q, k, v, o, up and down modules in"
                 " each layer, so no parts can be left out"
             )
         stacks = dict.fromkeys(where for where, _ in places)
         if len(stacks) > 1:  # encoder and decoder, or a tower beside the language model: unlike layers
             raise RecipeError(
-                f"tuner 'elastic': {type(model).__name__} has {len(stacks)} lists of layers"
+                f"tuner '{tuner}': {type(model).__name__} has {len(stacks)} lists of layers"
                 f" ({', '.join(stacks)}), and sub-networks are parts of a single one"
             )
         self.width = model.get_submodule(self.layers[0]["down"]).in_features

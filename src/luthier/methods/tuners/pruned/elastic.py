@@ -67,7 +67,7 @@ class ElasticModel(TunedWeights):
 
     def __init__(self, settings: Any, model: Any):
         super().__init__(settings, model, lambda name, p: p.is_floating_point())
-        self.anatomy = Anatomy(model)
+        self.anatomy = Anatomy(model, settings.name)
         if min(settings.depth) < 1 and not self.anatomy.skips:
             raise RecipeError(
                 "tuner 'elastic': this model applies its norms after each block (post-norm),"

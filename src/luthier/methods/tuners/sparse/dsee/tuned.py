@@ -22,7 +22,7 @@ class DSEEModel(PeftTunedModel):
     """The masks belong to the state, so a run that is resumed after the pruning has them."""
 
     def __init__(self, settings: Any, model: Network):
-        self.anatomy = Anatomy(model) if settings.structured else None
+        self.anatomy = Anatomy(model, settings.name) if settings.structured else None
         if self.anatomy is not None:
             settings = replace(settings, groups=self.anatomy.groups)
         super().__init__(settings, model, config_for(settings, model))
