@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -84,6 +86,33 @@ def test_patterns_that_say_nothing(name):
     for excluded in (["q_prj"], r".*q_prj"):
         warnings = attach(exclude_modules=excluded).warnings
         assert any("q_prj' matches nothing" in text for text in warnings)
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_targets_that_name_nothing(name):
+    """One sentence that says which setting it is, whatever the tuner does with its modules."""
+    _, kind = anywhere(name)
+    for target, words in (
+        (["q_prj"], "target_modules 'q_prj' matches nothing; did you mean 'q_proj'"),
+        (r".*\.q_prj", r"target_modules '.*\.q_prj' matches nothing"),
+        ([], r"target_modules [] names no module"),
+    ):
+        if kind == "gpt2":
+            words = words.partition(";")[0]
+        with pytest.raises(RecipeError, match=re.escape(f"tuner '{name}': {words}")):
+            put(name, base(kind), target_modules=target)
+        if target:
+            with pytest.raises(RecipeError, match="' matches nothing"):
+                put(name, base(kind), target_modules=target, layers_to_transform=[1])
+    with pytest.raises(
+        RecipeError, match=rf"tuner '{name}': exclude_modules '\.\*' leaves none of the \d+ mod"
+    ):
+        put(name, base(kind), exclude_modules=r".*")
+
+
+def test_exclusions_that_leave_a_ratio_without_modules():
+    with pytest.raises(RecipeError, match="the settings leave out every module that d_ratio is for"):
+        put("s2ft", exclude_modules=["down_proj"])
 
 
 def test_what_a_state_space_network_does_not_call_is_left_out():

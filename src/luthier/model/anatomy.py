@@ -12,6 +12,8 @@ import re
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from luthier.errors import RecipeError
+
 LAYER = re.compile(r"^(.*?(?:layers?|\bh|blocks?))\.(\d+)\.")
 NORM = re.compile(r"norm|\bln_", re.IGNORECASE)
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -109,6 +111,19 @@ def part_pattern(names: list[str]) -> str:
     if not names:
         return r"(?!)"
     return rf".*\.\d+\.({'|'.join(map(re.escape, names))})"
+
+
+def pattern_of(tuner: str, model: Any, *parts: str) -> str:
+    """The regular expression of the modules that do one of these things. Raises RecipeError where there are
+    none.
+    """
+    names = part_names(model, *parts)
+    if not names:
+        raise RecipeError(
+            f"tuner '{tuner}' does not know the modules of {type(model).__name__}; name those that it sits on"
+            " in target_modules"
+        )
+    return part_pattern(names)
 
 
 def last_mlp(model: Any) -> tuple[Any, Any] | None:

@@ -84,8 +84,10 @@ class Layerwise(Delta):
         chosen = self
         if self.target_modules == "auto":
             every = "|".join(map(re.escape, last_matrices(model)))
-            chosen = replace(self, target_modules=every or r"(?!)")
-        names = list(chosen_modules(chosen, model))
+            chosen = replace(self, target_modules=every)
+        names = []
+        if chosen.target_modules != "":  # nothing that is known ends a layer
+            names = list(chosen_modules(chosen, model, required=True))
         holders: dict[int, str] = {}
         path = None
         for name in names:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists as exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +39,7 @@ class ModuleNames:
     def __init__(self, model: Network):
         self.names = [n for n, _ in model.named_modules() if n]
         self.uncalled = set(uncalled_modules(model))
+        self.linear = list(all_linear(model))
         # last names of the modules that hold a matrix, and how many there are of each
         self.leaves: dict[str, int] = {}
         for name, module in model.named_modules():
@@ -54,6 +57,28 @@ class ModuleNames:
             else None
         )
 
+    def none_chosen(self, tuner: str, config: PeftConfig) -> str | None:
+        """Why a config chooses no module of the model, as a sentence; None where it chooses some, or leaves
+        the choice to PEFT.
+        """
+        target: Any = getattr(config, "target_modules", None)
+        if target is None or getattr(config, "target_parameters", None):
+            return None
+        everywhere: Any = copy.copy(config)
+        everywhere.exclude_modules = None
+        chosen = self.linear
+        if target != "all-linear":
+            chosen = [name for name in self.names if exists(everywhere, name)]
+        if not chosen:
+            return nothing_matches(tuner, target, self)
+        excluded = getattr(config, "exclude_modules", None)
+        if excluded and all(is_excluded(name, excluded) for name in chosen):
+            return (
+                f"tuner '{tuner}': exclude_modules {in_words(excluded)} leaves none of the {len(chosen)}"
+                " modules that target_modules chooses"
+            )
+        return None
+
     def unmatched(self, config: PeftConfig) -> list[str]:
         """What `exclude_modules` names, or its regular expression, and no module has."""
         excluded = getattr(config, "exclude_modules", None)
@@ -66,6 +91,37 @@ class ModuleNames:
         near = did_you_mean(name.rpartition(".")[2], self.leaves) if name else ""
         near = near if near.startswith(";") else ""
         return f"{near} (the model has: {', '.join(f'{k} {n}x' for k, n in self.leaves.items())})"
+
+
+def all_linear(model: Network) -> dict[str, Any]:
+    """The modules that all-linear means: those that a network calls, but for its head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    left_out = uncalled_modules(model)
+    modules = {}
+    for name, module in linear_modules(model).items():
+        if module is not head and name not in left_out:
+            modules[name] = module
+    return modules
+
+
+def nothing_matches(tuner: str, target: Any, present: ModuleNames) -> str:
+    """A sentence for a `target_modules` that is the name of no module."""
+    names = as_list(target)
+    if not names:
+        return f"tuner '{tuner}': target_modules [] names no module{present.hint(None)}"
+    return f"tuner '{tuner}': target_modules {in_words(target)} matches nothing{present.hint(min(names))}"
+
+
+def in_words(names: Any) -> str:
+    """'a', 'b': a regular expression, or names."""
+    return ", ".join(f"'{name}'" for name in sorted(as_list(names)))
+
+
+def is_excluded(name: str, exclude: Any) -> bool:
+    """By a regular expression of whole names, or a list of their ends."""
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, name) is not None
+    return any(ends_one(end, [name]) for end in exclude or ())
 
 
 # networks whose kernels read the weight of these modules without calling the module
@@ -156,20 +212,18 @@ def modules_in_layers(tuner: str, target: Any, layers: list[int], where: Any, mo
     names: list[str] = []
     outside: list[str] = []
     if target == "all-linear":
-        head = model.get_output_embeddings()
-        left_out = uncalled_modules(model)
-        for name, module in linear_modules(model).items():
-            if module is not head and name not in left_out:
-                names.append(name)
+        names = list(all_linear(model))
     elif isinstance(target, str):
         names = [name for name, _ in model.named_modules() if re.fullmatch(target, name)]
     else:
         names = [name for name, _ in model.named_modules() if any(ends_one(end, [name]) for end in target)]
         outside = [name for name in names if name in target and _depth(name, None) is None]
+    if not names:
+        raise RecipeError(nothing_matches(tuner, target, ModuleNames(model)))
     pattern = getattr(where, "layers_pattern", None)
     depths = {name: _depth(name, pattern) for name in names}
     for layer in layers:
-        if names and layer not in depths.values():
+        if layer not in depths.values():
             raise RecipeError(
                 f"tuner '{tuner}': layers_to_transform {layer} matches none of the {len(names)}"
                 " modules that target_modules chooses"

@@ -77,10 +77,11 @@ class PeftTunedModel(TunedModel):
             try:
                 self.peft = get_peft_model(model, config)
             except (ValueError, TypeError, NotImplementedError, IndexError) as error:
-                hint = present.hint(present.missing(config))
-                raise RecipeError(
-                    f"tuner '{settings.name}' on {type(model).__name__}: {first_line(error)}{hint}"
-                ) from None
+                reason = present.none_chosen(settings.name, config)
+                if reason is None:
+                    hint = present.hint(present.missing(config))
+                    reason = f"tuner '{settings.name}' on {type(model).__name__}: {first_line(error)}{hint}"
+                raise RecipeError(reason) from None
         # PEFT adds those of fused experts, and there are none here
         if coded and getattr(config, "target_parameters", None):
             config.target_parameters = sorted(target_parameters)

@@ -28,7 +28,7 @@ from luthier.methods.tuners._base import DISABLE_ADAPTER, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.methods.tuners.adapters._bottleneck import Activation, pair, through
 from luthier.methods.tuners.prompts._prefix import drawn, placed, taken, width
-from luthier.model.anatomy import layer_of, part_names, part_pattern
+from luthier.model.anatomy import layer_of, pattern_of
 from luthier.registry import Choices, tuner
 
 POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wider networks may be worth more
@@ -131,7 +131,7 @@ class AutoPEFT(Delta):
             return FrozenModel(self, model.requires_grad_(False))
         fitted = self
         if self.target_modules == "auto":
-            fitted = replace(self, target_modules=part_pattern(part_names(model, "down", "k", "qkv")))
+            fitted = replace(self, target_modules=pattern_of(self.name, model, "down", "k", "qkv"))
         attached = super(AutoPEFT, fitted).attach(model)
         there = {slot.partition("_")[0] for s in attached.all_param_groups() for slot in s.params}
         for setting, slot in (("serial", "serial"), ("parallel", "parallel"), ("num_virtual_tokens", "keys")):

@@ -26,7 +26,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.mixture._routed import low_rank, unrouted
-from luthier.model.anatomy import part_names, part_pattern
+from luthier.model.anatomy import pattern_of
 from luthier.registry import INTERNAL, Range, tuner
 
 PARTS = ("q", "v", "qkv", "up", "gate", "gate_up", "down")
@@ -74,7 +74,7 @@ class L2M(Delta):
 
         settings = self
         if self.target_modules == "auto":
-            settings = replace(self, target_modules=part_pattern(part_names(model, *PARTS)))
+            settings = replace(self, target_modules=pattern_of(self.name, model, *PARTS))
         first = next(iter(chosen_modules(settings, model)), None)
         words = getattr(model.get_input_embeddings(), "weight", None)
         if words is None:

@@ -23,7 +23,7 @@ from torch import nn
 from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.adapters._sublayer import FIRST, hand_over, sublayer_input
-from luthier.model.anatomy import part_names, part_of, part_pattern
+from luthier.model.anatomy import part_of, pattern_of
 from luthier.registry import Range, tuner
 
 
@@ -63,7 +63,7 @@ class APT(Delta):
     def attach(self, model):
         if self.target_modules != "auto":
             return super().attach(model)
-        return super(APT, replace(self, target_modules=part_pattern(part_names(model, "o")))).attach(model)
+        return super(APT, replace(self, target_modules=pattern_of(self.name, model, "o"))).attach(model)
 
     def enter(self, model):
         from luthier.methods.tuners._peft.chosen import chosen_modules

@@ -54,7 +54,7 @@ class APET(Sparse):
 
         if self.counts is not None:
             return super().attach(model)
-        modules, sizes = chosen_modules(self, model), {}
+        modules, sizes = chosen_modules(self, model, required=True), {}
         for name, module in modules.items():
             if self.of != "biases":
                 sizes[name] = module.weight.numel()

@@ -66,7 +66,8 @@ class RAMT(Delta):
         ]
         fitted = self
         if self.target_modules == "all-linear":
-            there = [n for n in chosen_modules(self, model) if part_of(n) and kind_of(n) in kinds]
+            chosen = chosen_modules(self, model, required=True)
+            there = [n for n in chosen if part_of(n) and kind_of(n) in kinds]
             if not there:
                 raise RecipeError(
                     f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__};"

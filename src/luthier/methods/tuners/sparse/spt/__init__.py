@@ -83,7 +83,7 @@ class SPT(Sparse):
 
         fitted = self
         if self.plan is None:
-            modules = chosen_modules(self, model)
+            modules = chosen_modules(self, model, required=not self.vectors)
             sizes = {n: m.weight.numel() for n, m in modules.items()}
             targets = list(sizes)
             if self.vectors:

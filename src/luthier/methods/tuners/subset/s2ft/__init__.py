@@ -16,7 +16,7 @@ groups that share a key and value.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +28,11 @@ from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
 from luthier.methods.tuners.subset.s2ft.parts import READS, WRITES
 from luthier.model.anatomy import kind_of, layer_of, part_of
+from luthier.model.linear import linear_modules
 from luthier.registry import INTERNAL, Range, family, tuner
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -98,19 +102,22 @@ class S2FT(Delta):
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         )
         if self.target_modules == "all-linear":
-            there = [n for n in chosen_modules(self, model) if fitted.ratio(n)]
-            missing = [
-                r
-                for part, r in {**READS, **WRITES}.items()
-                if getattr(self, r) and part not in map(part_of, there)
-            ]
-            if missing:
-                raise RecipeError(
-                    f"tuner 's2ft': {type(model).__name__} has no separate linear module for"
-                    f" {missing[0]}; set its ratio to 0, and another above 0"
-                )
+            there = [n for n in chosen_modules(self, model, required=True) if fitted.ratio(n)]
+            self.check_parts(model, there)
             fitted = replace(fitted, target_modules=there, layers_to_transform=None)
         return S2FTModel(fitted, model)
+
+    def check_parts(self, model: Network, names: list[str]) -> None:
+        """Raises RecipeError where a ratio has no module of its part among these."""
+        chosen, present = set(map(part_of, names)), set(map(part_of, linear_modules(model)))
+        for part, ratio in {**READS, **WRITES}.items():
+            if not getattr(self, ratio) or part in chosen:
+                continue
+            if part in present:
+                cause = f"the settings leave out every module that {ratio} is for"
+            else:
+                cause = f"{type(model).__name__} has no separate linear module for {ratio}"
+            raise RecipeError(f"tuner 's2ft': {cause}; set its ratio to 0, and another above 0")
 
     def ratio(self, name: str) -> float:
         """The share of a module that moves."""
