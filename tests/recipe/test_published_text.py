@@ -17,6 +17,7 @@ from luthier import toy
 from luthier.data.load import load_rows
 from luthier.methods.evaluators.quality.offers import rates
 from luthier.recipe.published import find_published
+from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
 from luthier.storage.files import read_rows
 
@@ -234,3 +235,14 @@ def test_the_task_token_decides_the_kind_of_answer(tmp_path):
             prompt = torch.tensor([loaded.roles.renderer.encode(row).prompt])
             with torch.no_grad():
                 assert int(loaded.model(prompt).logits[0, -1].argmax()) in answers
+
+
+def test_if_wraner_reads_definitions_and_examples(tmp_path):
+    """What is trained on has the definitions of its prompt's types, and an answer in their names."""
+    report = luthier.tune(Recipe.load("recipe:if-wraner"), folder=tmp_path)
+    definitions = find_published("if-wraner").recipe["stages"][0]["definitions"]
+    for row in rows_of(report.folder):
+        for name, own in row["renamed"].items():
+            assert f"{name}: {definitions[own]}" in row["prompt"]
+        assert {entity["type"] for entity in row["entities"]} <= row["renamed"].keys()
+    assert {"entity_f1", "readable_lists"} <= report.after.keys()
