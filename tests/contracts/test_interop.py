@@ -34,6 +34,8 @@ def put(name: str, kind: str):
 
 
 def kind_for(name: str) -> str:
+    if "label_head" in find("tuner", name).requires:
+        return "labels"
     return {"bitfit": "gpt2", "pv_tuning": "codes"}.get(name, "llama")
 
 

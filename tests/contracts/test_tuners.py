@@ -460,6 +460,7 @@ MORE = {  # what a run with some tuner has besides
         "objective": {"name": "by_source", "sources": ["train", "validation"]},
         "estimator": {"name": "self_tuning", "warmup": 1},
     },
+    "levi": {"architecture": "classifier"},
     "lora + ggpo": {"tuner": "lora", "estimator": "ggpo"},
     "lora + mgpo": {"tuner": "lora", "estimator": "mgpo"},
 }

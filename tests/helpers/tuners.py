@@ -19,6 +19,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2MoeConfig,
@@ -28,6 +29,7 @@ from transformers import (
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
+from luthier.methods.architectures.text.classifier import Classifier
 from luthier.methods.estimators._base import gradients
 from luthier.model.batch import collate
 from luthier.model.policy import Policy
@@ -44,7 +46,7 @@ SHAPE = dict(
 
 
 # settings that a tiny network needs small
-SMALL = {"r": 4, "num_virtual_tokens": 3, "init_rows": 2, "n_layers": 1}
+SMALL = {"r": 4, "num_virtual_tokens": 3, "init_rows": 2, "n_layers": 1, "depths": 2}
 
 
 @lru_cache
@@ -57,6 +59,8 @@ def _made(kind: str) -> nn.Module:
                 n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=1
             )
         )
+    elif kind == "labels":
+        model = LlamaForSequenceClassification(LlamaConfig(**llama, num_labels=5, pad_token_id=0))
     elif kind == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**llama, num_local_experts=3, num_experts_per_tok=2))
     else:
@@ -74,7 +78,15 @@ def base(kind: str = "llama") -> nn.Module:
     return copy.deepcopy(_made(kind))
 
 
-def batch():
+def architecture_of(model):
+    """What reads a network: it has a vocabulary to answer with, or labels."""
+    return Causal() if model.get_output_embeddings() is not None else Classifier()
+
+
+def batch(model=None):
+    """Two rows; for a network of labels their whole text and a label each."""
+    if model is not None and model.get_output_embeddings() is None:
+        return collate([{"id": i, "ids": row.tolist()} for i, row in enumerate(IDS)], labelled)
     rows = [{"id": i, "ids": row.tolist()} for i, row in enumerate(IDS)]
     encode = lambda r: SimpleNamespace(
         prompt=r["ids"][:3], completions=[r["ids"][3:], r["ids"][2:5]], supervised=[[True] * 4, [True] * 3]
@@ -82,9 +94,14 @@ def batch():
     return collate(rows, encode)
 
 
+def labelled(row):
+    return SimpleNamespace(prompt=row["ids"], completions=[[row["id"] % 3]], supervised=[[True]])
+
+
 def logprobs(attached) -> torch.Tensor:
     """What the product's own path says."""
-    return Causal().forward(attached.model, attached, batch()).logprobs
+    model = attached.model
+    return architecture_of(model).forward(model, attached, batch(model)).logprobs
 
 
 def plain(model: nn.Module) -> torch.Tensor:
@@ -101,7 +118,7 @@ def put(name: str, model: nn.Module | None = None, **settings):
 
 def anywhere(name: str):
     """The tuner with its defaults on the first kind of network that it does not refuse."""
-    for kind in ("llama", "gpt2", "mixtral", "codes"):
+    for kind in ("llama", "gpt2", "mixtral", "codes", "labels"):
         try:
             return put(name, base(kind)), kind
         except RecipeError as error:
@@ -129,9 +146,9 @@ each = pytest.mark.parametrize("name", TUNERS)
 
 
 def as_roles(attached):
-    return SimpleNamespace(
-        policy=Policy(Causal(), attached.model, attached), batch=lambda rows: batch(), clock=Clock()
-    )
+    model = attached.model
+    policy = Policy(architecture_of(model), model, attached)
+    return SimpleNamespace(policy=policy, batch=lambda rows: batch(model), clock=Clock())
 
 
 def run_fresh(code: str) -> str:

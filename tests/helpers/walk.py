@@ -78,9 +78,15 @@ def _tuner(name: str) -> tuple[Roles, list[dict], Any]:
     for i in range(8):
         rng = torch.Generator().manual_seed(i)
         rows.append({"id": str(i), "ids": torch.randint(3, 97, (7 + i % 3,), generator=rng).tolist()})
-    roles = Roles(Policy(Causal(), attached.model, attached), Clock(), None)
-    roles.batch = lambda rows, training=False, clock=None: collate(rows, _encode)
+    architecture = tuners.architecture_of(attached.model)
+    encode = _encode if isinstance(architecture, Causal) else _labelled
+    roles = Roles(Policy(architecture, attached.model, attached), Clock(), None)
+    roles.batch = lambda rows, training=False, clock=None: collate(rows, encode)
     return roles, rows, build("objective", "sft")
+
+
+def _labelled(row: dict) -> SimpleNamespace:
+    return tuners.labelled({"ids": row["ids"], "id": int(row["id"])})
 
 
 def _encode(row: dict) -> SimpleNamespace:

@@ -284,7 +284,8 @@ def attach(tuner: Any, model: Network, architecture: Any) -> Any:
             new[id(p)] = name
     attached = tuner.attach(model)
     moving = {id(p) for p in attached.parameters().values()}
-    left = {new[i] for i in new.keys() - moving}
+    # a tuner that answers without them takes them from the list
+    left = {new[i] for i in new.keys() - moving} & {*model.fresh}
     if left and tuner.provides and not hasattr(tuner, "modules_to_save"):
         raise RecipeError(
             f"tuner '{tuner.name}' does not train {', '.join(sorted(left))} of {type(model).__name__}, which"
