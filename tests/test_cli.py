@@ -327,11 +327,9 @@ def test_merged_export_is_plain_transformers(finished, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, _ = finished
-    export.export(folder, "merged", tmp_path / "m")
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
-        AutoTokenizer.from_pretrained(tmp_path / "m"),
-    )
+    export.export(folder, "merged", tmp_path / "m", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     assert tokenizer.chat_template
     ids = torch.tensor([tokenizer("3+4=")["input_ids"]])
     with torch.no_grad():

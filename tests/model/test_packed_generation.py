@@ -72,7 +72,9 @@ def test_packed_weights_answer_bit_for_bit_and_are_gone_afterwards(tuner, monkey
     used, own = [], packing.product
     for home in (packing, lora):
         monkeypatch.setattr(
-            home, "product", lambda x, w, b: used.append(hasattr(w, "prepacked")) or own(x, w, b)
+            home,
+            "product",
+            lambda x, weight, bias: used.append(hasattr(weight, "prepacked")) or own(x, weight, bias),
         )
     how = {"seeds": [1, 2, 3, 4], "n": 3, "max_new_tokens": 12}
     fast = writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from luthier.registry import build, former_metrics
 from luthier.report.console import Callback
 from luthier.run.folder import default_folder
 from luthier.run.upgrade import upgrade_rows
-from luthier.storage import checkpoints, files
+from luthier.storage import files
 from luthier.storage.layout import run_folders
 from luthier.storage.toy import former_row
 
@@ -151,27 +150,6 @@ def test_an_old_recipe_runs(tmp_path):
 # ------------------------------------------------------------------------------------------ killed in mid-run
 
 
-def machine() -> list[str]:
-    """What rounding depends on."""
-    name = ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return [name, torch.__version__]
-
-
-def digest(folder: Path) -> str:
-    """Of everything that a run trained, bit for bit."""
-    tensors = checkpoints.load(checkpoints.paths(folder)[-1]).tensors
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        sha.update(tensors[name].numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
 def killed(name: str, folder: Path) -> dict:
     """A run that version 0.1 began, and was killed in, as `run` in a folder; the recipe that it is of."""
     shutil.copytree(FIRST / "killed" / name, folder / "run")
@@ -187,7 +165,7 @@ class Sentences(Callback):
 
 @pytest.mark.parametrize("name", ["sft", "grpo", "dr_tune", "plan"])
 def test_a_killed_run_goes_on_to_the_same_end(name, tmp_path, monkeypatch):
-    """Bit for bit on the machine where version 0.1 made them; on others as far as rounding lets one compare.
+    """As far as rounding lets one compare: the numbers were made on another machine.
 
     sft: keys alone. grpo: a role and an online stage under former names, killed within a draw. dr_tune: a
     role whose tensors carry its former name. plan: killed in the second of three runs, in act-1.
@@ -199,12 +177,8 @@ def test_a_killed_run_goes_on_to_the_same_end(name, tmp_path, monkeypatch):
     assert len(resumed) == 1
     folders = run_folders(Path("run")) or [Path("run")]
     losses = [line["loss"] for folder in folders for line in files.read_rows(folder / "metrics.jsonl")]
-    if machine() == EXPECTED["machine"]:
-        assert losses == expected["losses"] and report.after.get("loss") == expected["after_loss"]
-        assert digest(folders[-1]) == expected["tensors"]
-    else:
-        comparable = 6 if name == "grpo" else None  # after that completions are sampled anew
-        assert losses[:comparable] == pytest.approx(expected["losses"][:comparable], rel=5e-3, abs=1e-4)
+    comparable = 6 if name == "grpo" else None  # after that completions are sampled anew
+    assert losses[:comparable] == pytest.approx(expected["losses"][:comparable], rel=5e-3, abs=1e-4)
     assert not report.before.keys() & set(former_metrics()), "metrics are called what they are called now"
     if name == "plan":
         assert [folder.name for folder in folders] == ["act-0", "act-1", "run-2"]

@@ -108,7 +108,7 @@ def compare(exporter: Exporter, source: Source, folder: Path) -> Agreement:
     """Read the form back and compare it with the tuned model. Raises Refused where they differ by more than
     the form's rounding.
     """
-    limits, probe = exporter.limits(source), source.probe
+    limits, probe = exporter.limits(source, folder), source.probe
     form = exporter.read(source, folder)
     if limits.weights is None:
         return probe.check(form, exporter.name, limits.logprobs)

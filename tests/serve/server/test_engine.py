@@ -66,7 +66,7 @@ def test_each_model_answers_as_it_does_alone(served, runs, shallow):
                     engine.submit([jobs[-1][0]])
         answers = [texts_of(*each) for each in jobs]
         assert engine.count_running() == engine.count_waiting() == 0
-    alone = {name: luthier.load(model.path) for name, model in served.models.items()}
+    alone = {name: luthier.load(model.path, dtype="float32") for name, model in served.models.items()}
     different = set()
     for (job, _), answer in zip(jobs, answers, strict=True):
         loaded = alone[job.served.name]

@@ -91,8 +91,8 @@ class Exporter:
         """
         return source.plain
 
-    def limits(self, source: Source) -> Limits:
-        """What it may differ by from the tuned model."""
+    def limits(self, source: Source, folder: Path) -> Limits:
+        """What the form in a folder may differ by from the tuned model."""
         return Limits()
 
     def usage(self, source: Source, folder: Path, place: str) -> list[Usage]:

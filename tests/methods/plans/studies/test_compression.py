@@ -19,6 +19,7 @@ def test_the_table_has_a_line_for_each_way(tiny, tmp_path):
         "model": tiny,
         "data": SUMS[:8],
         "eval_data": SUMS[8:12],
+        "dtype": "float32",
         "plan": {"name": "compression", "ways": ways},
     }
     report = luthier.tune(recipe, folder=tmp_path / "run")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from luthier.errors import RecipeError
-from luthier.methods.exporters._base import Exporter, Limits, Usage
+from luthier.methods.exporters._base import Exporter, Usage
 from luthier.registry import build, exporter
 from luthier.storage import files
 
@@ -82,8 +82,8 @@ class VLLM(Exporter):
     def finish(self, source, folder):
         self.part(folder).finish(source, folder)
 
-    def limits(self, source):
-        return Limits()
+    def limits(self, source, folder):
+        return self.part(folder).limits(source, folder)
 
     def usage(self, source, folder, place):
         path = folder / "adapter_config.json"

@@ -81,7 +81,7 @@ class GGUF(Exporter):
     def read(self, source, folder):
         return source.around(read(folder / FILE), read_tokenizer(folder / FILE))
 
-    def limits(self, source):
+    def limits(self, source, folder):
         return Limits(weights=ROUNDING.get(self.stored_as(source), COARSE))
 
     def usage(self, source, folder, place):

@@ -115,7 +115,7 @@ class CompressedTensors(Exporter):
     def finish(self, source, folder):
         source.finish_configs(folder)
 
-    def limits(self, source):
+    def limits(self, source, folder):
         return Limits(weights=self.rounding)
 
     def usage(self, source, folder, place):

@@ -50,7 +50,7 @@ class NF4(Exporter):
     def finish(self, source, folder):
         source.finish_configs(folder)
 
-    def limits(self, source):
+    def limits(self, source, folder):
         return Limits(weights=0.2)
 
     def usage(self, source, folder, place):

@@ -54,7 +54,7 @@ class Merged(Exporter):
         if quantizer is not None:
             source.notes.insert(0, requantized(source, folder, quantizer))
 
-    def limits(self, source):
+    def limits(self, source, folder):
         return Limits(logprobs=ROUNDING.get(source.precision))
 
     def usage(self, source, folder, place):
