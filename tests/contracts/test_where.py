@@ -11,7 +11,7 @@ from helpers.tuners import anywhere, base, put
 from luthier.errors import RecipeError
 from luthier.methods.tuners._delta import TargetModules
 from luthier.model.anatomy import layer_of
-from luthier.registry import find, names
+from luthier.registry import build, find, names
 
 PLACED = [name for name in names("tuner") if issubclass(find("tuner", name), TargetModules)]
 
@@ -113,6 +113,37 @@ def test_targets_that_name_nothing(name):
 def test_exclusions_that_leave_a_ratio_without_modules():
     with pytest.raises(RecipeError, match="the settings leave out every module that d_ratio is for"):
         put("s2ft", exclude_modules=["down_proj"])
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_experts_that_all_linear_leaves_out_are_said(name):
+    """One sentence, also where a tuner chose its modules by their whole names."""
+    spec = build("tuner", name)
+    if spec.target_modules != "all-linear":
+        pytest.skip("chooses parts of layers")
+    where = {"where": "all"} if name == "r_amt" else {}
+    try:
+        attached = put(name, base("mixtral"), **where)
+    except RecipeError as error:
+        assert re.search("no separate linear module|quantized base|no feed-forward block", str(error))
+        return
+    sentences = [text for text in attached.warnings if "fused expert weights" in text]
+    trained = any(".experts" in group.name for group in attached.param_groups())
+    assert len(sentences) == (0 if trained else 1)
+
+
+def test_vectors_of_ia3_and_pools_that_leave_experts_out_say_so():
+    for name in ("ia3", "l2m"):
+        (sentence,) = put(name, base("mixtral")).warnings
+        assert sentence.startswith(f"tuner '{name}' leaves out 4 fused expert weights")
+    attached = put("peft", base("mixtral"), type="vera", config={"target_modules": "all-linear"})
+    assert any("all-linear leaves out 4 fused expert weights" in text for text in attached.warnings)
+
+
+def test_pefts_usual_modules_of_lora_on_a_mixture():
+    """PEFT itself loses them where experts are one tensor."""
+    attached = put("peft", base("mixtral"), type="lora")
+    assert {n.rpartition(".")[2] for n in attached.layers} == {"q_proj", "v_proj"}
 
 
 def test_what_a_state_space_network_does_not_call_is_left_out():

@@ -125,13 +125,15 @@ def place(config: PeftConfig, model: Network) -> None:
     usual = _usual_modules(config)
     network = getattr(model.config, "model_type", "")
     named = config.target_modules is not None or getattr(config, "target_parameters", None)
-    if not named and network not in usual:
+    if not named and not usual.get(network):
         if kind in OWN_MODULES:
             raise RecipeError(
                 f"type: PEFT does not know where {kind.lower()} sits in {type(model).__name__}; name the"
                 " modules in config: {target_modules: [...]}"
             )
         config.target_modules = "all-linear"
+    if kind == "LORA" and not named:  # PEFT loses its usual modules where experts are one tensor
+        config.target_modules = as_list(usual.get(network)) or config.target_modules
     target = usual.get(network) if config.target_modules is None else config.target_modules
     if target and getattr(config, "layers_to_transform", None) is not None:
         layers = as_list(config.layers_to_transform)

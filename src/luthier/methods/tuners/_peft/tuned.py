@@ -71,6 +71,8 @@ class PeftTunedModel(TunedModel):
         if bypassed is not None:
             cast(Any, config).exclude_modules = bypassed
         named = getattr(config, "target_modules", None) is not None  # else the modules are PEFT's usual ones
+        wholes = (config, settings)
+        all_linear = any(getattr(where, "target_modules", None) == "all-linear" for where in wholes)
         mode = model.training
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -103,7 +105,8 @@ class PeftTunedModel(TunedModel):
         self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]
         self.biases = {id(p) for p, _ in self.start}
         self._check(config, tied, present, named)
-        self.warnings += self._left_out()
+        if all_linear:
+            self.warnings += self.experts_left_out("all-linear")
 
     def _check(self, config: PeftConfig, tied: list[list[str]], present: ModuleNames, named: bool) -> None:
         """What was asked for is there, and touches nothing else. named: the settings name the modules."""
@@ -199,10 +202,8 @@ class PeftTunedModel(TunedModel):
         )
         return {k: v for k, v in saved.items() if id(v) in real}
 
-    def _left_out(self) -> tuple[str, ...]:
-        """all-linear does not reach experts that are one tensor; say so."""
-        if getattr(self.settings, "target_modules", "") != "all-linear":
-            return ()
+    def experts_left_out(self, reason: str) -> tuple[str, ...]:
+        """A warning where nothing sits on experts that are one tensor. reason: what leaves them out."""
         reached = {
             id(getattr(m.get_base_layer(), m.parameter_name))
             for m in self.layers.values()
@@ -229,7 +230,7 @@ class PeftTunedModel(TunedModel):
         reach += " if quantization.skip_modules: [experts] keeps them unquantized" if coded else ""
         return (
             (
-                f"all-linear leaves out {len(fused + coded)} fused expert weights ({(fused + coded)[0][0]},"
+                f"{reason} leaves out {len(fused + coded)} fused expert weights ({(fused + coded)[0][0]},"
                 f" ...; {share:.0%} of all parameters), which are not linear modules; {reach}"
             ),
         )

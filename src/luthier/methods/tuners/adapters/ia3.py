@@ -62,4 +62,7 @@ class IA3(Tuner):
             "modules_to_save": self.modules_to_save,
             "fan_in_fan_out": sideways(model),
         }
-        return PeftTunedModel(self, model, any_config("ia3", settings))
+        attached = PeftTunedModel(self, model, any_config("ia3", settings))
+        if self.target_modules is None:
+            attached.warnings += attached.experts_left_out("tuner 'ia3'")
+        return attached

@@ -82,7 +82,10 @@ class L2M(Delta):
                 f"tuner 'l2m' chooses by embeddings of tokens, and {type(model).__name__} reads none"
             )
         width = words.shape[1]
-        return L2MModel(replace(settings, keys_at=first, width=width), model)
+        attached = L2MModel(replace(settings, keys_at=first, width=width), model)
+        if self.target_modules == "auto":
+            attached.warnings += attached.experts_left_out("tuner 'l2m'")
+        return attached
 
     def at(self, name):
         return self if name == self.keys_at else replace(self, keys_at=None)

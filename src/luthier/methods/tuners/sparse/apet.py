@@ -71,7 +71,10 @@ class APET(Sparse):
         fitted = replace(self, n=n, counts=spread_over(sizes, n, Clock(self.selection_seed).rng("apet")))
         reached = {key.removesuffix(".bias") for key, count in (fitted.counts or {}).items() if count}
         names = [name for name in modules if name in reached]
-        return Delta.attach(replace(fitted, target_modules=names, layers_to_transform=None), model)
+        attached = Delta.attach(replace(fitted, target_modules=names, layers_to_transform=None), model)
+        if self.target_modules == "all-linear":
+            attached.warnings += attached.experts_left_out("all-linear")
+        return attached
 
     def at(self, name):
         """Counted over all chosen modules where luthier attached it; else `density` of this module."""

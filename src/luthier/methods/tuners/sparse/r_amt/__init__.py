@@ -74,7 +74,10 @@ class RAMT(Delta):
                     " name them in target_modules"
                 )
             fitted = replace(self, target_modules=there, layers_to_transform=None)
-        return MaskTunedModel(fitted, model)
+        attached = MaskTunedModel(fitted, model)
+        if self.target_modules == "all-linear" and self.where != "attention":
+            attached.warnings += attached.experts_left_out(f"where: {self.where}")
+        return attached
 
     def init(self, W):
         ones = torch.ones(W.shape, dtype=torch.bool)

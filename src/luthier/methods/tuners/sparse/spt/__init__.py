@@ -98,7 +98,10 @@ class SPT(Sparse):
                 )
             even = {n: max(1, round(budget * s / sum(sizes.values()))) for n, s in sizes.items()}
             fitted = replace(self, budget=budget, plan=even, target_modules=targets, layers_to_transform=None)
-        return SPTModel(fitted, model)
+        attached = SPTModel(fitted, model)
+        if self.target_modules == "all-linear":
+            attached.warnings += attached.experts_left_out("all-linear")
+        return attached
 
     def at(self, name):
         if self.plan is None and self.budget is not None:  # outside a run
