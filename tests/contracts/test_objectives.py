@@ -120,6 +120,8 @@ def common_beginnings(rows: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_packing_shared_prompts_and_common_beginnings_change_nothing(name):
     objective, found = build("objective", name), []
+    if "layout" in objective.contract:
+        pytest.skip(objective.contract["layout"])
     for layout in LAYOUTS:
         roles = cast()
         for player in roles.policies():

@@ -246,3 +246,17 @@ def test_if_wraner_reads_definitions_and_examples(tmp_path):
             assert f"{name}: {definitions[own]}" in row["prompt"]
         assert {entity["type"] for entity in row["entities"]} <= row["renamed"].keys()
     assert {"entity_f1", "readable_lists"} <= report.after.keys()
+
+
+@pytest.mark.long
+def test_vega_labels_inputs_without_labels(tmp_path):
+    """Pseudo labels are on inputs without labels alone, and are labels of the task."""
+    report = tune_toy("vega-v1", tmp_path)
+    pipeline, (first, second, third) = find_published("vega-v1"), report.runs
+    texts = [row["prompt"] for row in pipeline.rows["unlabelled"].toy]
+    assert sorted(row["prompt"] for row in rows_of(second)) == sorted(texts)
+    assert {row["completions"][0].strip() for row in rows_of(second)} <= {"money", "sport"}
+    for folder in (first, third):
+        data = Recipe.load(Path(folder) / "recipe.yaml").data
+        assert data == pipeline.rows["labelled"].toy, "the true labels, and no others"
+    assert all(value > 0 for value in logged(third, "divergence"))
