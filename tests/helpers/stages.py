@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from helpers.rows import SUMS, example_value
 from luthier.data.load import load_rows as load
 from luthier.model.load import assemble
@@ -37,9 +39,9 @@ def rollout(**settings):
     return build("stage", {"name": "rollout", "n": 3, "max_new_tokens": 8, **settings})
 
 
-def make_roles(folder: str):
+def make_roles(folder: str, tuner: Any = "full"):
     """Roles of a tiny model with itself, untuned, as the reference."""
-    recipe = Recipe.load({"model": folder, "tuner": "full", "dtype": "float32"})
+    recipe = Recipe.load({"model": folder, "tuner": tuner, "dtype": "float32"})
     roles = assemble(recipe, validate(recipe, load(SUMS).rows))
     roles.reference, roles.judge = roles.policy.as_role("reference"), roles.policy.as_role("judge")
     return roles

@@ -78,23 +78,7 @@ class Rollout(Stage):
         return self.provides if self.old else self.provides - {OLD_LOGPROBS}
 
     def __call__(self, rows, roles):
-        answerable, prompts, rooms, bad = [], [], [], []
-        limit = getattr(roles.renderer, "max_length", None)
-        for row in rows:
-            try:
-                prompt = roles.renderer.prompt(row)
-            except BadRow as error:
-                bad.append(str(error))
-                continue
-            room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt))
-            if room < 1:
-                bad.append(
-                    f"the prompt has {len(prompt)} tokens, which leaves none for an answer"
-                    f" (max_length {limit})"
-                )
-                continue
-            answerable, prompts, rooms = [*answerable, row], [*prompts, prompt], [*rooms, room]
-        self.left(roles, len(bad), len(rows), bad[0] if bad else "")
+        answerable, prompts, rooms = self.answerable(rows, roles)
         if not answerable:
             return []
         stop = list(roles.renderer.stop_ids)
@@ -128,6 +112,27 @@ class Rollout(Stage):
             out = [{**row, "old_logprobs": old} for row, old in zip(out, old_logprobs, strict=True)]
             self.check(out)
         return out
+
+    def answerable(self, rows, roles) -> tuple[list[dict], list[list[int]], list[int]]:
+        """(rows with room for an answer, their prompts, tokens that each answer may have)."""
+        answerable, prompts, rooms, bad = [], [], [], []
+        limit = getattr(roles.renderer, "max_length", None)
+        for row in rows:
+            try:
+                prompt = roles.renderer.prompt(row)
+            except BadRow as error:
+                bad.append(str(error))
+                continue
+            room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt))
+            if room < 1:
+                bad.append(
+                    f"the prompt has {len(prompt)} tokens, which leaves none for an answer"
+                    f" (max_length {limit})"
+                )
+                continue
+            answerable, prompts, rooms = [*answerable, row], [*prompts, prompt], [*rooms, room]
+        self.left(roles, len(bad), len(rows), bad[0] if bad else "")
+        return answerable, prompts, rooms
 
     def answers(self, roles, prompts, rows, **how) -> list[list[tuple[list[int], list[float]]]]:
         """Of each prompt, the samples' token ids and, where another than the policy writes, their
