@@ -32,6 +32,13 @@ class Structure:
     grammar: str
 
 
+@dataclass(frozen=True)
+class Until:
+    """Any text, up to another one and with it."""
+
+    end: str
+
+
 def structure(
     json: Any = None,
     regex: str | None = None,
@@ -82,13 +89,38 @@ def _lark_of_choices(choice: Sequence[str]) -> str:
 
 def json_within(before: str, schema: Mapping[str, Any], after: str, tokenizer: Any) -> Structure:
     """JSON of a schema between two texts, in which a tokenizer's special tokens are tokens."""
-    rule = json.dumps({"x-guidance": ONE_LINE, **schema}, ensure_ascii=False)
+    return one_of([[before, schema, after]], tokenizer)
+
+
+def one_of(alternatives: Sequence[Sequence[Any]], tokenizer: Any) -> Structure:
+    """One of several sequences of parts. A part is a text, in which a tokenizer's special tokens are tokens;
+    a mapping, a JSON schema; `Until`, any text that ends with another; or a list, parts that may be left out.
+    """
     special = {}
     for number, token in tokenizer.added_tokens_decoder.items():
         if token.special:
             special[token.content] = number
-    parts = [*_with_tokens(before, special), "object", *_with_tokens(after, special)]
-    return Structure(f"start: {' '.join(parts)}\nobject: %json {rule}")
+    rules: list[str] = []
+    choices = [_sequence(parts, special, rules) for parts in alternatives]
+    return Structure("\n".join([f"start: {' | '.join(choices)}", *rules]))
+
+
+def _sequence(parts: Sequence[Any], special: Mapping[str, int], rules: list[str]) -> str:
+    """Parts as a Lark grammar writes them. Rules that they need are added to `rules`."""
+    words = []
+    for part in parts:
+        if isinstance(part, str):
+            words += _with_tokens(part, special)
+        elif isinstance(part, Until):
+            rules.append(f"part_{len(rules)}[suffix={literal(part.end)}]: /(?s:.*)/")
+            words.append(f"part_{len(rules) - 1}")
+        elif isinstance(part, Mapping):
+            schema = json.dumps({"x-guidance": ONE_LINE, **part}, ensure_ascii=False)
+            rules.append(f"part_{len(rules)}: %json {schema}")
+            words.append(f"part_{len(rules) - 1}")
+        else:
+            words.append(f"({_sequence(part, special, rules)})?")
+    return " ".join(words)
 
 
 def _with_tokens(text: str, special: Mapping[str, int]) -> list[str]:

@@ -1,77 +1,110 @@
 """Tool calls in what a model writes: read back in the form in which its chat template writes them.
 
-The form is not listed by model family: a call is rendered, and what stands around its JSON is looked at.
-Templates that write a call otherwise than as JSON with its name in it have none (`call_format` is None), and
-what their models write stays text.
+The form is not listed by model family: calls are rendered, and what stands around their names and arguments
+is looked at (call_forms.py). A form counts where a call with a number and a list is read back as it was; of
+other templates `call_format` is None, and what their models write stays text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow
+from luthier.text.call_forms import ARGUMENTS, CallForm, JsonCalls, WrittenCalls, calls_of, json_end, learn
 from luthier.text.chat import Chat, Form
-from luthier.text.structured_outputs import Structure, json_within
+from luthier.text.structured_outputs import Structure, json_within, one_of
 
 PROMPT = [{"role": "user", "content": "Hi"}]
-CALL = {"id": "call00001", "type": "function", "function": {"name": "probe_tool", "arguments": {"a": 1}}}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "",
-        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
-    },
-}
-ARGUMENTS = ("arguments", "parameters")  # what templates call them
+NAMES = ("probe_tool", "other_tool")
+WORDS = ("first_key", "first text", "second_key", "second text")
+TEXTS = {WORDS[0]: WORDS[1], WORDS[2]: WORDS[3]}
+MIXED = {"first_key": 12, "second_key": 'a text, "with" marks\nand lines', "third_key": [1, {"a": "}"}]}
 
 
-@dataclass(frozen=True)
-class CallFormat:
-    """What stands before and after the JSON of a call, without the white space around it."""
-
-    opening: str  # "": an answer is a call where it begins with JSON
-    closing: str
-    before: str = ""  # all that the template writes before the JSON of the probe, with its white space
-    after: str = ""  # and after it, up to the end of the turn
-    call: str = ""  # the JSON itself
-
-
-def call_format(chat: Chat) -> CallFormat | None:
-    """How a chat template writes calls; None where it writes none, or not as JSON with a name in it."""
+def call_format(chat: Chat) -> CallForm | None:
+    """How a chat template writes calls; None where it writes none, or in no form that can be read back."""
     probe = chat.but()
-    row = {"prompt": PROMPT, "tools": [TOOL]}
     for content, arguments in product(("as_is", "parts"), ("object", "text")):
         probe.form = Form(content, arguments)
-        try:
-            opening = probe.render(row, PROMPT, add_generation_prompt=True)
-            turn = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-            whole = probe.render(row, [*PROMPT, turn])
-        except BadRow:
-            continue
-        if not whole.startswith(opening):
-            continue
-        reply = whole[len(opening) :]
-        for start in range(len(reply)):
-            stop = json_end(reply, start)
-            if stop is not None and any(calls_of(json.loads(reply[start:stop]))):
-                # an empty <think></think> before a call is no part of it
-                before = reply[:start].rpartition("</think>")[2]
-                closing = without_end(chat, reply[stop:])
-                after = reply[stop : reply.find(closing, stop) + len(closing)] if closing else ""
-                return CallFormat(before.strip(), closing, before, after, reply[start:stop])
+        form = json_calls(probe) or other_calls(probe)
+        if form is not None and reads(form, probe):
+            return form
     return None
 
 
-def forced_call(form: CallFormat, tools: Sequence[dict], tokenizer: Any) -> Structure:
-    """One call of one of these tools, in a model's form, with arguments of the tool's schema. tools: in
-    OpenAI's form. Raises RecipeError where the form has the arguments as text, not as JSON.
+def written(chat: Chat, *calls: tuple[str, dict]) -> str | None:
+    """What a template writes of a turn of calls, without an empty <think></think> before them; None where it
+    writes no such turn.
     """
+    turns = []
+    for i, (name, arguments) in enumerate(calls):
+        function = {"name": name, "arguments": arguments}
+        turns.append({"id": f"call0000{i + 1}", "type": "function", "function": function})
+    row = {"prompt": PROMPT, "tools": [probe_tool(name) for name in NAMES]}
+    try:
+        opening = chat.render(row, PROMPT, add_generation_prompt=True)
+        whole = chat.render(row, [*PROMPT, {"role": "assistant", "content": "", "tool_calls": turns}])
+    except BadRow:
+        return None
+    # a template may open <think> where it asks for an answer, and close it at once where there is one
+    if opening.rstrip().endswith("<think>"):
+        opening = opening.rstrip().removesuffix("<think>")
+    return whole[len(opening) :].rpartition("</think>")[2] if whole.startswith(opening) else None
+
+
+def probe_tool(name: str) -> dict:
+    """A tool of whose parameters nothing is said."""
+    parameters = {"type": "object", "properties": {key: {} for key in MIXED}}
+    return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
+
+
+def json_calls(chat: Chat) -> CallForm | None:
+    """The form of templates that write JSON with a name in it."""
+    reply = written(chat, (NAMES[0], {"a": 1})) or ""
+    for start in range(len(reply)):
+        stop = json_end(reply, start)
+        if stop is not None and any(calls_of(json.loads(reply[start:stop]))):
+            before, closing = reply[:start], without_end(chat, reply[stop:])
+            after = reply[stop : reply.find(closing, stop) + len(closing)] if closing else ""
+            return JsonCalls(before.strip(), closing, before, after, reply[start:stop])
+    return None
+
+
+def other_calls(chat: Chat) -> CallForm | None:
+    """The form of other templates."""
+    one = written(chat, (NAMES[0], TEXTS))
+    if one is None:
+        return None
+    two = written(chat, (NAMES[0], TEXTS), (NAMES[1], TEXTS))
+    last = one.rfind(WORDS[3]) + len(WORDS[3])
+    end = without_end(chat, one[last:])
+    return learn(one[: one.find(end, last) + len(end)], two, NAMES, WORDS)
+
+
+def reads(form: CallForm, chat: Chat) -> bool:
+    """Whether a form reads back what a template writes of other calls."""
+    calls = [(NAMES[1], MIXED), (NAMES[0], TEXTS)]
+    for some in (calls, calls[:1]):
+        reader = CallReader(form)
+        reader.add(written(chat, *some) or "")
+        _, result = reader.end()
+        if [(name, json.loads(arguments)) for name, arguments in result] == some:
+            return True
+    return False
+
+
+def forced_call(form: CallForm, tools: Sequence[dict], tokenizer: Any) -> Structure:
+    """One call of one of these tools, in a model's form, with arguments of the tool's schema. tools: in
+    OpenAI's form. Raises RecipeError where the form has the arguments as text, or writes calls as Python.
+    """
+    if isinstance(form, WrittenCalls):
+        return one_of([form.parts(tool["function"]) for tool in tools], tokenizer)
+    if not isinstance(form, JsonCalls):
+        raise RecipeError("calls cannot be forced: this model's chat template writes them as Python")
     value = json.loads(form.call)
     several = isinstance(value, list)
     probe = value[0] if several else value
@@ -123,39 +156,14 @@ def without_end(chat: Chat, text: str) -> str:
     return text
 
 
-def json_end(text: str, start: int) -> int | None:
-    """Where the JSON object or list that begins here ends; None where none begins."""
-    if text[start : start + 1] not in ("{", "["):
-        return None
-    try:
-        _, stop = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None
-    return stop
-
-
-def calls_of(value: Any) -> Iterator[tuple[str, str]]:
-    """(name, arguments as JSON text) of each call in a JSON value; none where it is no call."""
-    for call in value if isinstance(value, list) else [value]:
-        if not isinstance(call, dict):
-            continue
-        call = call.get("function", call)
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            continue
-        for key in ARGUMENTS:
-            if key in call:
-                arguments = call[key]
-                if not isinstance(arguments, str):
-                    arguments = json.dumps(arguments, ensure_ascii=False)
-                yield call["name"], arguments
-                break
-
-
 class CallReader:
     """Splits an answer, as it comes, into its text and its calls."""
 
-    def __init__(self, form: CallFormat):
+    def __init__(self, form: CallForm, tools: Sequence[Mapping[str, Any]] = ()):
+        """tools: in OpenAI's form, whose schemas tell a text from a number where the form does not."""
         self.form = form
+        functions = [tool.get("function", tool) for tool in tools]
+        self.schemas = {f.get("name"): f.get("parameters") or {} for f in functions}
         self.text = ""  # that is not certain yet: a call may begin in it, or has begun
 
     def add(self, text: str) -> str:
@@ -185,16 +193,7 @@ class CallReader:
         """
         calls: list[tuple[str, str]] = []
         rest = self.text.lstrip()
-        while rest:
-            after = rest.removeprefix(self.form.opening).lstrip() if self.form.opening else rest
-            stop = json_end(after, 0)
-            read = list(calls_of(json.loads(after[:stop]))) if stop else []
-            if not read:
-                break
-            calls += read
-            rest = after[stop:].lstrip()
-            if self.form.closing:
-                rest = rest.removeprefix(self.form.closing).lstrip()
-        if not calls:
-            return self.text, []
-        return rest, calls
+        while rest and (read := self.form.read(rest, self.schemas)):
+            more, rest = read
+            calls += more
+        return (rest, calls) if calls else (self.text, [])

@@ -284,7 +284,7 @@ class Desk:
         if form is None:
             raise ApiError(
                 400,
-                "tool_choice: the chat template of this model writes no calls as JSON, so none can be forced",
+                "tool_choice: the chat template of this model writes no calls that can be read",
                 param="tool_choice",
             )
         named = [tool for tool in tools if name in ("", tool["function"]["name"])]

@@ -25,8 +25,9 @@ from luthier.recipe.validate import build_methods
 from luthier.serve.server.engine import Group
 from luthier.storage.layout import saved_network
 from luthier.text.cache import EncodingCache
+from luthier.text.call_forms import CallForm
 from luthier.text.structured_outputs import Vocabulary
-from luthier.text.tool_calls import CallFormat, call_format
+from luthier.text.tool_calls import call_format
 from luthier.train import memory
 from luthier.train.batched_forward import share_weights
 
@@ -75,7 +76,7 @@ class ServedModel:
         return Vocabulary(self.texts.tokenizer, list(self.stop_ids), self.vocabulary)
 
     @cached_property
-    def call_format(self) -> CallFormat | None:
+    def call_format(self) -> CallForm | None:
         """How its chat template writes tool calls."""
         return call_format(self.loaded.roles.renderer.chat)
 

@@ -298,9 +298,10 @@ class Answer:
         form, special = None, None
         if jobs[0].special:
             form, special = served.call_format, served.loaded.roles.renderer.chat.special
+        tools = getattr(request, "tools", None) or ()
         self.choices: list[Choice] = []
         for index in range(sum(job.n for job in jobs)):
-            self.choices.append(Choice(index, CallReader(form) if form else None, special))
+            self.choices.append(Choice(index, CallReader(form, tools) if form else None, special))
 
     def choice_of(self, job: Job, piece: Piece) -> Choice:
         """Which answer a piece belongs to."""
