@@ -17,14 +17,14 @@ from luthier.registry import build
 def test_fastfood_is_its_dense_matrix():
     from scipy.linalg import hadamard as dense
 
-    from luthier.methods.tuners.low_rank.intrinsic_dimension import draws, hadamard, project
+    from luthier.methods.tuners.low_rank.intrinsic_dimension.fastfood import draws, hadamard, project
 
     d, n = 200, 256
     H = torch.tensor(dense(n), dtype=torch.float32)
     x = torch.randn(n)
     assert torch.allclose(hadamard(x), H @ x, atol=1e-4)
-    (G, order, B, norm), a, b = (t[0] for t in draws(d, n, 7, x)), torch.randn(d), torch.randn(d)
-    P = (H @ torch.diag(G) @ torch.eye(n)[order] @ H @ torch.diag(B) / norm)[:, :d]
+    (G, order, B, norm), a, b = (t[0] for t in draws(d, n, 7, x.device)), torch.randn(d), torch.randn(d)
+    P = (H @ torch.diag(G) @ torch.eye(n)[order] @ H @ torch.diag(B.float()) / norm)[:, :d]
     assert torch.allclose(project(a, n, 7), P @ a, atol=1e-4)
     assert torch.allclose(project(a + b, n, 7), project(a, n, 7) + project(b, n, 7), atol=1e-5)
     theta = a.clone().requires_grad_(True)
@@ -50,6 +50,32 @@ def test_intrinsic_dimension_moves_d_numbers():
         )
         deltas.append([layer.get_delta_weight("default").detach() for layer in attached.layers.values()])
     assert not torch.allclose(deltas[0][0], deltas[1][0]) and not torch.allclose(deltas[0][0], deltas[0][3])
+
+
+@pytest.mark.parametrize("cache_gb, passes", [(1.0, 1), (1e-9, 2), (0.0, 2)])
+def test_maps_are_drawn_once(monkeypatch, cache_gb, passes):
+    """Or for each pass that needs them, where they may take no room; the numbers are the same."""
+    from luthier.methods.tuners.low_rank.intrinsic_dimension import fastfood
+
+    count, draws = [], fastfood.draws
+    monkeypatch.setattr(fastfood, "draws", lambda *a: count.append(a) or draws(*a))
+    attached, plain = put("intrinsic_dimension", d=100, cache_gb=cache_gb), put("intrinsic_dimension", d=100)
+    gradients = []
+    for one in (attached, plain):
+        theta = next(p for n, p in one.parameters().items() if n.endswith("theta"))
+        theta.data.fill_(0.1)
+        if one is attached:
+            count.clear()
+        for _ in range(2):
+            theta.grad = None
+            one.model(torch.arange(6)[None]).logits.square().mean().backward()
+            if one is attached:
+                # a pass begins with the layer with which the one before it ended
+                assert passes * len(attached.layers) - len(count) in (0, 1, 2)
+                count.clear()
+                passes = 0 if cache_gb == 1.0 else passes
+        gradients.append(theta.grad)
+    assert torch.equal(*gradients)
 
 
 def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):

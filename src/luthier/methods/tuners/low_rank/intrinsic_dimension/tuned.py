@@ -11,6 +11,7 @@ from torch import nn
 from luthier.errors import RecipeError
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
+from luthier.methods.tuners.low_rank.intrinsic_dimension.fastfood import Maps
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -32,6 +33,7 @@ class IntrinsicDimensionModel(PeftTunedModel):
                 f" ({len(layers)} modules) and at least one more; raise d, or set"
                 " structure_aware: false"
             )
+        object.__setattr__(filled, "maps", Maps(filled.cache_gb * 2**30))
         config = cast(Any, self.peft.peft_config[ADAPTER])
         config.modules, config.numbers = filled.modules, filled.numbers
         theta = nn.Parameter(
