@@ -442,6 +442,7 @@ def test_in_a_run(spec, base, tmp_path):
 MORE = {  # what a run with some tuner has besides
     "bitfit": {"tuner": {"name": "bitfit", "also": ["norms"]}},
     "cofitune": {"tuner": {"name": "cofitune", "init_rows": 4}},
+    "crosstune": {"architecture": "classifier", "tuner": "crosstune"},
     # cut after half of the run
     "dsee": {"tuner": {"name": "dsee", "sparsity": 0.5, "ffn_sparsity": 0.4, "head_sparsity": 0.5}},
     "elastic": {

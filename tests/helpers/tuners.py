@@ -46,7 +46,15 @@ SHAPE = dict(
 
 
 # settings that a tiny network needs small
-SMALL = {"r": 4, "num_virtual_tokens": 3, "init_rows": 2, "n_layers": 1, "depths": 2}
+DESCRIPTIONS = {f"LABEL_{i}": [3 + i, 20 + i] for i in range(5)}
+SMALL = {
+    "descriptions": DESCRIPTIONS,
+    "r": 4,
+    "num_virtual_tokens": 3,
+    "init_rows": 2,
+    "n_layers": 1,
+    "depths": 2,
+}
 
 
 @lru_cache

@@ -75,5 +75,5 @@ def words_of(model: Network, text: str) -> list[int]:
         ]
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"prompt_tuning_init: text needs the model's tokenizer: {str(error).splitlines()[0]}"
+            f"a text in a tuner's settings needs the model's tokenizer: {str(error).splitlines()[0]}"
         ) from None
