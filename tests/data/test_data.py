@@ -40,6 +40,7 @@ SHAPES = {
     "step_preference": {"prompt": "2+2*3?", "prefix": "2*3=6\n", "chosen": "2+6=8", "rejected": "2+6=9"},
     "labelled": {"text": "a fine film", "label": 1},
     "labelled_media": {"audio": {"array": [0.0, 0.5], "sampling_rate": 8000}, "label": 1},
+    "tagged": {"tokens": ["Ann", "sings"], "tags": ["B-person", "O"]},
     "table": {"features": {"age": 40, "sex": "M", "ill": "no"}, "target": "ill"},
     "prompt": {"prompt": "2+2=", "answer": "4"},
     "question_answer": {"question": "What is 2+2?", "answer": "2+2=4\n#### 4"},

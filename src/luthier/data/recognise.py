@@ -19,11 +19,6 @@ OTHER_TASKS = (
         "anchor, positive and negative are rows for embedding models, which are not trained here; as"
         " preferences they are read with columns: {prompt: anchor, chosen: positive, rejected: negative}",
     ),
-    (
-        {"tokens", "ner_tags"},
-        "tokens with ner_tags are rows for token classification, which is not trained here; write them as"
-        ' instructions, such as {"prompt": the sentence, "completion": its entities}',
-    ),
 )
 
 
