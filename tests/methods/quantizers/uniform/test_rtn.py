@@ -50,14 +50,14 @@ def test_eight_bits_are_enough_and_two_are_not():
     assert abs(eight - want) < 0.01 * want and abs(two - want) > 5 * abs(eight - want)
 
 
-def test_tiny_weights_are_as_exact_as_others():
-    """Scales in 16 bits: of weights of size 1e-6 they would be rounded to nothing."""
+def test_tiny_and_huge_weights_are_as_exact_as_others():
+    """Scales in 16 bits: of weights of size 1e-6 they would be rounded to nothing, of 1e7 be infinite."""
     W = normal(8, 128)
     for name in ("rtn", "gptq"):
         for bits in (4, 8):
             q = build("quantizer", {"name": name, "bits_per_weight": bits, "group_size": 64})
             errors = []
-            for size in (1.0, 1e-2, 1e-4, 1e-6, 1e-9):
+            for size in (1.0, 1e-2, 1e-4, 1e-6, 1e-9, 1e7):
                 stats = torch.eye(128) if name == "gptq" else None
                 back = q.dequantize(q.quantize(size * W, stats), tuple(W.shape), torch.float32)
                 errors.append(float((back - size * W).norm() / (size * W).norm()))

@@ -97,12 +97,13 @@ def stored(scale: Tensor, low: Tensor, unit: Tensor | None) -> Codes:
 
 def unit_of(scale: Tensor, low: Tensor) -> Tensor | None:
     """A power of two for the scales and minima of a weight that would lose digits in 16 bits, where the
-    smallest with all of them is 6.1e-5; None where they lose none.
+    smallest with all of them is 6.1e-5 and the largest 65504; None where they lose none.
     """
-    steps = scale[scale > 0]
-    if not len(steps) or float(steps.min()) >= torch.finfo(torch.float16).smallest_normal:
+    steps, half = scale[scale > 0], torch.finfo(torch.float16)
+    largest = torch.maximum(scale.max(), low.abs().max())
+    if not len(steps) or (float(steps.min()) >= half.smallest_normal and float(largest) <= half.max):
         return None
-    return torch.exp2(torch.maximum(scale.max(), low.abs().max()).log2().floor())
+    return torch.exp2(largest.log2().floor())
 
 
 def read(codes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
