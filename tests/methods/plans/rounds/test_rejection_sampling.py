@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from helpers.rounds import Table, perform
+from luthier.recipe.read import name_of
 from luthier.registry import build
 
 NAMES = ["a", "a a", "a a a", "b"]
@@ -29,6 +32,32 @@ def test_one_answer_is_the_best_of_n(recipe, tmp_path):
     assert raft.rounds and build("plan", "rejection_sampling").most == 1
 
 
+def test_the_untuned_model_is_the_first_champion(recipe):
+    """Where no round answers as well as the model before the first one, a run without training holds it."""
+
+    def played(rewards, **settings):
+        plan = build("plan", {"name": "rejection_sampling", "rounds": 3, **settings})
+        play = plan.recipes(recipe.but(evaluate=["loss"]))
+        asked, before = [next(play)], 0.5
+        try:
+            for i, after in enumerate(rewards):
+                measured = {"generated_reward": before}, {"generated_reward": after}
+                done = SimpleNamespace(
+                    folder=f"r{i}", before=measured[0], after=measured[1], stats={}, notes=[]
+                )
+                before = after
+                asked.append(play.send(done))
+        except StopIteration as end:
+            return asked, end.value
+
+    asked, end = played([0.3, 0.4, 0.45, 0.5])
+    assert end.folder == "r3" and len(asked) == 4 and "before the first one" in end.notes[0]
+    assert asked[3].objective is None and asked[3].init_from is None and not asked[3].stages
+    assert [name_of(e) for e in asked[3].evaluate] == ["loss", "generate"] and len(end.stats["rounds"]) == 3
+    assert played([0.3, 0.6, 0.55])[1].folder == "r1"
+    assert played([0.3, 0.4, 0.45], result="last")[1].folder == "r2"
+
+
 def test_rows_without_a_good_answer_leave():
     rows = [{"id": "x", "prompt": "p", "completions": ["a", "b"], "scores": [0.0, 0.2], "threshold": 0.5}]
     assert build("stage", "accept")(rows, nobody()) == []
@@ -36,8 +65,6 @@ def test_rows_without_a_good_answer_leave():
 
 
 def nobody():
-    from types import SimpleNamespace
-
     from luthier.clock import Clock
 
     return SimpleNamespace(clock=Clock(), warn=lambda sentence: None)

@@ -70,6 +70,7 @@ class Rounds(Plan):
         table: list[dict[str, Any]] = []
         folders: list[str] = []
         champion, report, idle, reason = None, None, 0, ""
+        untuned: float | None = None  # the reward of the model before the first round
         for number in range(self.rounds):
             try:
                 report = yield self.round(number, recipe, folders)
@@ -78,15 +79,22 @@ class Rounds(Plan):
                     raise
                 reason = f"round {number}: nothing is left to learn from"
                 break
+            if not folders:
+                untuned = report.before.get(METRIC)
             folders.append(report.folder)
             table.append(row_of(number, report))
             idle += 1
-            if better(report, champion, METRIC):
+            if better(report, champion, METRIC) and reaches(report, untuned):
                 champion, idle = report, 0
             reason = self.stops(table, idle)
             if reason:
                 break
         final = champion if self.result == "best" else report
+        if final is None:  # no round is as good as the model that they began with: a run that holds it
+            final = yield recipe.but(
+                objective=None, stages=[], online_stages=[], evaluate=self.evaluators(recipe)
+            )
+            reason = "no round answers as well as the model before the first one, which is the result"
         final.stats["rounds"] = table
         if reason:
             final.notes.append(reason)
@@ -107,9 +115,13 @@ class Rounds(Plan):
         if last is not None:
             changes["init_from"] = last
         if self.judged:
-            changes["evaluate"] = [e for e in recipe.evaluate or () if name_of(e) != "generate"]
-            changes["evaluate"].append(self.judging())
+            changes["evaluate"] = self.evaluators(recipe)
         return recipe.but(**{**changes, **self.changes(number, recipe, last)})
+
+    def evaluators(self, recipe: Any) -> list[Any]:
+        """The recipe's, with the one that judges a round."""
+        others = [e for e in recipe.evaluate or () if name_of(e) != "generate"]
+        return [*others, self.judging()]
 
     def judging(self) -> dict[str, Any]:
         """The evaluator that judges a round."""
@@ -126,6 +138,12 @@ class Rounds(Plan):
                 f"samples have become alike: distinct_2 is {now:.2f}, in the first round it was {first:.2f}"
             )
         return ""
+
+
+def reaches(report: Any, untuned: float | None) -> bool:
+    """Is a round's model as good as the untuned one? Where one of them was not measured, it may be."""
+    now = report.after.get(METRIC)
+    return now is None or untuned is None or now >= untuned
 
 
 def row_of(number: int, report: Any) -> dict[str, Any]:
