@@ -317,11 +317,16 @@ def try_attach(recipe: Recipe, parts: Methods, rows: list[dict]) -> Any:
 
 
 def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
-    """What a finished run moved, or a merge of several runs."""
+    """What a finished run moved, or a merge of several runs; with `modules_of` all that a run moved but its
+    head, for other labels (PVP, arXiv:2304.13639).
+    """
     if isinstance(start, dict):
+        if set(start) == {"modules_of"}:
+            return _modules_of(start["modules_of"], attached)
         if set(start) != {"merge", "of"} or not start["of"]:
             raise RecipeError(
-                "init_from: expected the folder of a run, or {merge: average, of: [folder, folder]}"
+                "init_from: expected the folder of a run, {merge: average, of: [folder, folder]}, or"
+                " {modules_of: folder}"
             )
         merger = build("merger", start["merge"])
         # nothing has been trained or loaded yet
@@ -333,6 +338,20 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
     if not folder.is_dir():
         raise RecipeError(f"init_from: folder {folder} does not exist")
     return {k: v for k, v in attached.read(folder).items() if not k.startswith(PREFIX)}
+
+
+def _modules_of(folder: Any, attached: Any) -> dict[str, torch.Tensor]:
+    """What a run moved, but for the modules that no checkpoint of this network holds: they stay as they are
+    here, whatever labels they are of.
+    """
+    own, heads = attached.tensors(), tuple(f"{name}." for name in attached.model.fresh)
+    if not heads:
+        raise RecipeError(
+            "init_from: modules_of leaves out a new head, and this network has none; name the folder alone"
+        )
+    moved = tensors_of(folder, attached)
+    others = {name: tensor for name, tensor in moved.items() if not name.startswith(heads)}
+    return own | others
 
 
 def take_parts(roles: Roles, parts: Methods) -> None:

@@ -80,7 +80,8 @@ class Recipe:
     # number format of the base's linear weights: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit is
     # read as nf4
     quantization: Any = None
-    # a finished run whose adapter training starts from, or {merge: average, of: [run, run]}
+    # a finished run whose adapter training starts from, {merge: average, of: [run, run]}, or
+    # {modules_of: run}: its adapter without its head, for other labels
     init_from: Any = None
 
     tuner: Any = "lora"  # which parameters are trained: lora, full, ...

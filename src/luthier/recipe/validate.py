@@ -227,7 +227,7 @@ def check_settings(recipe: Recipe, methods: Methods) -> None:
     read_new_tokens(recipe.add_tokens)
     if recipe.torch_compile:
         check_compiler()
-    if isinstance(recipe.init_from, dict):
+    if isinstance(recipe.init_from, dict) and "modules_of" not in recipe.init_from:
         build("merger", recipe.init_from.get("merge"))
     check_trackers(recipe.report_to)
 
