@@ -22,6 +22,7 @@ from luthier.errors import RecipeError, out_of_memory
 from luthier.kernels.prepacked import prepacked
 from luthier.model.continuous import Reading, SequenceBatch
 from luthier.model.generate import uniforms_of
+from luthier.serve.co_serving import CoServing
 from luthier.serve.server.sampling import Draw, Sampler, Sampling, TokenLogprobs
 from luthier.serve.server.text_stream import TextStream
 from luthier.text.structured_outputs import Follower
@@ -129,10 +130,13 @@ class Engine:
         max_running: int = 64,
         max_waiting: int = 128,
         dispatch: Callable[[list[tuple[Job, Piece]]], None] | None = None,
+        co_serving: CoServing | None = None,
     ):
-        """dispatch: hands the pieces of one token of all jobs out; by default it calls each job's `put`."""
+        """dispatch: hands the pieces of one token of all jobs out; by default it calls each job's `put`.
+        co_serving: a fine-tuning that has the time between two tokens.
+        """
         self.groups, self.max_running, self.max_waiting = groups, max_running, max_waiting
-        self.dispatch = dispatch or put_all
+        self.dispatch, self.co_serving = dispatch or put_all, co_serving
         self.changed = threading.Condition()
         self.arrived: list[Job] = []
         self.draining = self.ended = False
@@ -226,9 +230,12 @@ class Engine:
                 for group in self.groups:
                     stack.enter_context(prepacked(group.model))
                 while self.take():
+                    begun = time.monotonic()
                     for group in self.groups:
                         self.step(group)
                     self.hand_out()
+                    if self.co_serving is not None:
+                        self.train(self.co_serving, time.monotonic() - begun)
                 self.end_all(Stopping("the server is shutting down"))
             except BaseException as error:
                 self.failure = f"{type(error).__name__}: {error}"
@@ -238,7 +245,7 @@ class Engine:
     def take(self) -> bool:
         """Wait until there is something to do, and sort it into the groups; False: it is time to end."""
         with self.changed:
-            while not (self.arrived or self.ended or any(group.busy for group in self.groups)):
+            while not (self.arrived or self.ended or self.trains or self.busy):
                 if self.draining:
                     return False
                 self.changed.wait()
@@ -246,6 +253,23 @@ class Engine:
                 job.served.group.waiting.append(job)
             self.arrived = []
             return not self.ended
+
+    @property
+    def busy(self) -> bool:
+        """Is anybody waiting for an answer?"""
+        return any(group.busy for group in self.groups)
+
+    @property
+    def trains(self) -> bool:
+        """Is there training to do while nobody is answered?"""
+        return self.co_serving is not None and not self.co_serving.over and not self.draining
+
+    def train(self, co_serving: CoServing, seconds: float) -> None:
+        """Training in what answers leave. seconds: that their last token took."""
+        if self.busy:
+            co_serving.served(seconds)
+        if not self.draining:
+            co_serving.fill(self.busy)
 
     def step(self, group: Group) -> None:
         """One token for every row of a group, and before that the next part of the prompts that wait."""
