@@ -271,6 +271,14 @@ def test_rows_that_all_seeds_share_are_crossed_with_them(folder, tmp_path):
     assert "rows" not in by_seed and by_seed["difference"] == judged["difference"]
 
 
+def test_what_is_measured_of_a_whole_run_is_no_number_before_it():
+    numbers = judge.RunNumbers({"loss": 2.0}, {"loss": 1.0}, {"hypervolume": 0.7, "seconds": 3.0})
+    assert numbers.values()["stats.hypervolume"] == 0.7
+    assert not any(name.startswith("stats.") for name in numbers.values(before=True))
+    summary = numbers.summary({"stats.hypervolume"})
+    assert summary["stats.hypervolume"] == 0.7 and "before.stats.hypervolume" not in summary
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
@@ -278,6 +286,7 @@ def test_rows_that_all_seeds_share_are_crossed_with_them(folder, tmp_path):
         ({"expect": "two > nine by 0.1"}, "there is no arm 'nine'; did you mean 'none'?"),
         ({"expect": "two is better"}, "'two is better' must have the form `A > B by 0.02`"),
         ({"expect": "two > two by 0"}, "compares an arm with itself"),
+        ({"expect": "two > before by 0.1 in stats.seconds"}, "there is none before training"),
         ({"expect": "two = none within -0.1"}, "the tolerance must not be negative"),
         ({"metric": None, "expect": "two > none by 0"}, "has no metric"),
         ({"expect": None}, "needs `arms` and `expect`"),

@@ -56,12 +56,13 @@ class RunNumbers:
         return numbers[metric]
 
     def values(self, before: bool = False) -> dict[str, Any]:
-        """Every number by its name: metrics, stats.NAME, log.NAME (the first step's, or the mean of the last
-        quarter of the steps).
+        """Every number by its name: metrics, stats.NAME (of the whole run, so not before training), log.NAME
+        (the first step's, or the mean of the last quarter of the steps).
         """
         values: dict[str, Any] = dict(self.before if before else self.after)
-        for name, value in self.stats.items():
-            values[f"stats.{name}"] = value
+        if not before:
+            for name, value in self.stats.items():
+                values[f"stats.{name}"] = value
         quarter = max(1, len(self.log) // 4)
         steps = self.log[:1] if before else self.log[-quarter:]
         logged: dict[str, list[float]] = {}

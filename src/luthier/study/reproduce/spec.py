@@ -124,7 +124,12 @@ class Claim(BaseModel):
             raise self.error(f"expect: '{text}' compares an arm with itself")
         if not (metric or self.metric):
             raise self.error(f"expect: '{text}' has no metric, and the file sets none either")
-        return Expectation(text, left, sign or "=", right or equal, float(effect), metric or self.metric)
+        measured = metric or self.metric
+        if BEFORE in (left, right or equal) and measured.startswith("stats."):
+            raise self.error(
+                f"expect: '{text}': {measured} is measured of a whole run, so there is none before training"
+            )
+        return Expectation(text, left, sign or "=", right or equal, float(effect), measured)
 
     @property
     def selection(self) -> tuple[str, str]:
