@@ -22,6 +22,7 @@ GUIDES = {
     "After tuning": "after_tuning.md",
     "Studio": "studio.md",
     "Serving": "serve.md",
+    "Environments": "environments.md",
     "Python": "python.md",
     "Programs of prompts": "programs.md",
     "Troubleshooting": "troubleshooting.md",
