@@ -5,6 +5,7 @@ restores bit for bit.
 from __future__ import annotations
 
 import itertools
+import warnings
 from functools import partial
 
 import pytest
@@ -50,6 +51,17 @@ def test_greedy_is_what_transformers_writes(name):
             torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None, use_cache=True
         )
         assert mine == said[0, len(prompt) :].tolist()
+
+
+def test_no_name_is_used_that_transformers_is_to_lose(monkeypatch):
+    from transformers.utils import generic
+
+    sentences: list[str] = []
+    monkeypatch.setattr(generic.logger, "warning_once", lambda sentence, *_: sentences.append(sentence))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert write("llama", PROMPTS, [5, 6, 7, 8], n=2, max_new_tokens=4)
+    assert not [sentence for sentence in sentences if "deprecated" in sentence]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,5 +1,5 @@
-"""transformers: its logging while a run lasts, entries of its tables and modules, and how chat templates are
-compiled while one is rendered.
+"""transformers: its logging while a run lasts, entries of its tables and modules, how chat templates are
+compiled while one is rendered, and names that change between its versions.
 """
 
 from __future__ import annotations
@@ -7,7 +7,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import fields
+from functools import cache, partial
 from typing import Any
 
 from luthier import compat
@@ -15,6 +16,27 @@ from luthier import compat
 _templates = threading.Lock()
 _renderings = 0
 _original_compile: Any = None
+
+
+@cache
+def cache_name() -> str:
+    """What networks call the keys and values of earlier tokens, as an argument and in what they return:
+    `cache` since transformers 5.24, which warns of the name before it, `past_key_values`, and is to lose it.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    names = {field.name for field in fields(BaseModelOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The keys and values that a network returns."""
+    return getattr(output, cache_name())
+
+
+def with_cache(states: Any) -> dict[str, Any]:
+    """Keys and values as an argument of a network."""
+    return {cache_name(): states}
 
 
 def quiet_transformers() -> None:

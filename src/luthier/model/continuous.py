@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from luthier.compat.transformers import cache_of, with_cache
 from luthier.errors import out_of_memory
 from luthier.kernels.attention import NAME, takes_plans
 from luthier.kernels.decode_attention import RowDecoding
@@ -191,7 +192,7 @@ class SideBySide(SequenceBatch):
             return self.read_on(readings[0])
         inputs, mask = left_padded(self.model, self.attached, [reading.tokens for reading in readings])
         output = self.forward(readings, inputs, mask, dynamic_cache([]))
-        states = kv_states(output.past_key_values)
+        states = kv_states(cache_of(output))
         for i, reading in enumerate(readings):
             start = mask.shape[1] - self.attached.virtual - len(reading.tokens)
             reading.layers = [(k[i, :, start:], v[i, :, start:]) for k, v in states]
@@ -210,7 +211,7 @@ class SideBySide(SequenceBatch):
         columns = self.attached.virtual + reading.done
         mask = torch.ones(1, columns, dtype=torch.long, device=self.device)
         output = self.forward([reading], inputs, mask, cache)
-        reading.layers = [(k[0], v[0]) for k, v in kv_states(output.past_key_values)]
+        reading.layers = [(k[0], v[0]) for k, v in kv_states(cache_of(output))]
         return output.logits[:, -1]
 
     def forward(
@@ -224,7 +225,7 @@ class SideBySide(SequenceBatch):
                 **inputs,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
+                **with_cache(cache),
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -287,7 +288,7 @@ class SideBySide(SequenceBatch):
                 input_ids=ids[:, None],
                 attention_mask=self.masks(width),
                 position_ids=self.lengths[:, None],
-                past_key_values=self.cache,
+                **with_cache(self.cache),
                 use_cache=True,
             )
         for own, token in zip(self.tokens, tokens, strict=True):

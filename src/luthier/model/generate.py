@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.clock import Clock
+from luthier.compat.transformers import cache_of, with_cache
 from luthier.errors import RecipeError
 from luthier.kernels.attention import NAME, takes_plans
 from luthier.kernels.decode_attention import ROOM, Decoding, split_layer
@@ -302,7 +303,8 @@ class Cached(Writer):
     def read_beginning(self, tokens: list[int], count: int) -> None:
         """Keys and values of what `count` prompts begin with."""
         ids = torch.tensor([tokens], device=self.device)
-        self.cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        self.cache = cache_of(output)
         self.cache.batch_repeat_interleave(count)
 
     def read_prompts(self, prompts: list[list[int]], begun: int) -> Tensor:
@@ -315,9 +317,9 @@ class Cached(Writer):
             both = mask.cumsum(1) > self.attached.virtual  # of soft vectors none sees the text
             where["attention_mask"] = prefix_mask(self.model, mask.bool(), both & mask.bool())
         if begun:
-            where["past_key_values"] = self.cache
+            where |= with_cache(self.cache)
         output = self.model(**inputs, **where, use_cache=True, logits_to_keep=1)
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         return output.logits[:, -1]
 
     def multiply(self, n: int) -> None:
@@ -349,7 +351,7 @@ class Cached(Writer):
         where = self.where()
         if self.bare:  # as the network itself would make it
             where["attention_mask"] = self.mask[:, None, None].bool()
-        output = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
+        output = self.model(input_ids=tokens[:, None], **where, **with_cache(self.cache), use_cache=True)
         return output.logits[:, -1]
 
     @cached_property
@@ -395,7 +397,7 @@ class Sharing(Cached):
         mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool)
         mask.decoding = self.decoding  # type: ignore[attr-defined]  # kernels/attention.py finds it
         where = {"attention_mask": mask, "position_ids": self.position}
-        output = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
+        output = self.model(input_ids=tokens[:, None], **where, **with_cache(self.cache), use_cache=True)
         return output.logits[:, -1]
 
 
@@ -583,8 +585,8 @@ class EncoderDecoder(Writer):
             encoder_outputs=(self.hidden,),
             attention_mask=self.mask,
             decoder_input_ids=tokens[:, None],
-            past_key_values=self.cache,
+            **with_cache(self.cache),
             use_cache=True,
         )
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         return output.logits[:, -1]

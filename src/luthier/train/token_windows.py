@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.compat.transformers import with_cache
 from luthier.errors import RecipeError
 from luthier.model.anatomy import layer_of
 from luthier.model.dropout import has_dropout
@@ -107,7 +108,7 @@ class WindowedText:
             last = lambda module, inputs, out: self.inputs[-1].append(first_of(out))
             stack.callback(self.blocks[-1].register_forward_hook(last).remove)
             body = getattr(self.model, self.model.base_model_prefix)
-            body(input_ids=self.ids[None, start:stop], past_key_values=self.cache, use_cache=True)
+            body(input_ids=self.ids[None, start:stop], **with_cache(self.cache), use_cache=True)
         self.windows.append(window)
         self.done = stop
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.compat.transformers import with_cache
 from luthier.errors import RecipeError
 from luthier.model.policy import Policy
 
@@ -36,7 +37,7 @@ class Reader:
         device = self.policy.model.get_input_embeddings().weight.device
         new = torch.tensor([ids[same:]], device=device)
         with self.policy.role_context():
-            output = self.policy.model(input_ids=new, past_key_values=self.cache, use_cache=True)
+            output = self.policy.model(input_ids=new, **with_cache(self.cache), use_cache=True)
         self.ids = list(ids)
         return output.logits[0, -last:].float()
 
