@@ -125,7 +125,7 @@ def test_soft_prompts_are_read_before_writing(name):
                 assert int(model(inputs_embeds=embed, use_cache=False).logits[0, -1].argmax()) == token
 
 
-SLOW = {"mamba", "recurrent_gemma", "lfm2", "roberta_decoder", "bart_decoder"}
+SLOW = {"recurrent_gemma", "roberta_decoder", "bart_decoder"}
 
 
 @pytest.mark.parametrize("name", WRITERS + ["roberta_decoder", "bart_decoder"])

@@ -273,6 +273,27 @@ def left_padded(
     return {"inputs_embeds": torch.stack(embeds)}, mask
 
 
+def repeat_rows(cache: Any, rows: int, n: int) -> None:
+    """Every row of a cache n times, one beside the other. Layers with other states than keys and values
+    (convolutions, linear attention) can only reorder their rows.
+    """
+    order = torch.arange(rows).repeat_interleave(n)
+    for layer in cache.layers:
+        if hasattr(layer, "conv_states"):
+            layer.reorder_cache(order)
+        else:
+            layer.batch_repeat_interleave(n)
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Go on with these rows of a cache only."""
+    for layer in cache.layers:
+        if hasattr(layer, "conv_states"):
+            layer.reorder_cache(rows)
+        else:
+            layer.batch_select_indices(rows)
+
+
 class Cached(Writer):
     """A decoder with a KV cache; prompts padded on the left."""
 
@@ -330,7 +351,7 @@ class Cached(Writer):
             if type(layer) is DynamicLayer:
                 layer.__class__ = _roomy_layer()
         if n > 1:
-            self.cache.batch_repeat_interleave(n)
+            repeat_rows(self.cache, len(self.mask), n)
         self.mask = self.mask.repeat_interleave(n, 0)
 
     def where(self) -> dict[str, Any]:
@@ -342,7 +363,7 @@ class Cached(Writer):
 
     def keep(self, rows):
         self.attached.announce_selected(rows)
-        self.cache.batch_select_indices(rows)
+        select_rows(self.cache, rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
 
     def next(self, tokens):
@@ -351,6 +372,8 @@ class Cached(Writer):
         where = self.where()
         if self.bare:  # as the network itself would make it
             where["attention_mask"] = self.mask[:, None, None].bool()
+        elif not any(hasattr(layer, "keys") for layer in self.cache.layers):
+            del where["attention_mask"]  # of earlier tokens only states are left, which no mask fits
         output = self.model(input_ids=tokens[:, None], **where, **with_cache(self.cache), use_cache=True)
         return output.logits[:, -1]
 
