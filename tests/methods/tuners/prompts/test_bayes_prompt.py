@@ -4,15 +4,19 @@ against scikit-learn's, and the prompt before any step.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import luthier
 from helpers.tuners import base, put
 from luthier.clock import Clock
 from luthier.errors import RecipeError
+from luthier.methods.tuners.prompts import bayes_prompt
 from luthier.methods.tuners.prompts.bayes_prompt import (
     EM_STEPS,
     Mixture,
@@ -123,6 +127,21 @@ def test_the_prompt_starts_as_particles_of_the_rows():
     again: Any = put("bayes_prompt", **settings)
     again.initialize([{"id": w, "word": w} for w in words], roles)
     assert torch.equal(again.soft(), attached.soft())
+
+
+def test_a_run_starts_at_its_particles(tmp_path, monkeypatch):
+    """What a run saves after one step too small to see is different particles of its rows."""
+    drawn = []
+    own = bayes_prompt.particles_of
+    monkeypatch.setattr(bayes_prompt, "particles_of", lambda *how: drawn.append(own(*how)) or drawn[0])
+    tuner = {"name": "bayes_prompt", "num_virtual_tokens": 4, "particles": 16, "init_rows": 12}
+    data = {"path": "toy:style/new", "n": 24}
+    recipe = {"model": "toy:lm-small", "data": data, "tuner": tuner, "learning_rate": 1e-12, "max_steps": 1}
+    report = luthier.tune(recipe, folder=tmp_path / "run")
+    saved = load_file(Path(report.folder) / "adapter_model.safetensors")["prompt_embeddings"]
+    near = torch.cdist(saved.double(), drawn[0])
+    assert len(drawn) == 1 and float(near.amin(1).max()) < 1e-6
+    assert len(set(near.argmin(1).tolist())) == 4
 
 
 def test_more_answers_than_components_begin_at_rows():
