@@ -104,12 +104,14 @@ def test_a_run_with_new_tokens(tie, tuner, tmp_path):
 
 def test_what_is_refused(tmp_path):
     assert read_new_tokens(None) is None and read_new_tokens("<a>") == NewTokens(("<a>",))
+    assert read_new_tokens(["<x>", "<a_{9..11}>"]) == NewTokens(("<x>", "<a_9>", "<a_10>", "<a_11>"))
     odd = {
         "is listed twice": ["<a>", "<a>"],
         "that is not empty": ["<a>", ""],
         "no setting 'specal'": {"tokens": ["<a>"], "specal": True},
         "train is one of": {"tokens": ["<a>"], "train": "some"},
         "expected a list": {"special": True},
+        "counts from 2 to 1": ["<a{2..1}>"],
     }
     for reason, value in odd.items():
         with pytest.raises(RecipeError, match=reason):

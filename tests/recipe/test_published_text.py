@@ -16,6 +16,7 @@ from helpers.published import logged, tune_toy
 from luthier import toy
 from luthier.data.load import load_rows
 from luthier.methods.evaluators.quality.offers import rates
+from luthier.methods.stages.curate.motion_tokens.codec import MotionCodec
 from luthier.recipe.published import find_published
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
@@ -277,3 +278,36 @@ def test_pivotal_weights_forget_less_than_all(tmp_path):
         forgotten[name] = start - mean_logprob(folder, before)
     assert learned["pivotal"] > learned["full"] + 0.2
     assert forgotten["pivotal"] < 0.6 * forgotten["full"]
+
+
+@pytest.mark.long
+def test_captions_and_motions_are_aligned(tmp_path):
+    """A caption's own motion is likelier than the others'; both runs have one codec, and a grammar of the
+    tokens' ids lets a model write nothing but a motion, which has frames.
+    """
+    pytest.importorskip("llguidance")
+    changes = {"plan": [{"max_steps": 25}, {"max_steps": 15}]}
+    report = tune_toy("motiongpt-2", tmp_path, changes=changes)
+    codec, other = (Path(run) / "motion_codec.safetensors" for run in report.runs)
+    assert codec.read_bytes() == other.read_bytes()
+    model = luthier.load(report.folder)
+    rows = [row for row in rows_of(report.runs[1]) if row["id"].endswith("/0")]
+    for row in rows:
+        own = model.logprobs([row]).mean()
+        for another in rows:
+            if another["motion_codes"] != row["motion_codes"]:
+                assert own > model.logprobs([{**row, "completions": another["completions"]}]).mean()
+    number = model.tokenizer.convert_tokens_to_ids
+    begin, end, low, high = map(number, ("<motion_start>", "<motion_end>", "<motion_0>", "<motion_15>"))
+    grammar = f"start: <[{begin}]> <[{low}-{high}]>{{1,4}} <[{end}]>"
+    decoder = {"name": "structured_outputs", "grammar": grammar}
+    prompts = [row["prompt"] for row in rows]
+    how = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0}
+    for text in [
+        *model.generate(prompts, decoder=decoder, **how),
+        *model.generate(["A", "b"], decoder=decoder, **how),
+    ]:
+        ids = model.tokenizer(text, add_special_tokens=False).input_ids
+        assert ids[0] == begin and ids[-1] == end and all(low <= token <= high for token in ids[1:-1])
+        frames = MotionCodec.load(codec).decode_text(text)
+        assert frames.shape == (4 * (len(ids) - 2), 2) and frames.isfinite().all()

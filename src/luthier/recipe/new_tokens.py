@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ def read_new_tokens(value: Any) -> NewTokens | None:
     for token in tokens:
         if not isinstance(token, str) or not token.strip():
             raise RecipeError(f"add_tokens: a token is a text that is not empty, not {quoted(token)}")
+    tokens = [one for token in tokens for one in in_range(token)]
     if len(set(tokens)) < len(tokens):
         raise RecipeError("add_tokens: a token is listed twice")
     special, train = settings.get("special", False), settings.get("train", "auto")
@@ -49,3 +51,15 @@ def read_new_tokens(value: Any) -> NewTokens | None:
     if train not in TRAIN:
         raise RecipeError(f"add_tokens: train is one of {', '.join(TRAIN)}, not {quoted(train)}")
     return NewTokens(tuple(tokens), special, train)
+
+
+def in_range(token: str) -> list[str]:
+    """`<code_{0..2}>` -> `<code_0>`, `<code_1>`, `<code_2>`; any other token alone. Raises RecipeError."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", token)
+    if match is None:
+        return [token]
+    first, last = int(match[1]), int(match[2])
+    if last < first:
+        raise RecipeError(f"add_tokens: {quoted(token)} counts from {first} to {last}, which is no token")
+    before, behind = token[: match.start()], token[match.end() :]
+    return [f"{before}{number}{behind}" for number in range(first, last + 1)]
