@@ -201,7 +201,7 @@ def test_differences_are_paired_by_seed(folder):
     assert alike == ["undecided"] * 3, (
         "where every run measures the same, the metric is at its floor or ceiling"
     )
-    change(folder, metric="stats.movin")
+    change(folder, expect=["two > none by 0.05"], metric="stats.movin")
     with pytest.raises(RecipeError, match="measured no 'stats.movin'; did you mean 'stats.moving'"):
         judge.judge(spec.read_claim("toy", folder), found)
 
