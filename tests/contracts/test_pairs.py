@@ -237,14 +237,16 @@ def rows_of(architecture: str) -> list[dict[str, Any]]:
     """ROWS; for what reads texts alone, texts; for what reads files, a file in each prompt."""
     if architecture == "segmenter":
         return [{"text": f"{row['prompt']}\n{row['chosen']}", "source": row["source"]} for row in ROWS]
-    if architecture not in ("image_classifier", "audio_classifier"):
+    if architecture not in ("image_classifier", "audio_classifier", "vision_language"):
         return ROWS
     rows = []
     for i, row in enumerate(ROWS):
-        if architecture == "image_classifier":
+        if architecture != "audio_classifier":
             content, file = [{"type": "image"}], {"images": [shade(i / len(ROWS), i)]}
         else:
             content, file = [{"type": "audio"}], {"audio": tone(100 * (i + 1), i)}
+        if architecture == "vision_language":
+            content.append({"type": "text", "text": row["prompt"]})
         rows.append({**row, "prompt": [{"role": "user", "content": content}], **file})
     return paths_as_text(rows)
 
