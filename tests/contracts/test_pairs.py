@@ -478,6 +478,8 @@ def names_both(pick: Pick, sentence: str) -> bool:
     parts += [f"roles.{name}" for name in recipe.roles]
     parts += [f"'{evaluator['name']}'" for evaluator in measured_by(pick.role)]
     network = (f"'{architecture}'", f"a {architecture}", "classifier", recipe.model)
+    if architecture == "segmenter":  # its rows are texts alone, so a column that is not there is its doing
+        parts.append("nothing in this recipe provides it")
     named = sum(part in sentence for part in parts)
     return named + (any(n in sentence for n in network) or family in sentence.lower()) >= 2
 
