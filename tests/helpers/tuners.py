@@ -28,6 +28,7 @@ from transformers import (
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import LABEL_HEAD
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.architectures.text.classifier import Classifier
 from luthier.methods.estimators._base import gradients
@@ -126,7 +127,10 @@ def put(name: str, model: nn.Module | None = None, **settings):
 
 def anywhere(name: str):
     """The tuner with its defaults on the first kind of network that it does not refuse."""
-    for kind in ("llama", "gpt2", "mixtral", "codes", "labels"):
+    kinds = ["llama", "gpt2", "mixtral", "codes"]
+    if LABEL_HEAD in find("tuner", name).requires:
+        kinds = ["labels"]
+    for kind in kinds:
         try:
             return put(name, base(kind)), kind
         except RecipeError as error:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import LABEL_HEAD
 from luthier.registry import build, classes, find
 
 WIDE = ("name", "paper", "share", "merge", "off", "lora", "quantized", "tied", "experts")
@@ -33,6 +34,8 @@ SEVEN: dict[str, Any] = dict(
     vocab_size=32000,
 )
 DEPTH = 32
+# what stands for texts where a network has no tokenizer
+TEXTLESS = {"descriptions": {"LABEL_0": [3, 20], "LABEL_1": [4, 21]}}
 
 
 def tuners() -> list[dict[str, Any]]:
@@ -80,6 +83,14 @@ def _biased() -> Any:
     ).eval()
 
 
+def _labels() -> Any:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = _llama(4).config.to_dict() | {"num_labels": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(LlamaConfig(**config)).eval()
+
+
 def _experts() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -97,7 +108,10 @@ def _experts() -> Any:
 
 def _put(name: str, model: Any) -> Any:
     torch.manual_seed(1)
-    return build("tuner", {"name": name, **find("tuner", name).example}).attach(model)
+    cls: Any = find("tuner", name)
+    own = {f.name for f in fields(cls)}
+    textless = {key: value for key, value in TEXTLESS.items() if key in own}
+    return build("tuner", {"name": name, **cls.example, **textless}).attach(model)
 
 
 def _says(attached: Any) -> torch.Tensor:
@@ -117,6 +131,8 @@ def _abilities(name: str) -> dict[str, str]:
     cls: Any = find("tuner", name)
     dress: Callable[[Any], Any] = _coded if "quantized_weights" in cls.requires else lambda model: model
     make: Callable[[], Any] = lambda: dress(_llama(4))
+    if LABEL_HEAD in cls.requires:
+        make = _labels
     try:
         attached = _put(name, make())
     except RecipeError:  # it needs biases
@@ -147,11 +163,13 @@ def _abilities(name: str) -> dict[str, str]:
                 return torch.allclose(again(IDS).logits, tuned, atol=1e-3)
 
     def tied() -> bool:
-        if make is _biased:
-            model = _biased()
+        if make in (_biased, _labels):
+            model = make()
         else:
             model = dress(_llama(4, tie_word_embeddings=True))
         trains = bool(_put(name, model).param_groups())
+        if make is _labels:
+            return trains  # there is nothing to tie
         return trains and model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
     def experts() -> bool:

@@ -29,6 +29,7 @@ class Tagged(Format):
     reading = "sentences with entities, which are learned as a list"
     advice = "or stages: [entity_prompts], which adds definitions and examples"
     columns = ("tokens tags", "tokens ner_tags", "sentence entities")
+    generic = True  # a prompt and a completion beside the words say more
 
     def read(self, raw):
         if raw.get("entities") is not None:
