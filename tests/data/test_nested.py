@@ -81,6 +81,13 @@ def test_rows_that_a_format_reads_are_not_looked_into():
     assert row["completions"] == ["b"]
 
 
+def test_what_is_no_inner_row_is_set_aside_and_not_lost():
+    body = {"prompt": "a", "completion": "b"}
+    loaded = load_rows([{"pairs": [body, "x"]}, {"pairs": []}, {"pairs": [body]}], max_bad_rows=1)
+    assert len(loaded.rows) == 2 and loaded.total == 4
+    assert [bad["where"].rpartition(".")[2] for bad in loaded.bad][0] == "pairs[1]" and len(loaded.bad) == 2
+
+
 def test_a_limit_counts_the_inner_rows():
     assert len(load_rows({"path": [ARTICLE], "limit": 2}).rows) == 2  # of the three of an article
 

@@ -75,12 +75,15 @@ def rows_at(path: Sequence[str], row: dict, where: str) -> Iterator[RawRow]:
     if isinstance(inner, dict):
         yield from rows_at(rest, beside(row, name, inner), f"{where}.{name}")
         return
-    if not isinstance(inner, list):
+    if not isinstance(inner, list) or not inner:
         yield where, row
         return
     for i, entry in enumerate(inner):
+        place = f"{where}.{name}[{i}]"
         if isinstance(entry, dict):
-            yield from rows_at(rest, beside(row, name, entry), f"{where}.{name}[{i}]")
+            yield from rows_at(rest, beside(row, name, entry), place)
+        else:
+            yield place, {**row, name: entry}
 
 
 def beside(row: dict, name: str, inner: dict) -> dict:
