@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -280,3 +281,26 @@ def test_memory_is_kept_unless_somebody_said_how(monkeypatch):
         assert said[0].strip() == "True"
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert keep_memory() is False
+
+
+def test_threads_choose_for_themselves():
+    """A run that begins in one thread changes no number of a run in another, nor anything afterwards."""
+    x, ready, go = torch.ones(4), threading.Barrier(2, timeout=10), threading.Event()
+    while_open, left = [], []
+
+    def first():
+        with _switch.always():
+            ready.wait()
+            while_open.append(fast.use_fast(x))
+            go.wait(10)
+        left.append(fast.use_fast(x))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    ready.wait()
+    assert not fast.use_fast(x)
+    with _switch.always():  # opened within the other's, closed after it
+        go.set()
+        thread.join()
+    assert while_open == [True] and left == [False]
+    assert not fast.use_fast(x)

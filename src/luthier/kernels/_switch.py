@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -15,17 +16,25 @@ SMALL = 2**15
 
 
 class State:
-    """What changes. Whoever compiles a network sets `compiled`."""
+    """What changes for the whole process. Whoever compiles a network sets `compiled`."""
+
+    compiled = False  # has anything been compiled in this process?
+
+
+class ThreadState(threading.local):
+    """What changes for one thread: another may train meanwhile, and its numbers are not to depend on it."""
 
     plain = 0  # how many contexts of `plainly` are open
     smallest = SMALL  # numbers from which on the element-wise kernels are taken
-    compiled = False  # has anything been compiled in this process?
+
+
+_own = ThreadState()
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
     """The network's own code, for a while: no element-wise kernels, nothing compiled."""
-    State.plain += 1
+    _own.plain += 1
     uncompiled = nullcontext()
     if State.compiled:
         uncompiled = torch.compiler.set_stance("force_eager")
@@ -33,24 +42,24 @@ def plainly() -> Iterator[None]:
         with uncompiled:
             yield
     finally:
-        State.plain -= 1
+        _own.plain -= 1
 
 
 @contextmanager
 def always() -> Iterator[None]:
     """The element-wise kernels however small the tensors are, for a while: to test them."""
-    before = State.smallest
-    State.smallest = 0
+    before = _own.smallest
+    _own.smallest = 0
     try:
         yield
     finally:
-        State.smallest = before
+        _own.smallest = before
 
 
 def use_fast(x: Tensor) -> bool:
     """Are element-wise kernels to be taken for x, and can they be?"""
-    large = x.is_cuda or x.numel() >= State.smallest
-    return large and not State.plain and not differentiated_otherwise()
+    large = x.is_cuda or x.numel() >= _own.smallest
+    return large and not _own.plain and not differentiated_otherwise()
 
 
 def differentiated_otherwise() -> bool:
