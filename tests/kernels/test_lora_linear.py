@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -145,3 +147,22 @@ def test_a_layer_reads_as_peft_reads_it(make):
         grads.append((out, *torch.autograd.grad(out.sin().sum(), (x, *attached.parameters().values()))))
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_in_another_thread_takes_nothing_away():
+    """Factors are cast once a batch, though a batch elsewhere ends meanwhile."""
+    rng = torch.Generator().manual_seed(0)
+    A, x = torch.randn(2, 6, generator=rng), torch.randn(3, 6, generator=rng).bfloat16()
+
+    def elsewhere():
+        with lora.CASTS.once():
+            lora.CASTS.of(A, 0.5, x.dtype)
+
+    with lora.CASTS.once():
+        cast, scaled = lora.CASTS.of(A, 0.5, x.dtype)
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        again = lora.CASTS.of(A, 0.5, x.dtype)
+        assert again[0] is cast and again[1] is scaled
+        assert torch.equal(lora.CASTS.low(x, A, scaled), x @ scaled.T)

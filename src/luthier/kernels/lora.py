@@ -8,6 +8,7 @@ rounded once. `plain` is the twin.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -258,10 +259,12 @@ class _Reading:
     low: dict[int, Tensor] = field(default_factory=dict)  # id of a factor -> x times it, computed ahead
 
 
-class Casts:
+class Casts(threading.local):
     """LoRA's factors in the network's precision, by themselves and times their scale. Within `once` each is
     cast once, together with all that were read there before; and those that read the same tensor one after
     the other (queries, keys and values) lie side by side, and are multiplied with it at once.
+
+    Each thread has its own: a run in another may end its batch at any moment.
     """
 
     def __init__(self) -> None:
