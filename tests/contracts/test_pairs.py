@@ -23,7 +23,7 @@ import transformers
 
 from helpers import zoo
 from helpers.architectures import BART
-from helpers.media import make_ast, make_vit, shade, tone
+from helpers.media import make_ast, make_clap, make_vit, shade, tone
 from helpers.models import make_tokenizer
 from helpers.vision import make_llava
 from luthier.errors import RecipeError
@@ -73,6 +73,7 @@ FAMILIES = {  # architecture/family -> class of the config and settings, class o
     "vision_language/llava": make_llava,  # or what writes it into a folder
     "image_classifier/vit": make_vit,
     "audio_classifier/ast": make_ast,
+    "audio_text/clap": make_clap,
 }
 ROWS = [
     {
@@ -237,11 +238,12 @@ def rows_of(architecture: str) -> list[dict[str, Any]]:
     """ROWS; for what reads texts alone, texts; for what reads files, a file in each prompt."""
     if architecture == "segmenter":
         return [{"text": f"{row['prompt']}\n{row['chosen']}", "source": row["source"]} for row in ROWS]
-    if architecture not in ("image_classifier", "audio_classifier", "vision_language"):
+    sounds = ("audio_classifier", "audio_text")
+    if architecture not in ("image_classifier", *sounds, "vision_language"):
         return ROWS
     rows = []
     for i, row in enumerate(ROWS):
-        if architecture != "audio_classifier":
+        if architecture not in sounds:
             content, file = [{"type": "image"}], {"images": [shade(i / len(ROWS), i)]}
         else:
             content, file = [{"type": "audio"}], {"audio": tone(100 * (i + 1), i)}

@@ -63,6 +63,33 @@ def make_wav2vec2(folder) -> str:
     return str(folder)
 
 
+def make_clap(folder) -> str:
+    """A two-tower network: log-mel spectrograms through two stages of windows, names through two layers."""
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
+
+    from helpers.models import make_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text |= dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=520)
+    sound = dict(depths=[1, 1], num_attention_heads=[2, 2], patch_embeds_hidden_size=16, hidden_size=32)
+    sound |= dict(num_mel_bins=16, spec_size=32, window_size=4, num_hidden_layers=2)
+    config = ClapConfig(text_config=text, audio_config=sound, projection_dim=16, initializer_factor=1.0)
+    model = ClapModel(config)
+    rates = dict(sampling_rate=RATE, hop_length=80, fft_window_size=256, frequency_max=RATE // 2)
+    extractor = ClapFeatureExtractor(feature_size=16, max_length_s=1, truncation="rand_trunc", **rates)
+    sounds = [np.float32(tone(100 * 2**i)["array"]) for i in range(5)]
+    mels = extractor(sounds, sampling_rate=RATE, return_tensors="pt")["input_features"]
+    norm = model.audio_model.audio_encoder.batch_norm
+    norm.running_mean.fill_(mels.mean())
+    norm.running_var.fill_(mels.var())
+    model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def shade(level: float, seed: int = 0, size: tuple[int, int] = (16, 16)):
     """An image of noise around a grey level from 0 to 1."""
     from PIL import Image

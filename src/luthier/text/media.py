@@ -149,13 +149,14 @@ class AudioProcessor(Processor):
     """Recordings through transformers' feature extractor of a model, at the rate that it asks for.
 
     seconds: every recording is cut, or filled with silence, to this length; None: each keeps its own.
+    most: samples, at the model's rate, of which the first are read; None: all are.
     """
 
     kind = "recording"
 
-    def __init__(self, processor: Any, seconds: float | None = None):
+    def __init__(self, processor: Any, seconds: float | None = None, most: int | None = None):
         super().__init__(processor)
-        self.seconds = seconds
+        self.seconds, self.most = seconds, most
 
     def read(self, path: str) -> Tensor:
         samples, own = audio.decode(Path(path).read_bytes())
@@ -164,5 +165,6 @@ class AudioProcessor(Processor):
         if self.seconds is not None:
             size = max(1, round(self.seconds * rate))
             samples = np.pad(samples[:size], (0, max(0, size - len(samples))))
+        samples = samples[: self.most]
         features = self.processor(samples, sampling_rate=rate, return_tensors="pt")
         return features[self.processor.model_input_names[0]]

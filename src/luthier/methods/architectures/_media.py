@@ -92,9 +92,7 @@ class MediaClassifier(Classifier):
 
     def read(self, model: Network, inputs: Tensor) -> Tensor:
         """[R, ...] of one shape -> [R, classes] logits."""
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        fix_batch_norms(model)
         return model(inputs).logits
 
 
@@ -139,6 +137,13 @@ class MediaRenderer(LabelRenderer):
 
     def check_vocabulary(self, encoded: Any) -> None:
         """There is no vocabulary."""
+
+
+def fix_batch_norms(model: Network) -> None:
+    """Have batch norms use the statistics of the checkpoint, in training too."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def in_words(row: dict) -> dict:

@@ -23,7 +23,7 @@ class LabelledMedia(Format):
     """
 
     reading = "images or recordings with a class, `label`"
-    advice = "with a model that reads them: architecture image_classifier or audio_classifier"
+    advice = "with a model that reads them: architecture image_classifier, audio_classifier or audio_text"
     columns = tuple(
         f"{media} {label}"
         for media in ("images", "image", "audios", "audio")

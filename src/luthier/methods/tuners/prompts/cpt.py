@@ -26,7 +26,7 @@ from luthier.registry import Range, tuner
 
 
 @tuner(
-    example={"max_context_tokens": 24, "shots": 2},
+    example={"max_context_tokens": 40, "shots": 2},
     paper="arXiv:2410.17222",
     row="cpt",
     requires=[SOFT_PROMPTS, EMBEDDINGS],
