@@ -462,6 +462,7 @@ MORE = {  # what a run with some tuner has besides
         "estimator": {"name": "self_tuning", "warmup": 1},
     },
     "levi": {"architecture": "classifier"},
+    "multi_lane": {"architecture": "classifier"},
     "lora + ggpo": {"tuner": "lora", "estimator": "ggpo"},
     "lora + mgpo": {"tuner": "lora", "estimator": "mgpo"},
 }

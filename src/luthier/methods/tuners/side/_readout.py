@@ -37,6 +37,7 @@ class Reading:
     mask: Tensor | None = None  # [R, W] which of the tokens are none of padding
     states: list[Tensor] = field(default_factory=list)  # [R, T, d] behind each layer, lowest first
     last: Tensor | None = None  # [R, T, d] before the head
+    entering: Tensor | None = None  # [R, T, d] before the first layer
 
     def weights(self, states: Tensor) -> Tensor:
         """[R, T] the share of each place of `states` [R, T, d] in their mean: none of padding has one."""
@@ -57,6 +58,13 @@ class Readout(Tuner):
     on_quantized: ClassVar[bool] = True
 
     def attach(self, model):
+        self.check_labels(model)
+        trained, fixed = self.tensors(model)
+        model.fresh = []  # the network's own head and pooler are read no more
+        return ReadoutModel(self, model, trained, fixed)
+
+    def check_labels(self, model: Network) -> None:
+        """Raises RecipeError where a network gives no labels of whole inputs."""
         if not hasattr(model.config, "num_labels") or model.get_output_embeddings() is not None:
             raise RecipeError(
                 f"tuner '{self.name}' answers with labels, and {type(model).__name__} has none; it needs an"
@@ -67,9 +75,6 @@ class Readout(Tuner):
                 f"tuner '{self.name}' gives one answer to a whole input, and {type(model).__name__}"
                 " one to each token; use lora there"
             )
-        trained, fixed = self.tensors(model)
-        model.fresh = []  # the network's own head and pooler are read no more
-        return ReadoutModel(self, model, trained, fixed)
 
     def tensors(self, model: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tensors that train, and those that are saved beside them."""
@@ -92,7 +97,9 @@ class ReadoutModel(TunedModel):
         self.reading: Reading | None = None
         network: Any = model
         network.register_forward_pre_hook(self.begin, with_kwargs=True)
-        for layer in layers_of(network):
+        for place, layer in enumerate(layers_of(network)):
+            if not place:
+                layer.register_forward_pre_hook(self.note_entering, with_kwargs=True)
             layer.register_forward_hook(self.note_layer)
         network.base_model.register_forward_hook(self.note_last)
         network.register_forward_hook(self.answer)
@@ -107,6 +114,11 @@ class ReadoutModel(TunedModel):
                 f"tuner '{self.settings.name}' reads tokens, images or recordings, no embeddings"
             )
         self.reading = Reading(inputs, kwargs.get("attention_mask"))
+
+    def note_entering(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.reading is not None:
+            states = args[0] if args else kwargs.get("hidden_states")
+            self.reading.entering = None if states is None else states.detach()
 
     def note_layer(self, module: Any, args: tuple, output: Any) -> None:
         if self.reading is not None:
