@@ -112,6 +112,7 @@ def test_what_is_refused(tmp_path):
         "train is one of": {"tokens": ["<a>"], "train": "some"},
         "expected a list": {"special": True},
         "counts from 2 to 1": ["<a{2..1}>"],
+        "is 1,000,000,001 tokens; 1,000,000 at most": ["<a{0..1000000000}>"],
     }
     for reason, value in odd.items():
         with pytest.raises(RecipeError, match=reason):

@@ -12,6 +12,7 @@ from luthier.registry import did_you_mean
 
 TRAIN = ("auto", "new", "all")
 FORM = "a list of tokens, or {tokens: [...], special: true, train: new}"
+MOST = 10**6  # tokens of one range: a slip of the hand would fill the memory
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def read_new_tokens(value: Any) -> NewTokens | None:
 
 def in_range(token: str) -> list[str]:
     """`<code_{0..2}>` -> `<code_0>`, `<code_1>`, `<code_2>`; any other token alone. Raises RecipeError."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", token)
+    match = re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", token)
     if match is None:
         return [token]
     first, last = int(match[1]), int(match[2])
     if last < first:
         raise RecipeError(f"add_tokens: {quoted(token)} counts from {first} to {last}, which is no token")
+    if last - first >= MOST:
+        raise RecipeError(f"add_tokens: {quoted(token)} is {last - first + 1:,} tokens; {MOST:,} at most")
     before, behind = token[: match.start()], token[match.end() :]
     return [f"{before}{number}{behind}" for number in range(first, last + 1)]

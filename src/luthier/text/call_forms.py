@@ -154,12 +154,14 @@ class PythonCalls(CallForm):
 
     def read(self, text, tools):
         text = text.removeprefix(self.opening).lstrip()
-        for place in re.finditer(r"\]", text):  # a bracket may stand in a text
-            part = text[: place.end()]
-            # templates write line breaks within quotes as they are, which Python does not
-            if calls := python_calls(part) or python_calls(part.replace("\n", "\\n")):
-                return calls, text[place.end() :].lstrip().removeprefix(self.closing).lstrip()
-        return None
+        stop = list_end(text)
+        if stop is None:
+            return None
+        # templates write line breaks within quotes as they are, which Python does not
+        calls = python_calls(text[:stop]) or python_calls(text[:stop].replace("\n", "\\n"))
+        if not calls:
+            return None
+        return calls, text[stop:].lstrip().removeprefix(self.closing).lstrip()
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -174,6 +176,22 @@ def json_end(text: str, start: int) -> int | None:
     except (ValueError, RecursionError):
         return None
     return stop
+
+
+# a text in quotes, or a bracket
+PYTHON_PART = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[\[\](){}]""", re.DOTALL)
+
+
+def list_end(text: str) -> int | None:
+    """Where the Python list that a text begins with ends; None where none begins, or it does not end."""
+    if not text.startswith("["):
+        return None
+    depth = 0
+    for part in PYTHON_PART.finditer(text):
+        depth += (part[0] in "[({") - (part[0] in "])}")
+        if depth == 0:
+            return part.end()
+    return None
 
 
 def calls_of(value: Any) -> Iterator[Call]:
