@@ -25,6 +25,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+from helpers import zoo
 from helpers.tuners import base, put
 from luthier.errors import RecipeError
 
@@ -156,5 +157,7 @@ def test_a_tuner_that_finds_half_of_its_places_says_so():
         del layer.self_attn.o_proj
     (sentence,) = put("houlsby", model).warnings
     assert "no matrix that ends attention in 2 of the 2 layers of LlamaForCausalLM" in sentence
+    (sentence,) = put("houlsby", zoo.make("mixtral")).warnings
+    assert "finds no matrix that ends feed-forward" in sentence and "target_parameters" in sentence
     with pytest.raises(RecipeError, match="does not know the modules of Sequential"):
         put("houlsby", torch.nn.Sequential(torch.nn.Linear(4, 4)))

@@ -38,6 +38,16 @@ def pair(width: int, k: int, out_: int, name: str = "") -> dict[str, Tensor]:
     return {f"{name}{part}": t for part, t in tensors.items()}
 
 
+def has_joined_experts(model: nn.Module) -> bool:
+    """Does a layer hold the matrices of its experts as one tensor [experts, out, in]?"""
+    for name, module in model.named_modules():
+        if layer_of(f"{name}.") is None or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        if any(weight.ndim == 3 for weight in module.parameters(recurse=False)):
+            return True
+    return False
+
+
 def through(
     h: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, non_linearity: str
 ) -> Tensor:
@@ -96,10 +106,15 @@ class Bottleneck(Delta):
         for part in SUBLAYERS:
             without = sum(part not in parts for parts in layers.values())
             if without and part in self.ends():
+                advice = "name the modules in target_modules"
+                if part == "down" and has_joined_experts(model):
+                    advice = (
+                        "its experts are one tensor, on which none can sit, and tuner 'lora' trains them"
+                        " with target_parameters"
+                    )
                 warnings.append(
                     f"tuner '{self.name}' finds no matrix that ends {SUBLAYERS[part]} in {without} of the"
-                    f" {len(layers)} layers of {kind} and puts no adapter there; name the modules in"
-                    " target_modules"
+                    f" {len(layers)} layers of {kind} and puts no adapter there; {advice}"
                 )
         return names, tuple(warnings)
 
