@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from helpers.subset_tuners import TUNERS, base, put, say, train
+from luthier.compat.transformers import checkpoint_activations
 from luthier.errors import RecipeError
 from luthier.methods.tuners._delta import Delta
 from luthier.registry import build, find, provides_of
@@ -57,7 +58,7 @@ def test_contract(name, kind, dtype, checkpointing, tmp_path):
     attached = put(name, base(kind, dtype))
     assert starts_as(untuned, say(attached.model), issubclass(find("tuner", name), Delta))
     if checkpointing:
-        attached.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(attached.model)
         attached.model.train()
     own = {id(p) for p in attached.parameters().values()} | {id(p) for p in attached.memory().values()}
     before = {n: (p, p.detach().clone()) for n, p in attached.model.named_parameters() if id(p) not in own}
@@ -73,7 +74,7 @@ def test_contract(name, kind, dtype, checkpointing, tmp_path):
     again = put(name, base(kind, dtype))
     again.load(tensors)
     if checkpointing:
-        again.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(again.model)
         again.model.train()
     train(again, 4, first=2, chain=SimpleNamespace(state=state), total=4)
     assert all(torch.equal(v, again.tensors()[k]) for k, v in attached.tensors().items())

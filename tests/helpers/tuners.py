@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from luthier.clock import Clock
+from luthier.compat.transformers import checkpoint_activations
 from luthier.errors import RecipeError
 from luthier.methods.architectures._base import LABEL_HEAD
 from luthier.methods.architectures.text.causal import Causal
@@ -203,7 +204,7 @@ def _shaped(kind: str) -> nn.Module:
         ).eval()
     else:
         model = base(kind)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     return model
 
 

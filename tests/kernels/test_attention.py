@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import zoo
+from luthier.compat.transformers import checkpoint_activations
 from luthier.kernels import _switch, attention, attention_plan
 from luthier.kernels.decode_attention import Decoding, attend_one_token
 from luthier.methods.tuners._base import Untuned
@@ -209,7 +210,7 @@ def test_checkpointing_computes_the_same_again(name):
     for _ in range(2):
         loss = CAUSAL.forward(model, Untuned(model), batch).logprobs.sum()
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import zoo
+from luthier.compat.transformers import checkpoint_activations
 from luthier.kernels import attention, attention_plan
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._base import Untuned
@@ -122,7 +123,7 @@ def test_everything_of_a_token_is_what_rows_apart_give(name, checkpointing):
         for setting in ("resid_pdrop", "attn_pdrop", "embd_pdrop"):
             if hasattr(model.config, setting):
                 setattr(model.config, setting, 0.0)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     both = []
     for arch in (MERGED, Causal(share_prefixes=False)):
         out = arch.forward(model, Untuned(model), batch)

@@ -39,6 +39,14 @@ def with_cache(states: Any) -> dict[str, Any]:
     return {cache_name(): states}
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Have a network's layers computed again in backward, instead of storing what backward reads. Since
+    transformers 5.24, `gradient_checkpointing_enable` warns that it is to go.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def quiet_transformers() -> None:
     """No progress bars and no warnings while a run lasts; outside of runs as `quiet` does."""
     from transformers.utils import logging

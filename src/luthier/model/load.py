@@ -17,7 +17,7 @@ from luthier import compat
 from luthier.clock import Clock
 from luthier.compat.lazy_imports import import_models
 from luthier.compat.malloc import keep_memory
-from luthier.compat.transformers import quiet_transformers
+from luthier.compat.transformers import checkpoint_activations, quiet_transformers
 from luthier.errors import RecipeError
 from luthier.kernels import attention, compiled, elementwise, liger
 from luthier.methods.roles._base import PREFIX, bring
@@ -89,7 +89,7 @@ def load_model(
         model.new_tokens = add_tokens(model, tokenizer, new_tokens)
     model.config.use_cache = False
     if recipe.gradient_checkpointing is True:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     model = model.to(where).eval()
     fused = getattr(parts.architecture, "fused", False)
     if recipe.torch_compile:

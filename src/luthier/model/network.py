@@ -29,5 +29,4 @@ class Network(nn.Module):
     get_input_embeddings: Callable[[], Matrix]
     get_output_embeddings: Callable[[], Matrix | None]
     get_encoder: Callable[[], nn.Module]
-    gradient_checkpointing_enable: Callable[[dict[str, Any]], None]
     save_pretrained: Callable[..., None]

@@ -409,7 +409,7 @@ def step_memory(
     longest, checkpointing = int(training.stats["longest"]), recipe.gradient_checkpointing
     need, warnings = memory.choose(roles, chain, methods.estimator, samples, tokens, longest, checkpointing)
     if need is None:  # free memory is unknown: the run predicts nothing
-        recompute = bool(getattr(roles.policy.model, "is_gradient_checkpointing", False))
+        recompute = any(getattr(m, "gradient_checkpointing", False) for m in roles.policy.model.modules())
         need = memory.predict(roles, chain, methods.estimator, samples, tokens, recompute)
     return need, warnings
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from luthier.compat.transformers import checkpoint_activations
 from luthier.errors import OutOfMemory
 from luthier.kernels import logprobs
 from luthier.model.batch import Batch
@@ -182,7 +183,7 @@ def choose(
                 f" gradient_checkpointing is on, which takes {gb(less.total)} and more time and"
                 " does not change results"
             )
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
             step, recompute = less, True
     if step.total <= have:
         return step, warnings
