@@ -72,6 +72,7 @@ FAMILIES = {  # architecture/family -> class of the config and settings, class o
     "reward_model/llama": (LLAMA, CAUSAL),
     "vision_language/llava": make_llava,  # or what writes it into a folder
     "image_classifier/vit": make_vit,
+    "open_vocabulary/vit": make_vit,
     "audio_classifier/ast": make_ast,
     "audio_text/clap": make_clap,
 }
@@ -239,7 +240,8 @@ def rows_of(architecture: str) -> list[dict[str, Any]]:
     if architecture == "segmenter":
         return [{"text": f"{row['prompt']}\n{row['chosen']}", "source": row["source"]} for row in ROWS]
     sounds = ("audio_classifier", "audio_text")
-    if architecture not in ("image_classifier", *sounds, "vision_language"):
+    pictures = ("image_classifier", "open_vocabulary", "vision_language")
+    if architecture not in (*sounds, *pictures):
         return ROWS
     rows = []
     for i, row in enumerate(ROWS):
@@ -292,7 +294,7 @@ def recipe_of(pick: Pick) -> Recipe:
     return Recipe.load(
         {
             "model": model,
-            "architecture": pick.architecture.split("/")[0],
+            "architecture": small("architecture", pick.architecture.split("/")[0]),
             "quantization": next(iter(provider("quantizer", find("tuner", pick.tuner).requires)), None),
             "data": rows_of(pick.architecture.split("/")[0]),
             "stages": provider("stage", required),

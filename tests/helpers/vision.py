@@ -98,6 +98,27 @@ def make_idefics(folder) -> str:
     return str(folder)
 
 
+def make_clip(folder) -> str:
+    """Two towers, of texts and of images, whose weights are random."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    text = {**shape, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    sight = {**shape, "image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=sight, projection_dim=8, initializer_factor=3.0)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(folder)
+    return str(folder)
+
+
 def picture(seed: int, width: int = 40, height: int = 40):
     """An image of noise."""
     from PIL import Image

@@ -68,7 +68,7 @@ class MediaClassifier(Classifier):
             parts.append(self.read(model, torch.cat([inputs[i] for i in places])))
             order += places
         logits = torch.cat(parts)[torch.tensor(order).argsort().to(parts[0].device)]
-        return outputs_of(logits[which].float(), problem_of(model.config), batch)
+        return self.outputs(model, logits[which].float(), batch)
 
     def plain(self, model: Network, attached, batch: Batch) -> Tensor:
         roots, which = roots_of(batch)
@@ -76,7 +76,11 @@ class MediaClassifier(Classifier):
         for root, value in zip(roots, self.inputs_of(model, batch, roots), strict=True):
             attached.announce_rows(batch, batch.row[[root]])
             logits.append(self.read(model, value))
-        return outputs_of(torch.cat(logits)[which].float(), problem_of(model.config), batch).logprobs
+        return self.outputs(model, torch.cat(logits)[which].float(), batch).logprobs
+
+    def outputs(self, model: Network, logits: Tensor, batch: Batch) -> Outputs:
+        """logits [T, classes] of the network at each supervised place -> what they say of labels."""
+        return outputs_of(logits, problem_of(model.config), batch)
 
     def inputs_of(self, model: Network, batch: Batch, roots: list[int]) -> list[Tensor]:
         """[1, ...] of each root segment, as the network takes it."""
