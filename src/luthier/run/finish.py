@@ -62,9 +62,7 @@ def finish(trained: Trained) -> Finished:
     if text := _trend(prepared, after, log):
         stats["trend"] = text
     close_caches(trainer, prepared.shared)
-    report = Report(
-        str(session.folder), prepared.before, after, losses, stats, notes=list(session.callback.notes)
-    )
+    report = Report(str(session.folder), prepared.before, after, losses, stats, notes=session.notes)
     session.check_folder()
     _save_checkpoint(prepared)
     if session.main:

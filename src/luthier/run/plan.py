@@ -78,6 +78,7 @@ def _perform_runs(
 ) -> Report:
     """The report that stands for the whole, with the folders of all runs."""
     runs: list[str] = []
+    notes: list[str] = []
     last: Report | None = None
     play = plan.recipes(recipe)
     request = next(play)
@@ -95,6 +96,7 @@ def _perform_runs(
                 empty = error
                 break
             reports.append(last)
+            notes += last.notes
             runs.append(str(run))
         try:
             if empty is None:
@@ -105,4 +107,4 @@ def _perform_runs(
             final: Any = end.value or last
             if group.current().main:
                 (run_folder(folder, len(runs)) / FAILED).unlink(missing_ok=True)
-            return replace(final, runs=runs)
+            return replace(final, runs=runs, notes=list(dict.fromkeys([*notes, *final.notes])))

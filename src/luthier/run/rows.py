@@ -307,13 +307,11 @@ def _warn_cut(session: Session, roles: Roles, visible: EncodedRows) -> None:
 
 
 def sample_batch(roles: Roles, rows: list[dict]) -> Any:
-    """Rows to try the layout on. Where the policy is yet to answer, the end of the prompt stands for its
-    answer.
-    """
+    """Rows to try the layout on. Where the policy is yet to answer, what its renderer has for an answer."""
     answered = []
     for row in rows:
         if not row.get("completions"):
-            row = {**row, "completions": [roles.renderer.words(roles.renderer.prompt(row))[-8:]]}
+            row = {**row, "completions": [roles.renderer.any_answer(row)]}
         answered.append(row)
     return roles.batch(answered)
 

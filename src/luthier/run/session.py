@@ -50,6 +50,7 @@ class Session:
     stop_at: float | None = None  # pause at this step; below 1 a share of the run
     lock: files.FolderLock | None = None  # of the folder, in the main process
     base: BaseMark = field(default_factory=BaseMark)  # of the model that is tuned
+    first_note: int = 0  # of this run among those of the callback, which may hear several runs of a plan
 
     @property
     def main(self) -> bool:
@@ -57,6 +58,11 @@ class Session:
 
     def warn(self, sentence: str) -> None:
         self.callback.warn(sentence)
+
+    @property
+    def notes(self) -> list[str]:
+        """The warnings of this run."""
+        return list(self.callback.notes[self.first_note :])
 
     def check_folder(self) -> None:
         """Raises RecipeError where the folder was removed, or was taken by another run."""
@@ -139,6 +145,7 @@ def open_session(
     accelerator = _accelerator(recipe, folder)
     if callback is None or not main:
         callback = Callback()
+    first_note = len(callback.notes)
     for sentence in recipe.warnings:
         callback.warn(sentence)
     data = _load_data(recipe, folder, main)
@@ -165,7 +172,16 @@ def open_session(
                 f" {__version__}: its results may match neither version"
             )
         session = Session(
-            recipe, methods, data, folder, callback, processes, accelerator, stop_at, state.lock
+            recipe,
+            methods,
+            data,
+            folder,
+            callback,
+            processes,
+            accelerator,
+            stop_at,
+            state.lock,
+            first_note=first_note,
         )
         _quarantine(session)
         set_seed(recipe.seed)

@@ -528,6 +528,10 @@ class Renderer:
         """Those of a row's token ids that the network may say."""
         return ids
 
+    def any_answer(self, row: dict) -> Any:
+        """Something that can stand for a row's answer while there is none: the end of its prompt."""
+        return self.words(self.prompt(row))[-8:]
+
     def begun_opening(self, row: dict, opening: str) -> str:
         """What stands before a reply that has begun, as the template writes it; `opening`, what it asks with,
         where the reply follows that.

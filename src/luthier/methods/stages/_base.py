@@ -64,6 +64,12 @@ class Stage:
         """rows: in canonical form. roles: who may be asked; the policy as it is now."""
         raise NotImplementedError
 
+    def labels_ahead(self) -> list[str]:
+        """Labels that it will give to rows without one: a classifier has its classes before any stage
+        runs.
+        """
+        return []
+
     def left(self, roles: Any, count: int, total: int, why: str) -> None:
         """Tell how many rows leave and why: what is thrown away is never thrown away in silence."""
         if count:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from statistics import fmean
+
 import pytest
 import torch
 
+import luthier
 from helpers.plans import played, report
 from helpers.rounds import Table, roles_of
 from luthier.errors import RecipeError
 from luthier.registry import build
+from luthier.run.report import Report
+from luthier.toy.tasks import sentiment
 
 NAMES = ["good", "bad"]
 
@@ -99,3 +105,29 @@ def test_accuracy_rises_over_the_first_step():
         accuracy = lambda w, test=test, true=true: float(((test @ w).argmax(1) == true).float().mean())
         gains.append(accuracy(student) - accuracy(teacher))
     assert sum(gains) / 5 >= 0
+
+
+@pytest.mark.long
+def test_a_classifier_labels_by_its_classes(tmp_path):
+    """The rows of the second run carry the true classes of texts that came without one; each run's notes are
+    its own.
+    """
+    texts = []
+    for row in sentiment.rows("test", 40):
+        texts.append({"prompt": row["prompt"], "truth": row["answer"]})
+    recipe = {
+        "model": "toy:lm",
+        "architecture": "classifier",
+        "data": {"path": "toy:sentiment", "n": 64},
+        "eval_data": {"path": "toy:sentiment/test", "n": 16},
+        "plan": {"name": "pseudo_labels", "unlabelled": texts},
+        "learning_rate": 1e-3,
+        "max_steps": 30,
+    }
+    whole = luthier.tune(recipe, folder=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run-1" / "rows.jsonl").read_text().splitlines()]
+    assert fmean(row["completions"][0].strip() == row["truth"] for row in rows) > 0.9
+    single = [Report.read(tmp_path / f"run-{k}").notes for k in range(3)]
+    alone = [any("no rows are held out" in note for note in notes) for notes in single]
+    assert alone == [False, True, False]
+    assert set(whole.notes) == {note for notes in single for note in notes}

@@ -21,12 +21,13 @@ from luthier.registry import Range, plan
     use_when="few rows are labelled and many of the same domain are not.",
     costs="three runs, of which one is over the unlabelled rows; two more with each further round.",
     covers="tuning, labelling, training a fresh model on the labels, and on the true ones; confident or"
-    " balanced rows alone; rounds.",
-    omits="architecture `classifier` (labels are texts behind the prompt); the paper's data sets.",
+    " balanced rows alone; rounds; labels as texts behind the prompt or as classes (`classifier`).",
+    omits="the paper's data sets.",
     tests=[
         "methods/plans/sequences/test_pseudo_labels.py::test_four_steps",
         "methods/plans/sequences/test_pseudo_labels.py::test_no_rows_is_plain_fine_tuning",
         "methods/plans/sequences/test_pseudo_labels.py::test_accuracy_rises_over_the_first_step",
+        "methods/plans/sequences/test_pseudo_labels.py::test_a_classifier_labels_by_its_classes",
     ],
 )
 class PseudoLabelPretraining(Plan):

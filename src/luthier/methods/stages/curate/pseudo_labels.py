@@ -62,7 +62,7 @@ class PseudoLabels(Stage):
         return self.requires | {REFERENCE} if self.of == "reference" else self.requires
 
     def __call__(self, rows, roles):
-        labels = self.labels or self.labels_of_rows()
+        labels = self.labels_ahead()
         offers = [{**without(row), "completions": list(labels)} for row in rows]
         offers = self.usable(offers, roles)
         out = []
@@ -78,6 +78,9 @@ class PseudoLabels(Stage):
                 labelled |= {"completions": list(labels), "token_weights": weights, "likeliest": likeliest}
             out.append(labelled)
         return self.drop(roles, out, self.sure(out), "their labels are not sure enough, or of a large class")
+
+    def labels_ahead(self):
+        return self.labels or self.labels_of_rows()
 
     def labels_of_rows(self) -> list[str]:
         """Labels of labelled rows, in alphabetical order. Raises RecipeError where there are none."""

@@ -97,6 +97,9 @@ class LabelRenderer(Renderer):
         labels = "\n---\n".join(f"{marks[0]}{label}{marks[1]}" for label in every)
         return f"{self.text(encoded.prompt, special=True)} → {labels}"
 
+    def any_answer(self, row):
+        return min(self.label2id, key=self.label2id.__getitem__)
+
     def prompt(self, row: dict) -> list[int]:
         encoded = self._class({**row, "completions": []})
         if isinstance(encoded, BadRow):
