@@ -452,6 +452,7 @@ MORE = {  # what a run with some tuner has besides
         "roles": {"reference": "whole"},
     },
     "peft": {"tuner": {"name": "peft", "type": "vera"}},
+    "ptec": {"architecture": "classifier"},
     "pv_tuning": {"quantization": {"name": "rtn", "bits_per_weight": 2, "group_size": 16}},
     "self_tuning": {
         "data": [

@@ -62,7 +62,7 @@ class RewardModel(Architecture):
         places = [torch.cat([pieces[p] for p in path(batch, s)]) for s in batch.completion.tolist()]
         values = scored(
             model, soft_first(model, attached, *pad([batch.ids[p] for p in places]), of=(batch, batch.group))
-        )
+        ).squeeze(-1)
         at = torch.full_like(batch.ids, -1)
         # a completion ends its row
         for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):
@@ -76,14 +76,14 @@ class RewardModel(Architecture):
             places = torch.cat([pieces[p] for p in path(batch, s)])
             values = scored(
                 model, soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[s]]))
-            )[0, attached.virtual :]
+            )[0, attached.virtual :, 0]
             out.append(values[-len(pieces[s]) :][batch.supervised[pieces[s]]])
         return torch.cat(out)
 
 
 def scored(model: Network, inputs: dict[str, Any]) -> Tensor:
-    """[R, W] what the head says at every place, caught where it says it. Raises ValueError where there is no
-    such head.
+    """[R, W, outputs] what the head says at every place, caught where it says it. Raises ValueError where
+    there is no such head.
     """
     head = getattr(model, "score", None)
     if head is None:
@@ -94,4 +94,4 @@ def scored(model: Network, inputs: dict[str, Any]) -> Tensor:
         model(**inputs, use_cache=False)
     finally:
         hook.remove()
-    return caught[0].float().squeeze(-1)
+    return caught[0].float()

@@ -80,7 +80,7 @@ class Critic(Part):
         pieces = batch.segments()
         places = [torch.cat([pieces[p] for p in path(batch, s)]) for s in batch.completion.tolist()]
         ids, mask = pad([batch.ids[p] for p in places])
-        values = scored(self.network, {"input_ids": ids, "attention_mask": mask})
+        values = scored(self.network, {"input_ids": ids, "attention_mask": mask}).squeeze(-1)
         at = torch.zeros_like(batch.ids)
         for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):
             before = len(p) - len(pieces[s]) - 1 + torch.arange(len(pieces[s]), device=at.device)

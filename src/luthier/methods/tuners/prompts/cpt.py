@@ -20,6 +20,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
+from luthier.errors import RecipeError
 from luthier.methods.architectures._base import EMBEDDINGS, SOFT_PROMPTS
 from luthier.methods.tuners._base import DISABLE_ADAPTER, Tuner
 from luthier.registry import Range, tuner
@@ -67,6 +68,11 @@ class CPT(Tuner):
 
     @torch.no_grad()
     def attach(self, model):
+        if getattr(model.config, "vision_config", None) is not None:
+            raise RecipeError(
+                f"tuner 'cpt' puts examples of text before the text, and those of {type(model).__name__} have"
+                " images; use tuner prompt"
+            )
         from luthier.methods.tuners.prompts._context import INPUT, ContextPrompt
         from luthier.model.load import max_positions
 

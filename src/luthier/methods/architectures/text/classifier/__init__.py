@@ -4,8 +4,9 @@
 cross-entropy. With several labels each is a question with the answers no and yes, so `sft` is the binary
 cross-entropy of all of them. In a regression the log-probability of a number is minus the squared error, so
 `sft` is the mean squared error. Encoders (BERT) classify from their first token, decoders (Llama) from their
-last. The classes are those of the rows, or of a checkpoint that already has all of them; their order is saved
-with the model.
+last; behind the vectors of a soft prompt a decoder still does so from the last token that is no padding, and
+an encoder from the first vector, as with PEFT. The classes are those of the rows, or of a checkpoint that
+already has all of them; their order is saved with the model.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from luthier.methods.architectures._base import (
     HIDDEN,
     LABEL_HEAD,
     LOGPROBS,
+    SOFT_PROMPTS,
     TOPK,
     Architecture,
 )
 from luthier.methods.architectures.text.classifier.heads import REGRESSION, Problem, outputs_of, problem_of
 from luthier.methods.architectures.text.classifier.labels import class_weights_of, describe_labels
+from luthier.methods.architectures.text.reward_model import scored
 from luthier.model.batch import Batch, pad
+from luthier.model.language_model import soft_first
 from luthier.registry import architecture
 
 if TYPE_CHECKING:
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @architecture(
-    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, FIXED_TARGETS, LABEL_HEAD],
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, FIXED_TARGETS, LABEL_HEAD, SOFT_PROMPTS],
     use_when="the model is to choose classes or give numbers; name it for a checkpoint without a"
     " classification head.",
     costs="padded batches.",
@@ -119,10 +123,11 @@ class Classifier(Architecture):
         completions = batch.segment[batch.targets].tolist()
         roots = sorted({parents[s] for s in completions})
         ids, mask = pad([batch.ids[pieces[s]] for s in roots], self.padding(model))
-        if attached.rewrites_inputs:
-            raise ValueError("a classifier does not support soft prompts")
-        attached.announce_rows(batch, batch.row[roots])
-        logits = model(input_ids=ids, attention_mask=mask).logits
+        inputs = soft_first(model, attached, ids, mask, of=(batch, batch.row[roots]))
+        if "inputs_embeds" in inputs:
+            logits = read_embeddings(model, inputs)
+        else:
+            logits = model(**inputs).logits
         which = torch.tensor([roots.index(parents[s]) for s in completions], device=ids.device)
         return outputs_of(logits[which].float(), problem_of(model.config), batch)
 
@@ -133,7 +138,23 @@ class Classifier(Architecture):
     def plain(self, model: Network, attached, batch: Batch) -> Tensor:
         pieces, parents, out = batch.segments(), batch.parent.tolist(), []
         for s in batch.segment[batch.targets].tolist():
-            attached.announce_rows(batch, batch.row[[s]])
-            logits = model(input_ids=batch.ids[pieces[parents[s]]][None]).logits
-            out.append(logits)
+            ids = batch.ids[pieces[parents[s]]][None]
+            inputs = soft_first(model, attached, ids, of=(batch, batch.row[[s]]))
+            out.append(model(**inputs).logits)
         return outputs_of(torch.cat(out).float(), problem_of(model.config), batch).logprobs
+
+
+def read_embeddings(model: Network, inputs: dict[str, Any]) -> Tensor:
+    """[R, classes] logits of embeddings, padded on the right. A decoder cannot tell padding by them: what its
+    head says of the last place that is none counts. Raises RecipeError for networks that need the tokens.
+    """
+    if model.config.is_encoder_decoder:
+        raise RecipeError(
+            f"{type(model).__name__} finds the end of a text by its tokens, so no soft prompt can stand"
+            " before it; use an encoder or a decoder"
+        )
+    if not hasattr(model, "score"):
+        return model(**inputs).logits
+    logits = scored(model, inputs)
+    last = inputs["attention_mask"].sum(1) - 1
+    return logits[torch.arange(len(last), device=last.device), last]
