@@ -109,8 +109,8 @@ class Bottleneck(Delta):
                 advice = "name the modules in target_modules"
                 if part == "down" and has_joined_experts(model):
                     advice = (
-                        "its experts are one tensor, on which none can sit, and tuner 'lora' trains them"
-                        " with target_parameters"
+                        "its experts are one tensor, on which none can sit; LoRA trains them with"
+                        " target_parameters"
                     )
                 warnings.append(
                     f"tuner '{self.name}' finds no matrix that ends {SUBLAYERS[part]} in {without} of the"
