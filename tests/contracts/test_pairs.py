@@ -71,6 +71,7 @@ FAMILIES = {  # architecture/family -> class of the config and settings, class o
     "classifier/llama": (("LlamaConfig", LLAMA[1] | LABELS), CLASSES),
     "reward_model/llama": (LLAMA, CAUSAL),
     "vision_language/llava": make_llava,  # or what writes it into a folder
+    "db_fusion/llava": make_llava,
     "image_classifier/vit": make_vit,
     "open_vocabulary/vit": make_vit,
     "audio_classifier/ast": make_ast,
@@ -240,7 +241,7 @@ def rows_of(architecture: str) -> list[dict[str, Any]]:
     if architecture == "segmenter":
         return [{"text": f"{row['prompt']}\n{row['chosen']}", "source": row["source"]} for row in ROWS]
     sounds = ("audio_classifier", "audio_text")
-    pictures = ("image_classifier", "open_vocabulary", "vision_language")
+    pictures = ("image_classifier", "open_vocabulary", "vision_language", "db_fusion")
     if architecture not in (*sounds, *pictures):
         return ROWS
     rows = []
@@ -249,7 +250,7 @@ def rows_of(architecture: str) -> list[dict[str, Any]]:
             content, file = [{"type": "image"}], {"images": [shade(i / len(ROWS), i)]}
         else:
             content, file = [{"type": "audio"}], {"audio": tone(100 * (i + 1), i)}
-        if architecture == "vision_language":
+        if architecture in ("vision_language", "db_fusion"):
             content.append({"type": "text", "text": row["prompt"]})
         rows.append({**row, "prompt": [{"role": "user", "content": content}], **file})
     return paths_as_text(rows)

@@ -119,6 +119,63 @@ def make_clip(folder) -> str:
     return str(folder)
 
 
+def make_florence(folder) -> str:
+    """A Florence-2 that reads an image as two by two places."""
+    from transformers import (
+        BartConfig,
+        CLIPImageProcessor,
+        Florence2Config,
+        Florence2ForConditionalGeneration,
+    )
+    from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    sight = Florence2VisionConfig(
+        depths=(1, 1),
+        patch_size=(7, 3),
+        patch_stride=(4, 2),
+        patch_padding=(3, 1),
+        patch_prenorm=(False, True),
+        embed_dim=(8, 12),
+        num_heads=(2, 2),
+        num_groups=(2, 2),
+        window_size=2,
+        drop_path_rate=0.0,
+        projection_dim=16,
+    )
+    text = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    config = Florence2Config(vision_config=sight, text_config=text, image_token_id=3)
+    Florence2ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pictures = CLIPImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False)
+    pictures.save_pretrained(folder)
+    return str(folder)
+
+
+def colour_rows(count: int) -> list[dict]:
+    """Plain images of two colours, and which it is."""
+    from PIL import Image
+
+    rows = []
+    for i in range(count):
+        name, colour = (("red", (200 + i, 20, 10)), ("blue", (20, 30, 180 + i)))[i % 2]
+        content = [{"type": "image"}, {"type": "text", "text": "?"}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": name}]
+        rows.append({"messages": turns, "images": [Image.new("RGB", (32, 32), colour)]})
+    return rows
+
+
 def picture(seed: int, width: int = 40, height: int = 40):
     """An image of noise."""
     from PIL import Image

@@ -106,11 +106,15 @@ class VisionLanguage(Causal):
             )
 
     def left_out(self, model: Network) -> str | None:
-        parts = parts_of(model)
+        parts = self.image_parts(model)
         patterns = [under(name) for name, kind in parts.items() if kind not in self.parts]
         if "language_model" not in self.parts:
             patterns.append(rf"(?!{'|'.join(map(under, parts))}$).*")
         return "|".join(patterns) or None
+
+    def image_parts(self, model: Network) -> dict[str, str]:
+        """The names of the modules that images pass: name -> "vision_tower" or "projector"."""
+        return parts_of(model)
 
     def forward(self, model, attached, batch):
         self.announce(model, attached)
@@ -127,7 +131,9 @@ class VisionLanguage(Causal):
     def announce(self, model: Network, attached: Any) -> None:
         """Tell the network whether features of images stay as they are."""
         if attached not in _fixed:
-            pixels = {id(p) for name in parts_of(model) for p in model.get_submodule(name).parameters()}
+            pixels = {
+                id(p) for name in self.image_parts(model) for p in model.get_submodule(name).parameters()
+            }
             _fixed[attached] = not any(id(p) in pixels for p in attached.parameters().values())
         reader_of(model).fixed = _fixed[attached]
 

@@ -92,10 +92,18 @@ class TunedWeights(TunedModel):
         return not left
 
     def _saved(self, folder: Path) -> dict[str, Tensor]:
-        return {
+        from safetensors import safe_open
+
+        saved = {
             k: p.detach()
             for k, p in type(self.model).from_pretrained(folder, dtype=self.model.dtype).named_parameters()
         }
+        added = set(self.names) - saved.keys()  # modules that the architecture has beside the network
+        for path in sorted(Path(folder).glob("*.safetensors")) if added else ():
+            with safe_open(str(path), framework="pt") as file:
+                for name in added & set(file.keys()):
+                    saved[name] = file.get_tensor(name)
+        return saved
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         if checkpoints.paths(Path(folder)) or not (Path(folder) / "config.json").is_file():
