@@ -282,6 +282,7 @@ def test_low_rank_updates_of_all_parts(tmp_path):
     for parts in (["language_model"], ["vision_tower", "projector", "language_model"]):
         report = luthier.tune(
             model=folder,
+            dtype="float32",
             data=colours(32),
             tuner={"name": "lora", "r": 8, "lora_alpha": 16},
             architecture={"name": "vision_language", "parts": parts},
