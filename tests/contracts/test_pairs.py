@@ -27,6 +27,8 @@ from helpers.media import make_ast, make_clap, make_vit, shade, tone
 from helpers.models import make_tokenizer
 from helpers.vision import make_llava
 from luthier.errors import RecipeError
+from luthier.methods.architectures._media import MediaClassifier
+from luthier.methods.architectures.vision.vision_language import VisionLanguage
 from luthier.recipe.read import paths_as_text
 from luthier.recipe.recipe import Recipe, terms
 from luthier.recipe.validate import validate
@@ -240,17 +242,16 @@ def rows_of(architecture: str) -> list[dict[str, Any]]:
     """ROWS; for what reads texts alone, texts; for what reads files, a file in each prompt."""
     if architecture == "segmenter":
         return [{"text": f"{row['prompt']}\n{row['chosen']}", "source": row["source"]} for row in ROWS]
-    sounds = ("audio_classifier", "audio_text")
-    pictures = ("image_classifier", "open_vocabulary", "vision_language", "db_fusion")
-    if architecture not in (*sounds, *pictures):
+    cls = find("architecture", architecture)
+    if not issubclass(cls, (MediaClassifier, VisionLanguage)):
         return ROWS
     rows = []
     for i, row in enumerate(ROWS):
-        if architecture not in sounds:
+        if getattr(cls, "column", "images") == "images":
             content, file = [{"type": "image"}], {"images": [shade(i / len(ROWS), i)]}
         else:
             content, file = [{"type": "audio"}], {"audio": tone(100 * (i + 1), i)}
-        if architecture in ("vision_language", "db_fusion"):
+        if issubclass(cls, VisionLanguage):
             content.append({"type": "text", "text": row["prompt"]})
         rows.append({**row, "prompt": [{"role": "user", "content": content}], **file})
     return paths_as_text(rows)

@@ -7,6 +7,7 @@ kept in.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,6 +84,16 @@ def fused(model: nn.Module) -> dict[str, nn.Module]:
             continue
         experts[name] = m
     return experts
+
+
+def joined_weights(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Weights [experts, out, in] of a mixture that lie in one tensor: module, name in it, tensor."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for slot, weight in module.named_parameters(recurse=False):
+            if weight.ndim == 3:
+                yield name, slot, weight
 
 
 def apart(model: nn.Module) -> dict[str, Experts]:

@@ -47,6 +47,11 @@ class Methods:
     evaluate: list  # where the recipe names none: those of the default ones that the rows allow
     quantizer: Any = None  # what the base's linear weights are kept in
 
+    def fit_to(self, rows: Sequence[dict]) -> dict[str, Any]:
+        """What these rows, and labels that stages will give them, make of the network's config."""
+        labels = [label for stage in self.stages for label in stage.labels_ahead()]
+        return self.architecture.fit_to([*rows, *({"completions": [label]} for label in labels)])
+
     def provide(self) -> set[str]:
         """What the methods provide before any stage has seen a row."""
         out = set(self.roles)

@@ -144,8 +144,7 @@ def _size_of(recipe: Recipe) -> str:
 def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
     """Model, tuner and tokenizer; what an earlier run trained; whoever else plays."""
     recipe, methods, rows = session.recipe, session.methods, session.data.rows
-    labels = [label for stage in methods.stages for label in stage.labels_ahead()]
-    network = methods.architecture.fit_to([*rows, *({"completions": [label]} for label in labels)])
+    network = methods.fit_to(rows)
     if session.main:
         _mark_base(session)
         update_state(session.folder, network=network)

@@ -316,7 +316,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
         )
     data = load_data(recipe)
     methods = dry_run(recipe, data.rows[:100])
-    roles = assemble(recipe, methods, methods.architecture.fit_to(data.rows), None, data.rows)
+    roles = assemble(recipe, methods, methods.fit_to(data.rows), None, data.rows)
     take_parts(roles, methods)
     sample = data.rows[:SAMPLE]
     usable, bad, stats = methods.architecture.encode_all(sample, roles.renderer)

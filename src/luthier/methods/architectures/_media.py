@@ -96,7 +96,7 @@ class MediaClassifier(Classifier):
 
     def read(self, model: Network, inputs: Tensor) -> Tensor:
         """[R, ...] of one shape -> [R, classes] logits."""
-        fix_batch_norms(model)
+        freeze_batch_norms(model)
         return model(inputs).logits
 
 
@@ -143,7 +143,7 @@ class MediaRenderer(LabelRenderer):
         """There is no vocabulary."""
 
 
-def fix_batch_norms(model: Network) -> None:
+def freeze_batch_norms(model: Network) -> None:
     """Have batch norms use the statistics of the checkpoint, in training too."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -84,3 +84,11 @@ def test_wrong_preferences_are_refused():
     for weights, match in (([[1.0]], "1 weights for 2 tasks"), ([[0.5, 0.6]], "sum to 1")):
         with pytest.raises(RecipeError, match=match):
             evaluator(preferences=weights)
+
+
+def test_a_task_without_held_out_rows_is_told(stored, tmp_path):
+    roles, _ = stored
+    warnings = []
+    roles.warn = warnings.append
+    assert evaluator().run(roles, [row for row in ROWS if row["source"] == "x"], tmp_path, "after") == {}
+    assert len(warnings) == 1 and "no held-out row is of task y" in warnings[0]

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import luthier
 from helpers.objectives import batch_of, cast, full_logits, loss_of, make_rows, network
+from luthier.errors import RecipeError
+from luthier.methods.evaluators._trajectory import spearman
 from luthier.methods.stages.curate.transferability import mean_state
 from luthier.model.loaded import load
 from luthier.model.policy import Policy
@@ -133,7 +135,9 @@ def test_tasks_that_share_labels_transfer(tmp_path):
     pairs = list(cosines)
     near = [("goods", "reworded"), ("reworded", "goods")]
     assert min(cosines[p] for p in near) > 0.2 + max(cosines[p] for p in pairs if p not in near), cosines
-    assert spearman([cosines[p] for p in pairs], [gains[p] for p in pairs]) > 0.3, (cosines, gains)
+    ranked = [torch.tensor([values[p] for p in pairs]) for values in (cosines, gains)]
+    correlation = spearman(*ranked)
+    assert correlation is not None and correlation > 0.3, (cosines, gains)
     recipe = {**RECIPE, "data": train["reworded"][:32], "eval_data": test["reworded"], "max_steps": 12}
     plain = luthier.tune({**recipe, "seed": 2}, folder=tmp_path / "plain")
     changes = {
@@ -147,6 +151,6 @@ def test_tasks_that_share_labels_transfer(tmp_path):
     assert measures["transferability"] > 0.8
 
 
-def spearman(x: list[float], y: list[float]) -> float:
-    ranks = [torch.tensor(values).argsort().argsort().double() for values in (x, y)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+def test_a_source_is_named():
+    with pytest.raises(RecipeError, match="set source"):
+        build("stage", "transferability")([], cast())

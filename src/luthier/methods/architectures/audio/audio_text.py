@@ -21,7 +21,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.methods.architectures._base import ENTROPY, FIXED_TARGETS, HIDDEN, LABEL_HEAD, LOGPROBS, TOPK
-from luthier.methods.architectures._media import MediaClassifier, fix_batch_norms, processor_error
+from luthier.methods.architectures._media import MediaClassifier, freeze_batch_norms, processor_error
 from luthier.model.batch import pad
 from luthier.registry import architecture
 from luthier.text.media import AudioProcessor, Processor
@@ -101,7 +101,7 @@ class AudioText(MediaClassifier):
             )
 
     def read(self, model: Any, inputs: Tensor) -> Tensor:
-        fix_batch_norms(model)
+        freeze_batch_norms(model)
         sounds = model.audio_projection(model.audio_model(input_features=inputs).pooler_output)
         similarity = F.normalize(sounds, dim=-1) @ self.names(model).T
         return similarity * model.logit_scale_a.exp()

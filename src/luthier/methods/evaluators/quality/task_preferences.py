@@ -75,7 +75,14 @@ class TaskPreferences(Evaluator):
     @torch.no_grad()
     def run(self, roles, rows, folder, when):
         rows = [row for row in liked(rows) if str(row.get(self.column)) in self.posteriors]
-        if when != "after" or not rows:
+        if when != "after":
+            return {}
+        missing = [name for name in self.posteriors if all(str(row[self.column]) != name for row in rows)]
+        if missing:
+            roles.warn(
+                "evaluator 'task_preferences' measures nothing: no held-out row is of task"
+                f" {', '.join(missing)} (column '{self.column}')"
+            )
             return {}
         count = len(self.posteriors)
         equal = [1 / count] * count
@@ -118,7 +125,7 @@ class TaskPreferences(Evaluator):
             yield sample(posterior, self.alpha, rngs)
 
     def accuracies(self, roles: Any, rows: Sequence[dict], tensors: Mapping[str, Tensor]) -> list[float]:
-        """The accuracy on each task with these tensors; 0 where a task has no held-out row."""
+        """The accuracy on each task with these tensors."""
         right: dict[str, list[float]] = {name: [] for name in self.posteriors}
         attached = roles.policy.attached
         policy = roles.policy.as_role("preference", partial(attached.using, tensors))
@@ -126,7 +133,7 @@ class TaskPreferences(Evaluator):
             wrong = policy.outputs(batch).first() != batch.labels[batch.targets]
             for row, misses in zip(batch.rows, batch.sums(wrong.double()).tolist(), strict=True):
                 right[str(row[self.column])].append(float(misses == 0))
-        return [sum(values) / max(len(values), 1) for values in right.values()]
+        return [sum(values) / len(values) for values in right.values()]
 
 
 def weighted(accuracies: Sequence[float], weights: Sequence[float]) -> float:

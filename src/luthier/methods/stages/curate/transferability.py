@@ -33,6 +33,7 @@ TRANSFERABILITY = Column(
 
 
 @stage(
+    example={"source": "toy:sentiment/train"},
     paper="arXiv:2208.10160",
     row="panda-prompt",
     requires=[COMPLETIONS, TEACHER, HIDDEN],
@@ -51,11 +52,13 @@ TRANSFERABILITY = Column(
 class Transferability(Stage):
     """Column transferability: one number from 0 to 1, the same for all rows."""
 
-    source: Any = "toy:sentiment/train"  # rows of the teacher's task: a file, or rows
+    source: Any = None  # rows of the teacher's task: a file, or rows
     limit: Annotated[int, Field(ge=1)] = 200  # rows of each task that are read
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     def __call__(self, rows, roles):
+        if self.source is None:
+            raise RecipeError("stage 'transferability' needs rows of the teacher's task; set source")
         rows = list(rows)
         source = load_rows(self.source).rows
         embeddings = []

@@ -34,7 +34,7 @@ from luthier.methods.tuners._peft.targets import (
     first_line,
     tied_modules,
 )
-from luthier.model.experts import stacked
+from luthier.model.experts import joined_weights, stacked
 from luthier.model.quantized_linear import Quantized, QuantizedMatrix, modules, numbers, opened
 from luthier.model.statistics import statistics
 from luthier.registry import did_you_mean
@@ -211,10 +211,8 @@ class PeftTunedModel(TunedModel):
         }
         fused = [
             (f"{n}.{k}", p.numel())
-            for n, m in self.model.named_modules()
-            if not isinstance(m, nn.modules.conv._ConvNd)
-            for k, p in m.named_parameters(recurse=False)
-            if p.ndim == 3 and id(p) not in reached and not n.startswith(tuple(self.layers))
+            for n, k, p in joined_weights(self.model)
+            if id(p) not in reached and not n.startswith(tuple(self.layers))
         ]
         coded = [
             (n, m.size[0] * m.size[1])

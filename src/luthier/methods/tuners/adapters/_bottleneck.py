@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 from luthier.methods.tuners._delta import Delta
 from luthier.model.anatomy import layer_of, part_names, part_of, part_pattern
+from luthier.model.experts import joined_weights
 from luthier.model.linear import linear_modules
 from luthier.registry import Choices, family
 
@@ -36,16 +37,6 @@ def pair(width: int, k: int, out_: int, name: str = "") -> dict[str, Tensor]:
         "up_bias": torch.zeros(out_),
     }
     return {f"{name}{part}": t for part, t in tensors.items()}
-
-
-def has_joined_experts(model: nn.Module) -> bool:
-    """Does a layer hold the matrices of its experts as one tensor [experts, out, in]?"""
-    for name, module in model.named_modules():
-        if layer_of(f"{name}.") is None or isinstance(module, nn.modules.conv._ConvNd):
-            continue
-        if any(weight.ndim == 3 for weight in module.parameters(recurse=False)):
-            return True
-    return False
 
 
 def through(
@@ -107,7 +98,7 @@ class Bottleneck(Delta):
             without = sum(part not in parts for parts in layers.values())
             if without and part in self.ends():
                 advice = "name the modules in target_modules"
-                if part == "down" and has_joined_experts(model):
+                if part == "down" and any(layer_of(f"{module}.") for module, *_ in joined_weights(model)):
                     advice = (
                         "its experts are one tensor, on which none can sit; LoRA trains them with"
                         " target_parameters"

@@ -12,7 +12,6 @@ the tokenizer beside the model; the head has a bias where the network's has one.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -22,14 +21,12 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 from luthier.methods.architectures._base import LABEL_HEAD, SOFT_PROMPTS
 from luthier.methods.tuners._base import ParamGroup, TunedModel, Tuner
+from luthier.methods.tuners._tensor_file import TensorFile
 from luthier.methods.tuners.prompts._prompt import SoftPrompt, words_of
 from luthier.registry import Range, tuner
-from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
-
-FILE = "ptec.safetensors"
 
 
 @tuner(
@@ -80,8 +77,10 @@ class PTEC(Tuner):
         return PromptedHead(self, model, embed(torch.tensor(ids, dtype=torch.long, device=table.device)))
 
 
-class PromptedHead(SoftPrompt):
+class PromptedHead(TensorFile, SoftPrompt):
     """Vectors [virtual, width] before the text, and the modules above the frozen network."""
+
+    file = "ptec.safetensors"
 
     def __init__(self, settings: PTEC, model: Network, vectors: Tensor):
         super().__init__(settings, model, vectors)
@@ -98,29 +97,11 @@ class PromptedHead(SoftPrompt):
     def off(self):
         return TunedModel.off(self)  # a head that was trained is no part of the base model
 
-    # --- files
-
     def module(self):
         return TunedModel.module(self)
 
     def why_not_elsewhere(self):
         return "its vectors stand before every text, where luthier's own layouts leave them room"
-
-    def save(self, folder):
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: t.detach().cpu().contiguous() for name, t in self.state(parts=False).items()}
-        save_file(state, str(folder / FILE))
-
-    def read(self, folder):
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        if checkpoints.paths(folder) or not (folder / FILE).is_file():
-            return TunedModel.read(self, folder)
-        return load_file(str(folder / FILE))
 
 
 def heads_of(model: Any) -> dict[str, nn.Module]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,15 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import ParamGroup, TunedModel, Tuner
+from luthier.methods.tuners._base import ParamGroup, Tuner
+from luthier.methods.tuners._tensor_file import TensorFile
 from luthier.model.anatomy import layer_of
 from luthier.registry import family
-from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
-
-FILE = "readout.safetensors"
 
 
 @dataclass
@@ -85,8 +82,10 @@ class Readout(Tuner):
         raise NotImplementedError
 
 
-class ReadoutModel(TunedModel):
+class ReadoutModel(TensorFile):
     """A frozen network, and tensors that make its logits."""
+
+    file = "readout.safetensors"
 
     def __init__(self, settings: Any, model: Network, trained: dict[str, Tensor], fixed: dict[str, Tensor]):
         super().__init__(settings, model.requires_grad_(False))
@@ -159,22 +158,6 @@ class ReadoutModel(TunedModel):
 
     def why_not_elsewhere(self):
         return "it makes the labels beside the network, which luthier's own files alone hold"
-
-    def save(self, folder):
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: t.detach().cpu().contiguous() for name, t in self.state(parts=False).items()}
-        save_file(state, str(folder / FILE))
-
-    def read(self, folder):
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        if checkpoints.paths(folder) or not (folder / FILE).is_file():
-            return super().read(folder)
-        return load_file(str(folder / FILE))
 
 
 def layers_of(model: Any) -> list[nn.Module]:
